@@ -1,0 +1,51 @@
+"""Print what runs cost and where they ended, from their metrics.jsonl.
+
+    python -m benchmarks.summarize exp/one exp/two
+
+Speed is the median over log lines, with the 10th to 90th percentile in brackets; the first quarter of the lines (compilation and
+warm-up) is left out. Losses are those of the first and the last line.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+from flame.errors import UserError
+from flame.utils.plotting import read_metrics
+
+SPEEDS = {"tokens_per_second": 1.0, "mfu": 100.0, "mfu_future": 100.0, "peak_memory_gib": 1.0, "data_wait_fraction": 100.0}
+LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
+
+
+def summarize(folder: Path) -> str:
+    """One table row."""
+    rows = read_metrics(folder)
+    steady = rows[len(rows) // 4 :]
+    cells = [str(folder), str(rows[-1]["step"])]
+    for name, scale in SPEEDS.items():
+        values = sorted(row[name] * scale for row in steady if row.get(name) is not None)
+        if not values:
+            cells.append("-")
+            continue
+        low, high = values[len(values) // 10], values[-1 - len(values) // 10]
+        cells.append(f"{statistics.median(values):,.1f} [{low:,.1f}, {high:,.1f}]")
+    cells += [f"{rows[0][name]:.3f} -> {rows[-1][name]:.3f}" if name in rows[-1] else "-" for name in LOSSES]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(folders: list[str]) -> None:
+    header = ["run", "steps", "tokens/s", "MFU %", "of which future %", "peak GiB", "data wait %", "ce", "aux", "top-1"]
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for folder in folders:
+        print(summarize(Path(folder)))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.EXIT_CODE)

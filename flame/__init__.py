@@ -1,0 +1,1 @@
+"""Train causal language models that also predict a summary of their own future."""

@@ -1,0 +1,62 @@
+"""Processes, devices and the one mesh of a run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from flame.components.titan import ParallelDims, ParallelismConfig
+from flame.config import JobConfig
+
+
+def set_single_process_defaults() -> None:
+    """Let `python -m flame.train` without torchrun be a run of one process. Port 0 lets the system choose a free one."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(key, value)
+
+
+def get_world_size() -> int:
+    """Processes of the run, before the process group exists."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def get_rank() -> int:
+    """This process among those of the run, before the process group exists."""
+    return int(os.environ["RANK"])
+
+
+def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
+    """Join the process group and build the mesh.
+
+    Returns:
+        this process's device, and the mesh to shard over: one-dimensional (FSDP), or replicate x shard (HSDP).
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # Gloo beside NCCL: counts that live on the CPU are summed there, without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=config.comm.timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+    dims = ParallelDims.from_config(
+        ParallelismConfig(
+            data_parallel_replicate_degree=config.training.data_parallel_replicate_degree,
+            data_parallel_shard_degree=config.training.data_parallel_shard_degree,
+            spmd_backend="partial_dtensor",
+        ),
+        get_world_size(),
+    )
+    axes = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]
+    return device, dims.get_mesh(axes)
+
+
+def sum_over_ranks(*numbers: int) -> list[int]:
+    """Exact sums of integers over all ranks, one collective."""
+    totals = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(totals)
+    return totals.tolist()

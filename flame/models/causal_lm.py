@@ -1,0 +1,180 @@
+"""A causal language model from Hugging Face, as this trainer needs it: built on meta, sharded, then initialised."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from flame.config import JobConfig
+from flame.errors import UserError
+from flame.models.future_encoder import is_recurrent
+
+
+def load_model_config(path: str) -> PretrainedConfig:
+    """Read a Hugging Face configuration from a JSON file, a folder or the Hub.
+
+    Raises:
+        UserError: it cannot be read, or the model cannot be trained with a future loss yet.
+    """
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(path)
+        if settings.get("model_type") not in CONFIG_MAPPING:
+            import fla.models  # noqa: F401 - registers its families; it takes seconds, so only where they may be needed
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # a missing file, an unknown model_type, a bad value, no network: the library has no common type
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f'model.config = "{path}" cannot be loaded by transformers: {reason}') from error
+    faults = [f'model.config = "{path}": {fault}' for fault in _find_unsupported(config)]
+    if faults:
+        raise UserError(*faults)
+    return config
+
+
+def _find_unsupported(config: PretrainedConfig) -> list[str]:
+    """Reasons why this trainer would silently compute something else than the model means."""
+    faults = []
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return [f'model_type "{config.model_type}" is no causal language model known to transformers']
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        faults.append(
+            f"layers of type {', '.join(sorted(layer_types - {'full_attention'}))} are not supported; only full attention is"
+        )
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        faults.append(f"sliding_window = {config.sliding_window} is not supported: set it to null for full attention")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if (getattr(config, key, None) or 0) > 1:
+            faults.append(f"{key} = {getattr(config, key)}: mixture-of-experts models are not supported")
+    for key in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, key, None):
+            faults.append(f"{key} = {getattr(config, key)} is not supported by FlexAttention: set it to 0.0")
+    return faults
+
+
+def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig) -> None:
+    """Refuse token ids and positions that the model has no embedding for, and futures that it cannot summarise.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    context_len, future = job.training.context_len, job.future_encoder
+    faults = []
+    if tokenizer_size > config.vocab_size:
+        faults.append(
+            f"model.tokenizer_path has {tokenizer_size} entries but the model's vocab_size is {config.vocab_size}: "
+            "use the model's own tokenizer or raise vocab_size in its configuration"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and context_len > positions:
+        faults.append(
+            f"training.context_len = {context_len} is more than the model's max_position_embeddings = {positions}: "
+            "lower the one or raise the other"
+        )
+    if job.uses_future and is_recurrent(config):
+        what = f'model_type "{config.model_type}" reads reversed documents'
+        if future.target_shift == 0:
+            faults.append(f"future_encoder.target_shift = 0: {what}, whose summaries hold their own token: set it to 1 or more")
+        if future.future_k:
+            faults.append(f"future_encoder.future_k = {future.future_k}: {what} and has no window: set it to 0")
+    if faults:
+        raise UserError(*faults)
+
+
+def build_on_meta(config: PretrainedConfig, device_type: str) -> PreTrainedModel:
+    """The model without storage, in float32, with the attention that suits the device: FlexAttention on CUDA, SDPA elsewhere.
+
+    Raises:
+        UserError: the architecture cannot be built, cannot run with a given mask, or its head is not one plain matrix.
+    """
+    attention = {} if is_recurrent(config) else {"attn_implementation": "flex_attention" if device_type == "cuda" else "sdpa"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f'model_type "{config.model_type}" is not supported on this machine: {reason}') from error
+    model.config.use_cache = False
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UserError(f'model_type "{config.model_type}" is not supported: its output head is not one matrix without bias')
+    return model
+
+
+def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, whatever the family calls it."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise UserError(
+        f'model_type "{model.config.model_type}" is not supported: it has no list of num_hidden_layers decoder layers'
+    )
+
+
+class _DrawUnsharded(TorchDispatchMode):
+    """In-place random draws on a DTensor draw the whole tensor on every rank and keep the local shard.
+
+    Plain DTensor draws depend on the number of ranks, and on CPU give every rank the same shard.
+    """
+
+    DRAWS = frozenset(
+        getattr(torch.ops.aten, name).default
+        for name in ("normal_", "uniform_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_")
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in self.DRAWS or not isinstance(args[0], DTensor):
+            return func(*args, **kwargs)
+        target, *rest = args
+        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        func(whole, *rest, **kwargs)
+        shards = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(shards.to_local())
+        return target
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a module built on meta (and perhaps sharded since) storage and its own initial weights.
+
+    The result depends on the seed alone, not on the number of ranks. `module.init_weights()` must set every parameter and
+    buffer: all are poisoned with NaN first, so that a forgotten one cannot pass.
+
+    Args:
+        module: has `init_weights()`; parameters may be DTensors.
+        device: where to put the storage.
+        seed: of torch's generators.
+
+    Raises:
+        UserError: a parameter or buffer was not initialised by the architecture.
+    """
+    module.to_empty(device=device)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    torch.manual_seed(seed)
+    with _DrawUnsharded():
+        module.init_weights()  # type: ignore[operator]  # nn.Module does not declare it
+    _clear_padding_rows(module)
+    for name, tensor in (dict(module.named_parameters()) | dict(module.named_buffers())).items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.isnan().any():
+            raise UserError(f"{type(module).__name__} is not supported: its init_weights() leaves {name} unset")
+
+
+def _clear_padding_rows(module: nn.Module) -> None:
+    """Zero each embedding's padding row: the library's own slice assignment is lost on a sharded weight."""
+    for embedding in module.modules():
+        if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
+            keep = torch.ones(embedding.num_embeddings, 1, device=embedding.weight.device)
+            keep[embedding.padding_idx] = 0
+            if isinstance(embedding.weight, DTensor):
+                keep = distribute_tensor(keep, embedding.weight.device_mesh, embedding.weight.placements, src_data_rank=None)
+            embedding.weight.mul_(keep)

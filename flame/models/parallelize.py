@@ -1,0 +1,65 @@
+"""Activation checkpointing, compilation and FSDP2, in the order in which they must be applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from flame.components.titan import FullAC, SelectiveAC
+from flame.config import JobConfig
+from flame.models.causal_lm import find_decoder_layers, initialize
+from flame.models.future_lm import FutureLM
+
+
+def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
+    """Wrap a model on meta, in place.
+
+    Args:
+        mesh: one-dimensional (FSDP) or two-dimensional, replicate x shard (HSDP).
+    """
+    layers = find_decoder_layers(model.lm)
+    _checkpoint_activations(layers, config)
+    if config.training.compile:
+        for layer in layers:
+            layer.compile(dynamic=False)
+    _shard(model, layers, config, mesh)
+
+
+def _checkpoint_activations(layers: nn.ModuleList, config: JobConfig) -> None:
+    policies = {"full": FullAC, "selective": SelectiveAC}
+    if config.activation_checkpoint.mode in policies:
+        policy = policies[config.activation_checkpoint.mode]
+        holder = nn.Module()  # the library wraps, in place, what it finds under the name `layers`
+        holder.layers = layers
+        policy(policy.Config()).apply(holder)
+
+
+def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: DeviceMesh) -> None:
+    training = config.training
+    on_gpu = mesh.device_type == "cuda"
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, training.mixed_precision_param) if on_gpu else torch.float32,
+        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=training.fsdp_reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by global counts, so gradients are summed over ranks. Gloo cannot divide and needs plain sums.
+            module.set_gradient_divide_factor(1.0)
+            if not on_gpu:
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def materialize(model: FutureLM, device: torch.device, seed: int) -> None:
+    """Give a parallelized model storage and initial weights that depend on the seed alone.
+
+    The language model draws first: its weights are the same with and without the future loss.
+    """
+    initialize(model.lm, device, seed)
+    for offset, module in enumerate((model.predictor, model.estimator), start=1):
+        if module is not None:
+            initialize(module, device, seed + offset)

@@ -1,0 +1,189 @@
+"""Draw the curves of runs.
+
+    python -m flame.utils.plotting RUN [RUN ...] --out curves.png
+
+A RUN is a run's folder (job.dump_folder). Several runs are drawn over one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from flame.components.loggers import METRICS_FILE, parse_line
+from flame.errors import UserError
+
+Rows = list[dict[str, float | None]]
+LN_N = "ln N"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity in a panel."""
+
+    metric: str
+    label: str
+    style: Literal["-", "--", ":"] = "-"
+    color: str = "C0"
+    """Color where a single run is drawn. With several, the color tells the run and the style the quantity."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+
+
+PANELS = (
+    Panel("Next-token loss", "cross entropy (nats per token)", (Curve("ce_loss", "cross entropy"),)),
+    Panel(
+        "Future loss",
+        "InfoNCE (nats per anchor)",
+        (Curve("aux_loss", "InfoNCE"), Curve(LN_N, "ln N (chance)", "--", "0.45")),
+    ),
+    Panel(
+        "Guess of the future",
+        "accuracy, cosine similarity",
+        (
+            Curve("infonce_accuracy", "accuracy"),
+            Curve("positive_cosine", "cosine, own future", "--", "C2"),
+            Curve("negative_cosine", "cosine, others", ":", "C3"),
+        ),
+    ),
+)
+
+
+def plot_run(folder: Path, out: Path | None = None) -> Path:
+    """Draw one run into a PNG, `curves.png` in its folder unless `out` says otherwise, and return the PNG's path.
+
+    Raises:
+        UserError: the folder has no metrics to draw, or the PNG cannot be written.
+    """
+    return plot_runs([folder], out or folder / "curves.png")
+
+
+def plot_runs(folders: Sequence[Path], out: Path) -> Path:
+    """Draw runs over one another into a PNG and return its path.
+
+    Raises:
+        UserError: a folder has no metrics, there is nothing to draw in any, or the PNG cannot be written.
+    """
+    if out.suffix != ".png":
+        raise UserError(f"{out}: the picture is a PNG; give a name that ends in .png")
+    names = [folder.resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    figure = draw({label: read_metrics(folder) for label, folder in zip(labels, folders, strict=True)})
+    try:
+        figure.savefig(out, dpi=200)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another place for the picture") from error
+    return out
+
+
+def read_metrics(folder: Path) -> Rows:
+    """The rows of a run's metrics.jsonl, each with "step"; a number that was not finite is None.
+
+    Raises:
+        UserError: the file is missing or has no rows.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a run (its job.dump_folder)")
+    with path.open("rb") as lines:
+        rows = [row for line in lines if (row := parse_line(line)) is not None]
+    if not rows:
+        raise UserError(f"{path}: no metrics in it yet; the run writes a line every metrics.log_freq steps")
+    return rows
+
+
+def draw(runs: dict[str, Rows]) -> Figure:
+    """Draw the curves of runs, by label, in one row of panels. Panels that no run has numbers for are left out.
+
+    Raises:
+        UserError: no panel is left.
+    """
+    panels = [panel for panel in PANELS if any(_has_numbers(rows, panel) for rows in runs.values())]
+    if not panels:
+        raise UserError(f"{', '.join(runs)}: {METRICS_FILE} has no finite loss or accuracy to draw")
+    with mpl.rc_context({"font.size": 9, "legend.fontsize": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axes, panel, runs)
+        if len(runs) == 1:
+            figure.suptitle(next(iter(runs)), fontsize=11)
+        else:
+            handles = [Line2D([], [], color=f"C{index}", linewidth=2.5) for index in range(len(runs))]
+            figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
+    drawn = []
+    for index, rows in enumerate(runs.values()):
+        steps = [_get_number(row, "step") for row in rows]
+        for curve in panel.curves:
+            numbers = [_get_number(row, curve.metric) for row in rows]
+            if not any(map(math.isfinite, numbers)):
+                continue
+            # A lone point, as between two numbers that are not finite, has no line to be seen by.
+            marker = "o" if _has_lone_point(numbers) else None
+            color = curve.color if len(runs) == 1 else f"C{index}"
+            axes.plot(steps, numbers, curve.style, color=color, marker=marker, markersize=3, linewidth=1.6, label=curve.label)
+            if curve not in drawn:
+                drawn.append(curve)
+    axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
+    axes.grid(alpha=0.3)
+    if len(panel.curves) > 1:
+        handles = [
+            Line2D([], [], linestyle=curve.style, color=curve.color if len(runs) == 1 else "0.3", linewidth=1.6)
+            for curve in drawn
+        ]
+        labels = [curve.label for curve in drawn]
+        spacing = {"handlelength": 1.8, "columnspacing": 0.9, "handletextpad": 0.5}
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(drawn), frameon=False, **spacing)
+
+
+def _has_numbers(rows: Rows, panel: Panel) -> bool:
+    return any(math.isfinite(_get_number(row, curve.metric)) for row in rows for curve in panel.curves)
+
+
+def _get_number(row: dict[str, float | None], metric: str) -> float:
+    """NaN, which leaves a gap in the curve, where the row has no number."""
+    if metric == LN_N:
+        return _get_number(row, "mi_lower_bound") + _get_number(row, "aux_loss")
+    value = row.get(metric)
+    return math.nan if value is None else value
+
+
+def _has_lone_point(numbers: list[float]) -> bool:
+    padded = [False, *map(math.isfinite, numbers), False]
+    return any(here and not (before or after) for before, here, after in zip(padded, padded[1:], padded[2:], strict=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flame.utils.plotting", description="Draw the curves of runs into a PNG.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its job.dump_folder)")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the PNG to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        print(plot_runs(options.runs, options.out))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,460 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flame.config import JobConfig
+from flame.config_reader import read_config, write_config
+from flame.errors import UserError
+
+REPO = Path(__file__).parents[1]
+MODEL = ["--model.config", "m.json", "--model.tokenizer_path", "bytes"]
+KEYS = [f"{section}.{key}" for section, options in asdict(JobConfig()).items() for key in options]
+
+
+def _is_number(key: str) -> bool:
+    section, name = key.split(".")
+    return get_type_hints(type(getattr(JobConfig(), section)))[name] in (float, float | None)
+
+
+TINY = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a model configuration, m.json."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+def read_mistakes(argv: list[str], world_size: int = 1) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        read_config(argv, world_size)
+    return caught.value.lines
+
+
+BAD_COMMAND_LINES = {
+    "typo in key": (
+        ["--training.stepz", "5"],
+        ["training.stepz = 5 (command line): no such option, did you mean training.steps?"],
+    ),
+    "typo in section": (
+        ["--trainin.steps=5"],
+        ["trainin.steps = 5 (command line): no such option, did you mean training.steps?"],
+    ),
+    "wrong section": (
+        ["--training.beta_1", "5", "--optimizer.decay_type", "sqrt"],
+        [
+            "training.beta_1 = 5 (command line): no such option, did you mean optimizer.beta1?",
+            "optimizer.decay_type = sqrt (command line): no such option, did you mean lr_scheduler.decay_type?",
+        ],
+    ),
+    "no section": (["--lr", "1"], ["lr = 1 (command line): no such option, did you mean optimizer.lr?"]),
+    "no section, in several": (
+        ["--warmup_steps=1"],
+        [
+            "warmup_steps = 1 (command line): no such option, "
+            "did you mean lr_scheduler.warmup_steps or future_encoder.warmup_steps?"
+        ],
+    ),
+    "hyphens": (
+        ["--training.seq-len", "64"],
+        ["training.seq-len = 64 (command line): no such option, did you mean training.seq_len?"],
+    ),
+    "nothing near": (["--zzzz"], ["zzzz (command line): no such option, --help lists all"]),
+    "empty name": (["--=3"], ['"" = 3 (command line): no such option, --help lists all']),
+    "text for int": (["--training.steps", "many"], ["training.steps = many (command line): allowed is an integer > 0"]),
+    "float for int": (["--training.steps", "1e3"], ["training.steps = 1e3 (command line): allowed is an integer > 0"]),
+    "int out of range": (["--training.steps", "0"], ["training.steps = 0 (command line): allowed is an integer > 0"]),
+    "negative int": (["--training.num_workers", "-1"], ["training.num_workers = -1 (command line): allowed is an integer >= 0"]),
+    "int below -1": (
+        ["--training.data_parallel_shard_degree=-2"],
+        ["training.data_parallel_shard_degree = -2 (command line): allowed is an integer >= -1"],
+    ),
+    "int too long": (
+        ["--training.steps", "9223372036854775808"],
+        ["training.steps = 9223372036854775808 (command line): allowed is an integer > 0, of at most 64 bits"],
+    ),
+    "text for float": (["--optimizer.lr", "fast"], ["optimizer.lr = fast (command line): allowed is a finite number > 0"]),
+    "float out of range": (
+        ["--optimizer.beta1", "1"],
+        ["optimizer.beta1 = 1 (command line): allowed is a finite number >= 0 and < 1"],
+    ),
+    "nan": (
+        ["--lr_scheduler.lr_min", "nan"],
+        ["lr_scheduler.lr_min = nan (command line): allowed is a finite number >= 0 and <= 1"],
+    ),
+    "none for float": (
+        ["--lr_scheduler.lr_min=none"],
+        ["lr_scheduler.lr_min = none (command line): allowed is a finite number >= 0 and <= 1"],
+    ),
+    "optional": (
+        ["--lr_scheduler.decay_ratio", "some"],
+        ["lr_scheduler.decay_ratio = some (command line): allowed is a finite number >= 0 and <= 1 or none"],
+    ),
+    "int for bool": (["--training.compile", "1"], ["training.compile = 1 (command line): allowed is true or false"]),
+    "other case for bool": (["--training.compile", "True"], ["training.compile = True (command line): allowed is true or false"]),
+    "not a choice": (
+        ["--lr_scheduler.decay_type", "cosin"],
+        ['lr_scheduler.decay_type = cosin (command line): allowed is "linear" or "sqrt" or "cosine"'],
+    ),
+    "not the only choice": (["--optimizer.name", "SGD"], ['optimizer.name = SGD (command line): allowed is "AdamW"']),
+    "not UTF-8": (
+        ["--job.description", "\udc80"],
+        ['job.description = "\\udc80" (command line): allowed is text, in UTF-8'],
+    ),
+    "no value at the end": (["--training.steps"], ["training.steps = (value missing) (command line): allowed is an integer > 0"]),
+    "no value before a flag": (
+        ["--job.description", "--training.compile"],
+        ["job.description = (value missing) (command line): allowed is text"],
+    ),
+    "empty value": (["--training.steps="], ['training.steps = "" (command line): allowed is an integer > 0']),
+    "value of several lines": (
+        ["--training.steps", "a\nb"],
+        ['training.steps = "a\\nb" (command line): allowed is an integer > 0'],
+    ),
+    "given twice": (
+        ["--training.steps", "200", "--training.steps=300"],
+        ["training.steps (command line): given 2 times (200, 300), give it once"],
+    ),
+    "positional": (
+        ["now", "--training.compile", "true", "again"],
+        [
+            "now (command line): stray argument, options are written --section.key value",
+            "again (command line): stray argument, options are written --section.key value",
+        ],
+    ),
+    "positional near an option": (
+        ["training.steps=5"],
+        ["training.steps=5 (command line): stray argument, did you mean training.steps?"],
+    ),
+    "one dash": (["-lr=3"], ["-lr=3 (command line): stray argument, did you mean optimizer.lr?"]),
+    "two dashes": (["--"], ["-- (command line): stray argument, options are written --section.key value"]),
+    "no such file": (
+        ["--job.config_file", "none.toml"],
+        ["job.config_file = none.toml (command line): not a readable TOML file: No such file or directory"],
+    ),
+    "file is a folder": (
+        ["--job.config_file", "."],
+        ["job.config_file = . (command line): not a readable TOML file: Is a directory"],
+    ),
+    "conflict": (
+        ["--training.context_len", "9000"],
+        [
+            "training.context_len = 9000 is more than training.seq_len = 8192: "
+            "a document's piece must fit in a packed sequence; lower the one or raise the other"
+        ],
+    ),
+    "conflict with the machine": (
+        ["--training.data_parallel_shard_degree", "0"],
+        ["training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more"],
+    ),
+    "unknown name beside a conflict": (
+        ["--training.x.y", "1", "--training.data_parallel_shard_degree=0"],
+        [
+            "training.x.y = 1 (command line): no such option, --help lists all",
+            "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more",
+        ],
+    ),
+    "wrong value in a conflict": (
+        ["--training.seq_len=1k", "--training.context_len", "9000", "--training.data_parallel_shard_degree=0"],
+        [
+            "training.seq_len = 1k (command line): allowed is an integer > 0",
+            "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more",
+        ],
+    ),
+    "several at once": (
+        [
+            "go",
+            "--lrr",
+            "1",
+            "--training.steps",
+            "--optimizer.lr",
+            "-1",
+            "--training.compile=maybe",
+            "--training.num_streams",
+            "7",
+        ],
+        [
+            "go (command line): stray argument, options are written --section.key value",
+            "lrr = 1 (command line): no such option, did you mean optimizer.lr?",
+            "training.steps = (value missing) (command line): allowed is an integer > 0",
+            "optimizer.lr = -1 (command line): allowed is a finite number > 0",
+            "training.compile = maybe (command line): allowed is true or false",
+            "training.num_streams = 7 is not a multiple of ranks x workers = 2 x 1: "
+            "change training.num_workers or, for a new run, set num_streams to a multiple of 2",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMAND_LINES)
+def test_names_each_mistake_on_the_command_line(case: str, folder: Path) -> None:
+    argv, lines = BAD_COMMAND_LINES[case]
+    world_size = 2 if case == "several at once" else 1
+    assert read_mistakes([*MODEL, *argv], world_size) == lines
+
+
+BAD_FILES = {
+    "typo in key": (
+        "[optimizer]\nlearning_rate = 1",
+        ["optimizer.learning_rate = 1 (run.toml): no such option, --help lists all"],
+    ),
+    "typo in section": ("[optimiser]\nlr = 1.0", ["optimiser.lr = 1.0 (run.toml): no such option, did you mean optimizer.lr?"]),
+    "no section": ("lr = 1.0", ["lr = 1.0 (run.toml): no such option, did you mean optimizer.lr?"]),
+    "quoted section and key": (
+        '"optimizer.lr" = 1.0',
+        ['"optimizer.lr" = 1.0 (run.toml): no such option, did you mean optimizer.lr?'],
+    ),
+    "empty unknown section": ("[empty]", ["empty = {} (run.toml): no such option, --help lists all"]),
+    "value for a section": ("training = 3", ["training = 3 (run.toml): no such option, --help lists all"]),
+    "table for a value": ("[training.steps]\na = 1", ['training.steps = {"a": 1} (run.toml): allowed is an integer > 0']),
+    "date for text": ("[job]\ndescription = 2020-01-01", ['job.description = "2020-01-01" (run.toml): allowed is text']),
+    "int for text": ("[job]\ndescription = 3", ["job.description = 3 (run.toml): allowed is text"]),
+    "text for int": ('[training]\nsteps = "9"', ['training.steps = "9" (run.toml): allowed is an integer > 0']),
+    "float for int": ("[training]\nsteps = 9.0", ["training.steps = 9.0 (run.toml): allowed is an integer > 0"]),
+    "bool for int": ("[training]\nsteps = true", ["training.steps = true (run.toml): allowed is an integer > 0"]),
+    "bool for float": ("[optimizer]\nlr = true", ["optimizer.lr = true (run.toml): allowed is a finite number > 0"]),
+    "inf for float": ("[optimizer]\nlr = inf", ["optimizer.lr = Infinity (run.toml): allowed is a finite number > 0"]),
+    "int for bool": ("[training]\ncompile = 1", ["training.compile = 1 (run.toml): allowed is true or false"]),
+    "text for bool": ('[training]\ncompile = "true"', ['training.compile = "true" (run.toml): allowed is true or false']),
+    "list for choice": (
+        '[activation_checkpoint]\nmode = ["full"]',
+        ['activation_checkpoint.mode = ["full"] (run.toml): allowed is "none" or "selective" or "full"'],
+    ),
+    "file names a file": ('[job]\nconfig_file = "a"', ['job.config_file = "a" (run.toml): allowed only on the command line']),
+    "long value": (
+        "[training]\nsteps = [" + "1, " * 99 + "]",
+        [f"training.steps = [{'1, ' * 33}... (run.toml): allowed is an integer > 0"],
+    ),
+    "several at once": (
+        "lr = 1\n[training]\nsteps = 0\nsed = 3\ncontext_len = 9000",
+        [
+            "lr = 1 (run.toml): no such option, did you mean optimizer.lr?",
+            "training.steps = 0 (run.toml): allowed is an integer > 0",
+            "training.sed = 3 (run.toml): no such option, did you mean training.seed?",
+            "training.context_len = 9000 is more than training.seq_len = 8192: "
+            "a document's piece must fit in a packed sequence; lower the one or raise the other",
+        ],
+    ),
+    "not TOML": (
+        "[training]\nsteps = 3\nseed 4\n",
+        [
+            "job.config_file = run.toml (command line): not a readable TOML file: "
+            "Expected '=' after a key in a key/value pair (at line 3, column 6)"
+        ],
+    ),
+    "unfinished TOML": (
+        "[training]\nsteps =",
+        ["job.config_file = run.toml (command line): not a readable TOML file: Invalid value (at line 2, the end)"],
+    ),
+    "key twice": (
+        "[training]\nsteps = 3\nsteps = 4\n",
+        ["job.config_file = run.toml (command line): not a readable TOML file: Cannot overwrite a value (at line 3, column 10)"],
+    ),
+    "not UTF-8": ("# \n# \udcff", ["job.config_file = run.toml (command line): not a readable TOML file: not UTF-8 (at line 2)"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_names_each_mistake_in_the_file(case: str, folder: Path) -> None:
+    toml, lines = BAD_FILES[case]
+    (folder / "run.toml").write_bytes(toml.encode(errors="surrogateescape"))
+    assert read_mistakes(["--job.config_file", "run.toml", *MODEL]) == lines
+
+
+def test_an_unreadable_file_is_not_followed_by_what_it_may_have_set(folder: Path) -> None:
+    """Without the file there is no telling whether model.config is set."""
+    assert len(read_mistakes(["--job.config_file", "none.toml"])) == 1
+
+
+def test_a_mistake_in_the_file_is_named_though_overridden(folder: Path) -> None:
+    (folder / "run.toml").write_text('[training]\ndata_parallel_shard_degree = "all"\n')
+    lines = read_mistakes(["--job.config_file", "run.toml", *MODEL, "--training.data_parallel_shard_degree", "0"])
+    assert lines == [
+        'training.data_parallel_shard_degree = "all" (run.toml): allowed is an integer >= -1',
+        "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more",
+    ]
+
+
+def test_a_missing_value_is_not_followed_by_what_it_may_have_set(folder: Path) -> None:
+    assert read_mistakes(["--job.config_file"]) == ["job.config_file = (value missing) (command line): allowed is text"]
+    assert read_mistakes(["--model.config", *MODEL[2:]]) == ["model.config = (value missing) (command line): allowed is text"]
+    assert len(read_mistakes([*MODEL, "--lr_scheduler.decay_ratio"])) == 1
+
+
+@pytest.mark.parametrize("value", ["/", "", "**x", "~nobody/x", "a" * 300, "a\0b", "a\nb"])
+def test_texts_that_cannot_be_paths_are_mistakes_of_one_line(value: str, folder: Path) -> None:
+    argv = ["--training.dataset=text", f"--training.data_files={value}", f"--model.config=./{value}.json"]
+    lines = read_mistakes([*argv, "--model.tokenizer_path=bytes"])
+    assert len(lines) == 2
+    assert not any("\n" in line for line in lines)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if _is_number(key)])
+def test_no_number_may_be_infinite(key: str, folder: Path) -> None:
+    (line,) = read_mistakes([*MODEL, f"--{key}=inf"])
+    assert line.startswith(f"{key} = inf (command line): allowed is a finite number")
+
+
+def test_command_line_wins_over_file_wins_over_default(folder: Path) -> None:
+    (folder / "run.toml").write_text('[model]\nconfig = "m.json"\ntokenizer_path = "bytes"\n[training]\nsteps = 200\nseed = 1\n')
+    config = read_config(["--job.config_file", "run.toml", "--training.seed=2"], 1)
+    assert (config.training.seed, config.training.steps, config.training.seq_len) == (2, 200, 8192)
+    config.training.seed, config.training.steps = 42, 1000
+    config.job.config_file, config.model.config, config.model.tokenizer_path = "", "", ""
+    assert config == JobConfig()
+
+
+def test_words_become_values_of_the_options_type(folder: Path) -> None:
+    argv = "--job.description 10 --training.compile --training.skip_nan_inf false --optimizer.lr 3 --optimizer.eps=1e-4"
+    argv += " --training.data_parallel_shard_degree -1 --lr_scheduler.decay_ratio none --job.dump_folder -x --training.seed=7"
+    config = read_config([*MODEL, *argv.split(), "--metrics.enable_wandb"], 1)
+    found = (
+        config.job.description,
+        config.training.compile,
+        config.training.skip_nan_inf,
+        config.optimizer.lr,
+        config.optimizer.eps,
+        config.training.data_parallel_shard_degree,
+        config.lr_scheduler.decay_ratio,
+        config.job.dump_folder,
+        config.training.seed,
+        config.metrics.enable_wandb,
+    )
+    assert repr(found) == repr(("10", True, False, 3.0, 1e-4, -1, None, "-x", 7, True))
+    assert repr(read_config([*MODEL, "--lr_scheduler.decay_ratio", "1"], 1).lr_scheduler.decay_ratio) == "1.0"
+
+
+def test_options_of_one_run_do_not_reach_the_next(folder: Path) -> None:
+    read_config([*MODEL, "--training.seed", "7"], 1)
+    assert read_config(MODEL, 1).training.seed == 42
+
+
+# Text without lone surrogates, and with every control character.
+TEXTS = st.text(st.characters(codec="utf-8"))
+
+
+@TINY
+@given(
+    description=TEXTS,
+    dataset=TEXTS.filter(lambda text: text not in ("text", "json", "parquet")),
+    lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    decay_ratio=st.none() | st.floats(0, 1),
+    seed=st.integers(0, 2**63 - 1),
+    compile=st.booleans(),
+    mode=st.sampled_from(["none", "selective", "full"]),
+)
+def test_a_written_configuration_reads_back(folder: Path, mode: Any, **values: Any) -> None:
+    config = read_config(MODEL, 1)
+    config.job.description, config.training.dataset = values["description"], values["dataset"]
+    config.optimizer.lr, config.lr_scheduler.decay_ratio = values["lr"], values["decay_ratio"]
+    config.training.seed, config.training.compile, config.activation_checkpoint.mode = values["seed"], values["compile"], mode
+    config.job.config_file = "other\n.toml"
+    write_config(config, folder / "resolved.toml")
+    back = read_config(["--job.config_file", "resolved.toml"], 1)
+    assert back == replace(config, job=replace(config.job, config_file="resolved.toml"))
+    assert math.copysign(1, back.lr_scheduler.decay_ratio or 0) == math.copysign(1, config.lr_scheduler.decay_ratio or 0)
+
+
+def test_every_control_character_survives(folder: Path) -> None:
+    config = read_config(MODEL, 1)
+    config.job.description = "".join(map(chr, range(256))) + "\u2028\ufeff\U0001f600"
+    write_config(config, folder / "resolved.toml")
+    assert read_config(["--job.config_file", "resolved.toml"], 1).job.description == config.job.description
+
+
+def test_a_written_configuration_shows_every_option(folder: Path) -> None:
+    write_config(read_config(MODEL, 1), folder / "resolved.toml")
+    lines = (folder / "resolved.toml").read_text().splitlines()
+    shown = [line.removeprefix("# ").split(" = ")[0] for line in lines if " = " in line]
+    assert shown == [key.split(".")[1] for key in KEYS]
+    assert "# decay_ratio = unset" in lines
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    assert read_config(["--job.config_file", str(path)], 1).job.config_file == str(path)
+
+
+FLAGS = st.sampled_from(KEYS).map("--{}".format)
+WORDS = st.one_of(
+    FLAGS,
+    st.tuples(FLAGS, st.text(max_size=8)).map("=".join),
+    st.sampled_from(
+        ["-1", "--", "none", "true", "1e400", "m.json", "-", "--x.y", "text", "bytes", "9" * 5000, "a" * 300, "\0", "\udcff"]
+    ),
+    st.text(max_size=8),
+)
+
+
+@TINY
+@given(argv=st.lists(WORDS, max_size=12), world_size=st.integers(1, 64))
+def test_junk_is_a_mistake_and_no_crash(folder: Path, argv: list[str], world_size: int) -> None:
+    try:
+        read_config(argv, world_size)
+    except UserError as error:
+        assert error.lines
+        assert not any("\n" in line for line in error.lines)
+
+
+@TINY
+@given(
+    content=st.binary(max_size=20)
+    | st.lists(st.sampled_from(["[training]", "[[training]]", "steps=", "seed=", "1", '"a"', "{}", "\n"]))
+)
+def test_junk_files_are_mistakes_and_no_crash(folder: Path, content: bytes | list[str]) -> None:
+    (folder / "run.toml").write_bytes(content if isinstance(content, bytes) else "".join(content).encode())
+    try:
+        read_config(["--job.config_file", "run.toml", *MODEL], 1)
+    except UserError as error:
+        assert not any("\n" in line for line in error.lines)
+
+
+@pytest.mark.parametrize("toml", ["x = " + "[" * 100000, "x = " + "9" * 5000, "x = 0x" + "f" * 5000])
+def test_extreme_files_are_mistakes(toml: str, folder: Path) -> None:
+    (folder / "run.toml").write_text(toml)
+    assert len(read_mistakes(["--job.config_file", "run.toml", *MODEL])) == 1
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_option_and_does_nothing_else(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        read_config(["--training.steps", "wrong", flag, "stray"], 1)
+    assert caught.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [word[2:] for word in shown.out.split() if word.startswith("--") and word[2:] in KEYS] == KEYS
+    assert max(map(len, shown.out.splitlines())) <= 80
+    text = " ".join(shown.out.replace("│", " ").split())
+    assert "--optimizer.beta1 (a finite number >= 0 and < 1) Decay of the first moment. (default: 0.9)" in text
+    assert "--training.compile (true or false) Compile each" in text
+    assert "the data depends on it and on the seed, not on the number of ranks or workers. (default: 192)" in text
+
+
+def test_every_option_has_a_help_text() -> None:
+    """A field without a docstring would be listed by --help with no word on what it does."""
+    import docstring_parser
+
+    for section in fields(JobConfig()):
+        documented = docstring_parser.parse_from_object(type(getattr(JobConfig(), section.name))).params
+        assert all(param.description for param in documented)
+        assert [param.arg_name for param in documented] == list(asdict(JobConfig())[section.name])
+
+
+def test_reading_needs_no_heavy_import() -> None:
+    code = "import sys, flame.config_reader; sys.exit(' '.join({'torch', 'transformers', 'tyro'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stderr.strip() == ""

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flame.data.order import shuffled_index
+from flame.data.streams import Cursor, PackedSequence, Piece, Stream
+from flame.errors import UserError
+
+Documents = list[list[int] | None]
+
+
+@dataclass
+class ListSource:
+    rows: list[str | None]
+    name: str = "list"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> str | None:
+        return self.rows[index]
+
+
+def encode_numbers(text: str) -> np.ndarray:
+    return np.asarray([int(word) for word in text.split()], dtype=np.int32)
+
+
+def pack_plainly(
+    documents: Documents, stream: int, num_streams: int, seq_len: int, context_len: int, seed: int, epochs: int
+) -> list[tuple[list[int], list[Piece]]]:
+    """Rows (tokens, pieces) of a stream over `epochs` epochs, token by token; the last row may be short."""
+    tokens = []
+    for ordinal in range(stream, epochs * len(documents), num_streams):
+        epoch, position = divmod(ordinal, len(documents))
+        document = shuffled_index(position, len(documents), seed, epoch)
+        for offset, token in enumerate(documents[document] or []):
+            tokens.append((ordinal, epoch, document, offset, token))
+    rows = []
+    for start in range(0, len(tokens), seq_len):
+        row = tokens[start : start + seq_len]
+        pieces: list[Piece] = []
+        previous = None
+        for ordinal, epoch, document, offset, _ in row:
+            if ordinal != previous or pieces[-1].end - pieces[-1].start == context_len:
+                pieces.append(Piece(document, offset, offset, epoch))
+            pieces[-1] = pieces[-1]._replace(end=offset + 1)
+            previous = ordinal
+        rows.append(([token for *_, token in row], pieces))
+    return rows
+
+
+lengths = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=8).filter(any)
+
+
+def number_tokens(lengths: list[int | None]) -> Documents:
+    """Documents of the given lengths in which each token occurs once in the corpus. None is a bad row."""
+    return [None if length is None else [100 * i + j for j in range(length)] for i, length in enumerate(lengths)]
+
+
+def open_stream(documents: Documents, index: int, num_streams: int, seq_len: int, context_len: int, seed: int) -> Stream:
+    rows = [None if tokens is None else " ".join(map(str, tokens)) for tokens in documents]
+    return Stream(ListSource(rows), encode_numbers, index, num_streams, seq_len, context_len, seed)
+
+
+def take(stream: Stream, count: int, cursor: Cursor | None = None) -> list[PackedSequence]:
+    sequences: list[PackedSequence] = []
+    cursor = cursor or stream.first_cursor
+    for _ in range(count):
+        sequences.append(stream.next_sequence(cursor))
+        cursor = sequences[-1].cursor
+    return sequences
+
+
+def summarize(sequence: PackedSequence) -> tuple:
+    return sequence.input_ids.tolist(), sequence.cu_seqlens.tolist(), sequence.documents, sequence.cursor, sequence.bad_rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=lengths,
+    num_streams=st.integers(1, 12),
+    seq_len=st.integers(1, 20),
+    context_len=st.integers(1, 20),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_equals_the_plain_packer(
+    lengths: list[int | None], num_streams: int, seq_len: int, context_len: int, seed: int, data: st.DataObject
+) -> None:
+    documents = number_tokens(lengths)
+    index = data.draw(st.integers(0, num_streams - 1))
+    epochs = 40
+    expected = pack_plainly(documents, index, num_streams, seq_len, context_len, seed, epochs)[:-1][:12]
+    sequences = take(open_stream(documents, index, num_streams, seq_len, context_len, seed), len(expected))
+    for sequence, (tokens, pieces) in zip(sequences, expected, strict=True):
+        assert sequence.input_ids.tolist() == tokens
+        assert sequence.documents == pieces
+        boundaries = [0]
+        for piece in pieces:
+            boundaries.append(boundaries[-1] + piece.end - piece.start)
+        assert sequence.cu_seqlens.tolist() == boundaries
+        assert (sequence.input_ids.dtype, sequence.cu_seqlens.dtype, sequence.stream) == ("int64", "int32", index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, num_streams=st.integers(1, 5), seq_len=st.integers(1, 20), context_len=st.integers(1, 20))
+def test_every_token_of_every_epoch_comes_exactly_once(
+    lengths: list[int | None], num_streams: int, seq_len: int, context_len: int
+) -> None:
+    documents, epochs = number_tokens(lengths), 3
+    seen: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index in range(num_streams):
+        stream = open_stream(documents, index, num_streams, seq_len, context_len, seed=1)
+        cursor = stream.first_cursor
+        while cursor.epoch < epochs:
+            sequence = stream.next_sequence(cursor)
+            cursor = sequence.cursor
+            for piece in sequence.documents:
+                seen[piece.epoch, piece.document].extend(range(piece.start, piece.end))
+    expected = {
+        (epoch, document): list(range(length)) for epoch in range(epochs) for document, length in enumerate(lengths) if length
+    }
+    assert {key: tokens for key, tokens in seen.items() if key[0] < epochs} == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, seq_len=st.integers(1, 20), context_len=st.integers(1, 20), start=st.integers(0, 9))
+def test_any_recorded_cursor_reproduces_the_rest(lengths: list[int | None], seq_len: int, context_len: int, start: int) -> None:
+    arguments = (number_tokens(lengths), 1, 3, seq_len, context_len, 5)
+    sequences = take(open_stream(*arguments), 12)
+    assert [s.cursor for s in sequences] == sorted(s.cursor for s in sequences)
+    fresh, used = open_stream(*arguments), open_stream(*arguments)
+    take(used, 4)
+    for stream in (fresh, used):
+        rest = take(stream, 12 - start - 1, sequences[start].cursor)
+        assert list(map(summarize, rest)) == list(map(summarize, sequences[start + 1 :]))
+
+
+def test_bad_rows_are_counted_once() -> None:
+    documents: Documents = [[1, 2], None, None, [3], None]
+    sequences = take(open_stream(documents, 0, 1, seq_len=3, context_len=3, seed=0), 20)
+    last = sequences[-1].documents[-1]
+    passed = [(epoch, shuffled_index(position, 5, 0, epoch)) for epoch in range(last.epoch + 1) for position in range(5)]
+    passed = passed[: passed.index((last.epoch, last.document))]
+    assert sum(s.bad_rows for s in sequences) == sum(documents[document] is None for _, document in passed)
+    assert {token for s in sequences for token in s.input_ids.tolist()} == {1, 2, 3}
+
+
+class CountingSource(ListSource):
+    reads = 0
+
+    def read(self, index: int) -> str | None:
+        self.reads += 1
+        return super().read(index)
+
+
+def test_only_the_current_document_is_read() -> None:
+    """Seeking does not replay: a cursor in the middle of the corpus costs the documents that its sequence needs."""
+    source = CountingSource([f"{i} {i} {i} {i}" for i in range(100)])
+    Stream(source, encode_numbers, 0, 1, 4, 4, 0).next_sequence(Cursor(7, 50, 2))
+    assert source.reads == 2
+
+
+def test_corpus_without_text_is_refused_after_a_bounded_search() -> None:
+    source = CountingSource([None] * 7)
+    stream = Stream(source, encode_numbers, 2, 3, 4, 4, 0)
+    message = 'training.dataset = "list" yields no usable text: 7 rows read, all empty, not text or undecodable'
+    with pytest.raises(UserError, match=message) as caught:
+        stream.next_sequence(stream.first_cursor)
+    assert len(caught.value.lines) == 1
+    assert source.reads <= 2 * 7
+
+
+def test_one_good_row_among_many_is_enough_for_every_stream() -> None:
+    """Each epoch deals the row to another stream: some wait for it longer than the number of rows."""
+    documents: Documents = [None] * 5 + [[1, 2]]
+    for index in range(6):
+        sequence = open_stream(documents, index, 6, 2, 2, 0).next_sequence(Cursor(0, index, 0))
+        assert sequence.input_ids.tolist() == [1, 2]

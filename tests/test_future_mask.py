@@ -1,0 +1,139 @@
+"""The mask functions against a brute-force definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flame.models.attention_mask import BLOCK_SIZE, _mask_mod, build_attention_mask, build_block_mask, build_boolean_mask
+from flame.models.future_mask import count_anchors, find_anchors, render_future_mask
+from flame.train import _future_valid_from_cu, _segment_ids_from_cu_seqlens, build_future_mask_from_cu
+
+lengths_of_packs = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+windows = st.sampled_from([None, 0, 1, 2, 3, 7, 100])
+
+
+def to_cu(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=dtype)
+
+
+def document_of(lengths: list[int]) -> list[int]:
+    return [document for document, length in enumerate(lengths) for _ in range(length)]
+
+
+def allowed_by_definition(lengths: list[int], window: int | None) -> list[list[bool]]:
+    document = document_of(lengths)
+    reach = window or len(document)
+    return [[document[q] == document[kv] and 0 < kv - q <= reach for kv in range(len(document))] for q in range(len(document))]
+
+
+@given(
+    lengths_of_packs,
+    windows,
+    st.sampled_from([torch.int32, torch.int64]),
+    st.booleans(),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_mask_and_validity_follow_the_definition(lengths, window, index_dtype, two_dimensional, dtype):
+    dtype = getattr(torch, dtype)
+    cu = to_cu(lengths, index_dtype)
+    cu = cu[None] if two_dimensional else cu
+    expected = torch.tensor(allowed_by_definition(lengths, window))
+
+    mask, valid = build_future_mask_from_cu(cu, window, dtype, "cpu")
+
+    total = sum(lengths)
+    assert mask.shape == (1, 1, total, total) and mask.dtype == dtype
+    assert torch.equal(mask[0, 0] == 0, expected)
+    assert torch.equal(mask[0, 0] == -torch.finfo(dtype).max, ~expected)
+    assert torch.equal(valid, expected.any(-1)[None])
+    assert torch.equal(_future_valid_from_cu(cu, window, "cpu"), valid)
+
+
+@given(lengths_of_packs, st.booleans())
+def test_segment_ids(lengths, two_dimensional):
+    cu = to_cu(lengths)
+    segment_id, total = _segment_ids_from_cu_seqlens(cu[None] if two_dimensional else cu)
+    assert segment_id.tolist() == document_of(lengths)
+    assert total == sum(lengths)
+
+
+@pytest.mark.parametrize("cu", [torch.tensor([0], dtype=torch.int32), torch.tensor([[0]], dtype=torch.int64)])
+def test_empty_pack(cu):
+    assert build_future_mask_from_cu(cu, None, torch.float32, "cpu") == (None, None)
+    assert _future_valid_from_cu(cu, 4, "cpu") is None
+    segment_id, total = _segment_ids_from_cu_seqlens(cu)
+    assert segment_id.numel() == 0 and total == 0
+
+
+def test_single_token_documents_have_no_future():
+    mask, valid = build_future_mask_from_cu(to_cu([1, 1, 1]), None, torch.float32, "cpu")
+    assert (mask != 0).all() and not valid.any()
+
+
+@given(lengths_of_packs, st.integers(0, 12))
+def test_anchors_have_their_target_in_their_document(lengths, shift):
+    document = document_of(lengths)
+    ahead = max(shift, 1)
+    expected = [t + ahead < len(document) and document[t + ahead] == document[t] for t in range(len(document))]
+    assert find_anchors(torch.tensor(document), shift).tolist() == expected
+    assert count_anchors(to_cu(lengths), shift) == sum(expected)
+
+
+def test_rendering_shows_the_pattern():
+    assert render_future_mask(to_cu([3, 1, 2])) == "\n".join(
+        [
+            ".##| |  ",
+            " .#| |  ",
+            "  .| |  ",
+            "   |.|  ",
+            "   | |.#",
+            "   | | .",
+        ]
+    )
+    assert render_future_mask(to_cu([4]), window_k=1) == ".#  \n .# \n  .#\n   ."
+
+
+@given(lengths_of_packs, windows)
+def test_the_mask_the_model_runs_on_is_the_reference(lengths, window):
+    segment_ids = torch.tensor(document_of(lengths))
+    future = build_attention_mask(segment_ids, "future", window or 0)
+    assert future.dtype == torch.bool
+    assert torch.equal(future[0, 0], torch.tensor(allowed_by_definition(lengths, window)))
+    causal = build_attention_mask(segment_ids, "causal")
+    unwindowed = torch.tensor(allowed_by_definition(lengths, None))
+    assert torch.equal(causal[0, 0], unwindowed.t() | torch.eye(len(segment_ids), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("direction", ["causal", "future"])
+@given(
+    lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(100, 400)), min_size=1, max_size=8),
+    window=st.sampled_from([0, 1, 64, 127, 128, 129, 255, 300]),
+)
+def test_closed_form_blocks_equal_those_of_create_block_mask(direction, lengths, window):
+    segment_ids = torch.tensor(document_of(lengths))
+    window = 0 if direction == "causal" else window
+    total = len(segment_ids)
+    ours = build_block_mask(segment_ids, direction, window)
+    theirs = create_block_mask(_mask_mod(segment_ids, direction, window), None, None, total, total, device="cpu")
+
+    blocks = -(-total // BLOCK_SIZE)
+    padded = torch.zeros(blocks * BLOCK_SIZE, blocks * BLOCK_SIZE, dtype=torch.bool)
+    padded[:total, :total] = build_boolean_mask(segment_ids, direction, window)[0, 0]
+    pairs = padded.view(blocks, BLOCK_SIZE, blocks, BLOCK_SIZE).sum((1, 3))
+    # The diagonal is always visited: the closed form does not ask whether a block of single-token documents is empty.
+    visited = (pairs > 0) | torch.eye(blocks, dtype=torch.bool)
+
+    assert torch.equal(ours.to_dense()[0, 0].bool(), visited)
+    assert torch.equal(theirs.to_dense()[0, 0].bool() | torch.eye(blocks, dtype=torch.bool), visited)
+    assert (
+        _full_blocks(ours, blocks) == _full_blocks(theirs, blocks) == set(map(tuple, (pairs == BLOCK_SIZE**2).nonzero().tolist()))
+    )
+
+
+def _full_blocks(mask, blocks: int) -> set[tuple[int, int]]:
+    counts, indices = mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0]
+    return {(q, kv) for q in range(blocks) for kv in indices[q, : counts[q]].tolist()}

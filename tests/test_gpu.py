@@ -1,0 +1,142 @@
+"""The CUDA paths against their CPU and float64 references: FlexAttention, compiled losses, FSDP on two devices."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig
+
+from flame.models.causal_lm import find_decoder_layers
+from flame.models.future_lm import build_future_lm
+from flame.models.losses import linear_cross_entropy
+from flame.models.mi_estimator import InfoNCEEstimator
+from flame.models.parallelize import materialize
+from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
+from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
+
+
+def build_on_gpu(compiled: bool, dtype: torch.dtype):
+    model = build_future_lm(future_config(), tiny_llama(**SHAPE), "cuda")
+    materialize(model, CUDA, seed=0)
+    model.to(dtype)
+    if compiled:
+        for layer in find_decoder_layers(model.lm):
+            layer.compile(dynamic=False)
+    return model
+
+
+@torch.no_grad()
+def encode(model, batch, direction: str, window_k: int = 0) -> torch.Tensor:
+    batch = batch.to(next(model.parameters()).device)
+    return model.encode_past(batch) if direction == "causal" else model.encode_future(batch, window_k)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("window_k", [0, 5, 130])
+def test_no_leak(compiled, window_k):
+    cu = torch.tensor([0, 100, 101, 256, 390, 391, 640], dtype=torch.int32)
+    model = build_on_gpu(compiled, torch.bfloat16)
+    batch = random_batch(cu)
+    base = encode(model, batch, "future", window_k)
+    for j in (0, 50, 99, 100, 101, 180, 255, 256, 300, 389, 390, 391, 500, 639):
+        tokens = batch.input_ids[0].clone()
+        tokens[j] = (tokens[j] + 1) % 61
+        changed = (encode(model, pack(tokens, cu), "future", window_k) != base).any(-1).nonzero().flatten().tolist()
+        start = int(cu[cu <= j].max())
+        assert j in changed
+        assert min(changed) >= max(start, j - 2 * window_k if window_k else start) and max(changed) <= j
+    last = encode(model, batch, "future", window_k)[cu[1:].long() - 1]
+    assert last.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("direction", ["causal", "future"])
+def test_flex_attention_equals_sdpa(compiled, direction):
+    cu = random_cu_seqlens(600, 9, seed=1)
+    on_cpu = build_unsharded(future_config(), tiny_llama(**SHAPE))
+    on_gpu = build_on_gpu(compiled, torch.float32)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    batch = random_batch(cu)
+    expected = encode(on_cpu, batch, direction)
+    torch.testing.assert_close(encode(on_gpu, batch, direction).cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_infonce_equals_float64():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5000, 64, generator=generator), torch.randn(5000, 64, generator=generator)
+    valid = torch.rand(5000, generator=generator) < 0.9
+    found = x.to(CUDA, torch.bfloat16).requires_grad_()
+    outcome = InfoNCEEstimator(64, 0.1).contrast(found, y.to(CUDA, torch.bfloat16), valid.to(CUDA))
+    (outcome.loss_sum / outcome.num_anchors).backward()
+
+    exact = x.bfloat16().double().requires_grad_()
+    a, b = F.normalize(exact[valid], dim=-1), F.normalize(y.bfloat16().double()[valid], dim=-1)
+    loss = F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)))
+    loss.backward()
+    assert (outcome.loss_sum / outcome.num_anchors).item() == pytest.approx(loss.item(), rel=1e-3)
+    error = (found.grad.double().cpu() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2e-2
+    assert outcome.mi_sum.item() / len(a) == pytest.approx(math.log(len(a)) - loss.item(), abs=1e-2)
+
+
+def test_compiled_cross_entropy_equals_float64():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5000, 64, generator=generator), torch.randn(1000, 64, generator=generator) * 0.1
+    labels = torch.randint(0, 1000, (5000,), generator=generator)
+    labels[::7] = -100
+    h, w = (t.to(CUDA, torch.bfloat16).requires_grad_() for t in (hidden, weight))
+    found = linear_cross_entropy(h, w, labels.to(CUDA))
+    found.backward()
+    he, we = (t.bfloat16().double().requires_grad_() for t in (hidden, weight))
+    exact = F.cross_entropy(he @ we.T, labels, reduction="sum")
+    exact.backward()
+    assert found.item() == pytest.approx(exact.item(), rel=1e-3)
+    for ours, theirs in ((h.grad, he.grad), (w.grad, we.grad)):
+        assert (ours.double().cpu() - theirs).norm() / theirs.norm() < 2e-2
+
+
+def test_no_leak_through_reversed_documents():
+    """A linear-attention family of flash-linear-attention."""
+    import fla.models  # noqa: F401 - registers the family
+
+    config = AutoConfig.for_model("gla", hidden_size=128, num_hidden_layers=2, num_heads=2, vocab_size=61)
+    model = build_future_lm(future_config(), config, "cuda")
+    materialize(model, CUDA, seed=0)
+    model.to(torch.bfloat16)
+    cu = torch.tensor([0, 70, 71, 200, 333, 512], dtype=torch.int32)
+    batch = random_batch(cu)
+    base = encode(model, batch, "future")
+    for j in (0, 69, 70, 71, 150, 199, 200, 332, 400, 511):
+        tokens = batch.input_ids[0].clone()
+        tokens[j] = (tokens[j] + 1) % 61
+        changed = (encode(model, pack(tokens, cu), "future") != base).any(-1).nonzero().flatten().tolist()
+        assert j in changed and min(changed) >= int(cu[cu <= j].max()) and max(changed) <= j
+
+
+def test_a_linear_attention_model_trains(workspace: Path, tmp_path: Path):  # noqa: F811 - a fixture
+    (tmp_path / "gla.json").write_text(
+        '{"model_type": "gla", "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 264}'
+    )
+    rows = run_ranks(1, workspace, tmp_path / "run", model__config=tmp_path / "gla.json", training__steps=12)
+    assert rows[-1]["ce_loss"] < rows[0]["ce_loss"] and rows[-1]["aux_loss"] > 0
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, compiled: bool):  # noqa: F811 - a fixture
+    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
+    changes = {"model__config": tmp_path / "model", "training__mixed_precision_param": "float32", "training__compile": compiled}
+    one = run_ranks(1, workspace, tmp_path / "one", **changes)
+    two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
+    for found, expected in zip(measured(two), measured(one), strict=True):
+        assert found == pytest.approx(expected, rel=2e-2), (found, expected)
+    assert read_metrics(tmp_path / "two")[-1]["mfu"] > 0
+    torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=0, atol=2e-2)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flame.errors import UserError
+from flame.launch import _count_processes, main
+
+REPO = Path(__file__).parents[1]
+MODEL = ["--model.config", "m.json", "--model.tokenizer_path", "bytes"]
+
+WORKER = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("not shown", file=sys.stderr)
+    time.sleep(60)
+print(*sys.argv[1:], os.environ["WORLD_SIZE"], file=sys.stderr)
+sys.exit(int(os.environ["WORKER_EXIT_CODE"]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model configuration, a stand-in worker, and a package that must not be taken for ours."""
+    (tmp_path / "m.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "worker.py").write_text(WORKER)
+    (tmp_path / "flame").mkdir()
+    (tmp_path / "flame" / "__init__.py").write_text("raise RuntimeError('the wrong flame')")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = {**inherited, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def run_script(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(["bash", str(REPO / "train.sh"), *options], folder, **environment)
+
+
+def run_worker(folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-P", "-m", "flame.launch", "--standalone", "--nproc-per-node=2", "--local-ranks-filter=0"]
+    return run(
+        [*launch, "-m", "worker", *MODEL],
+        folder,
+        PYTHONPATH=f"{REPO}:{folder / 'lib'}",
+        OMP_NUM_THREADS="1",
+        WORKER_EXIT_CODE=str(exit_code),
+    )
+
+
+def test_script_prints_help_and_starts_nothing(folder: Path) -> None:
+    done = run_script(folder, "--training.steps", "wrong", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--training.steps" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["flame", "lib", "m.json"]
+
+
+def test_script_ends_with_the_mistakes_alone(folder: Path) -> None:
+    # NGPU reaches the check of the data streams; m.json is found only if the caller's folder is kept.
+    done = run_script(folder, *MODEL, "--training.stepz", "a b", "--optimizer.lr=0", "--training.num_workers=7", NGPU="6")
+    assert (done.returncode, done.stdout) == (UserError.EXIT_CODE, "")
+    typo, out_of_range, conflict = done.stderr.splitlines()
+    assert typo == 'training.stepz = "a b" (command line): no such option, did you mean training.steps?'
+    assert out_of_range == "optimizer.lr = 0 (command line): allowed is a finite number > 0"
+    assert conflict.startswith("training.num_streams = 192 is not a multiple of ranks x workers = 6 x 7")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"NGPU": "two"}, "NGPU = two (environment): allowed is an integer > 0"),
+        ({"NGPU": "0"}, "NGPU = 0 (environment): allowed is an integer > 0"),
+        ({"NNODES": "1:2"}, "NNODES = 1:2 (environment): allowed is an integer > 0"),
+        ({"NNODES": "2"}, "NODE_RANK =  (environment): allowed is 0 to 1, another one on each machine"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = 2 (environment): allowed is 0 to 1, another one on each machine"),
+    ],
+)
+def test_script_names_mistakes_in_the_environment(folder: Path, environment: dict[str, str], line: str) -> None:
+    done = run_script(folder, **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (UserError.EXIT_CODE, "", line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments"),
+    [
+        ({}, "--nnodes 1 --nproc-per-node 1 --standalone --local-ranks-filter 0"),
+        ({"NGPU": "2", "LOG_RANK": "0,1"}, "--nnodes 1 --nproc-per-node 2 --standalone --local-ranks-filter 0,1"),
+        (
+            {"NNODES": "10", "NODE_RANK": "08", "MASTER_ADDR": "first", "MASTER_PORT": "7"},
+            "--nnodes 10 --nproc-per-node 1 --node-rank 08 --master-addr first --master-port 7 --local-ranks-filter 0",
+        ),
+    ],
+)
+def test_script_passes_environment_and_arguments(folder: Path, environment: dict[str, str], arguments: str) -> None:
+    echo = folder / "echo"
+    echo.write_text('#!/bin/bash\nprintf "%s\\n" "$OMP_NUM_THREADS" "$@"\n')
+    echo.chmod(0o755)
+    shown = run_script(folder, "--a.b", "c  d", "", "*", **{**environment, "PYTHON": str(echo)}).stdout.split("\n")
+    threads = max(1, len(os.sched_getaffinity(0)) // int(environment.get("NGPU", "1")))
+    assert shown == [str(threads), *f"-m flame.launch {arguments} -m flame.train --a.b".split(), "c  d", "", "*", ""]
+    kept = run_script(folder, **{**environment, "PYTHON": str(echo), "OMP_NUM_THREADS": "3"}).stdout.split("\n")
+    assert kept[0] == "3"
+
+
+def test_a_worker_that_names_the_mistake_is_all_that_is_shown(folder: Path) -> None:
+    done = run_worker(folder, UserError.EXIT_CODE)
+    assert (done.returncode, done.stdout, done.stderr) == (UserError.EXIT_CODE, "", " ".join([*MODEL, "2\n"]))
+
+
+def test_other_failures_keep_their_code_and_report(folder: Path) -> None:
+    done = run_worker(folder, 7)
+    assert done.returncode == 7
+    assert "worker FAILED" in done.stderr
+    assert "failed (exitcode: 7) local_rank: 0" in done.stderr
+    assert "not shown" not in done.stderr
+
+
+def test_a_finished_run_ends_with_zero(folder: Path) -> None:
+    launch = [sys.executable, "-P", "-m", "flame.launch", "--standalone", "-m", "worker", *MODEL]
+    done = run(launch, folder, PYTHONPATH=f"{REPO}:{folder / 'lib'}", WORKER_EXIT_CODE="0")
+    assert (done.returncode, done.stderr) == (0, " ".join([*MODEL, "1\n"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "count"),
+    [
+        ([], {}, 1),
+        (["--nnodes=2", "--nproc-per-node", "8"], {}, 16),
+        (["--nnodes", "2:4", "--nproc_per_node=3", "--standalone", "--local-ranks-filter", "0"], {}, 6),
+        ([], {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "2"}, 6),
+        (["--nproc-per-node=5"], {"PET_NPROC_PER_NODE": "2"}, 5),
+    ],
+)
+def test_counts_processes_over_all_nodes(
+    options: list[str], environment: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _count_processes(options) == count
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--nnodes=x", "-m", "flame.train"], "--nnodes = x: allowed is an integer > 0, or MIN:MAX"),
+        (["--nnodes=0", "-m", "flame.train"], "--nnodes = 0: allowed is an integer > 0, or MIN:MAX"),
+        (
+            ["--nproc-per-node=0", "-m", "flame.train"],
+            "--nproc-per-node = 0: allowed is an integer > 0, or cpu, gpu, auto where there are any",
+        ),
+        (["-m"], "no module to run: usage is python -m flame.launch [torchrun options] -m flame.train [options]"),
+    ],
+)
+def test_names_mistakes_in_torchruns_options(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == UserError.EXIT_CODE
+    assert capsys.readouterr().err == line + "\n"

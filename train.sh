@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Start or resume a run on this machine: bash train.sh --job.config_file run.toml [--section.key value ...]
+# Paths are relative to the folder that this is called from. `bash train.sh --help` lists all options.
+#
+# Environment:
+#   NGPU             processes on this machine, one a GPU (default 1)
+#   LOG_RANK         local ranks whose output is shown, separated by commas (default 0)
+#   OMP_NUM_THREADS  CPU threads of each process (default: the machine's cores / NGPU)
+#   PYTHON           interpreter (default python3)
+# For a run over several machines, start this on each of them with
+#   NNODES           number of machines (default 1)
+#   NODE_RANK        which of them this is, from 0
+#   MASTER_ADDR      address of machine 0 (default localhost)
+#   MASTER_PORT      a free port on machine 0 (default 29500)
+set -euo pipefail
+
+fail() {
+    echo "$1" >&2
+    exit 2
+}
+
+repo=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+ngpu=${NGPU:-1}
+nnodes=${NNODES:-1}
+[[ $ngpu =~ ^[1-9][0-9]*$ ]] || fail "NGPU = $ngpu (environment): allowed is an integer > 0"
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES = $nnodes (environment): allowed is an integer > 0"
+
+if ((nnodes == 1)); then
+    # Picks a free port, so that several runs fit on one machine.
+    rendezvous=(--standalone)
+else
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < nnodes)) ||
+        fail "NODE_RANK = ${NODE_RANK:-} (environment): allowed is 0 to $((nnodes - 1)), another one on each machine"
+    rendezvous=(--node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}")
+fi
+
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ngpu ? cores / ngpu : 1))}
+export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
+# Keep the caller's folder off the import path: another `flame` or `datasets` in it must not be taken for ours.
+export PYTHONSAFEPATH=1
+
+exec "${PYTHON:-python3}" -m flame.launch \
+    --nnodes "$nnodes" --nproc-per-node "$ngpu" "${rendezvous[@]}" --local-ranks-filter "${LOG_RANK:-0}" \
+    -m flame.train "$@"
