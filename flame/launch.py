@@ -1,7 +1,7 @@
 """torchrun for `flame.train`: `python -m flame.launch [torchrun options] -m flame.train [options of the run]`.
 
 Beyond torchrun, it reads the run's options before any worker starts, so that a mistake is one line and costs no start-up; and
-it ends with the worker's own exit code, silent about a worker that has already named the user's mistake.
+it ends with the worker's own exit code, and says nothing of a worker that met the user's mistake but what the mistake is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flame.config_reader import read_config
 from flame.errors import UserError
@@ -75,21 +76,44 @@ def _count_local_processes(nproc_per_node: str) -> int:
 
 def _run_workers(argv: list[str]) -> int:
     from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with _hold_log() as held:
         try:
-            record(torchrun.run)(torchrun.parse_args(argv))
+            torchrun.run(torchrun.parse_args(argv))
             return 0
         except ChildFailedError as error:
             failed = error
             # A worker that met the user's mistake decides, also when another, cut off by its end, is seen first.
-            if any(failure.exitcode == UserError.EXIT_CODE for failure in failed.failures.values()):
+            mistaken = [failure for failure in failed.failures.values() if failure.exitcode == UserError.EXIT_CODE]
+            if mistaken:
                 held.clear()
+                for lines in dict.fromkeys(read_mistake(failure.error_file_data) for failure in mistaken):
+                    print(lines, end="", file=sys.stderr)
                 return UserError.EXIT_CODE
     print(failed, file=sys.stderr)
     exit_code = failed.get_first_failure()[1].exitcode
     return exit_code if exit_code > 0 else 128 - exit_code
+
+
+def report_mistake(error: UserError) -> None:
+    """Called by a worker that is about to end with `UserError.EXIT_CODE`: leave the lines to the launcher.
+
+    The workers' output is shown for some ranks only, and all of them may have met the same mistake. Without torchrun the lines
+    are printed here.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    else:
+        print(error, file=sys.stderr)
+
+
+def read_mistake(error_data: dict[str, Any]) -> str:
+    """The lines that a worker left with `report_mistake`, each with its line end; empty if it left none."""
+    message = error_data.get("message")
+    return message["message"].removeprefix("UserError: ") + "\n" if isinstance(message, dict) else ""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from flame.components.checkpoint import Checkpointer, list_checkpoints
-from flame.components.distributed import get_rank, get_world_size, set_single_process_defaults, start_processes, sum_over_ranks
+from flame.components.distributed import get_world_size, set_single_process_defaults, start_processes, sum_over_ranks
 from flame.components.flops import FlopCounter
 from flame.components.loggers import METRICS_FILE, RunLog, format_line, init_logging
 from flame.components.metrics import Metrics
@@ -37,6 +37,7 @@ from flame.data.sources import open_source
 from flame.data.state import DataState, merge_states
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
+from flame.launch import report_mistake
 from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.future_mask import (  # the two private names are part of this module's interface
@@ -181,7 +182,7 @@ class Trainer:
         step_loss = torch.zeros((), device=self.device)
         for batch in batches:
             self._seed_dropout(batch)
-            losses = self.model(compute_losses, batch.to(self.device), self.config, weight > 0)
+            losses = self.model(compute_losses, batch.to(self.device, non_blocking=True), self.config, weight > 0)
             loss = torch.zeros((), device=self.device)
             if losses.ce_sum is not None:
                 loss = loss + losses.ce_sum / counts.labels
@@ -380,8 +381,7 @@ def main(argv: list[str]) -> None:
         config = read_config(argv, get_world_size())
         Trainer(config).train()
     except UserError as error:
-        if get_rank() == 0:
-            print(error, file=sys.stderr)
+        report_mistake(error)
         sys.exit(error.EXIT_CODE)
 
 

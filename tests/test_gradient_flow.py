@@ -76,7 +76,7 @@ def test_packed_equals_one_document_at_a_time(family, direction):
 def test_reversal_is_its_own_inverse_and_stays_in_documents(lengths):
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     expected = [t for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True) for t in reversed(range(a, b))]
-    order = reverse_documents(cu)
+    order = reverse_documents(cu, sum(lengths))
     assert order.tolist() == expected
     assert order[order].tolist() == list(range(sum(lengths)))
 

@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 
 from flame.errors import UserError
-from flame.launch import _count_processes, main
+from flame.launch import _count_processes, main, report_mistake
 
 REPO = Path(__file__).parents[1]
 MODEL = ["--model.config", "m.json", "--model.tokenizer_path", "bytes"]
 
 WORKER = """
 import os, sys, time
+from flame.errors import UserError
+from flame.launch import report_mistake
 if os.environ["RANK"] == "1":
     print("not shown", file=sys.stderr)
+if os.environ["RANK"] != os.environ["WORKER_FAILING_RANK"]:
     time.sleep(60)
-print(*sys.argv[1:], os.environ["WORLD_SIZE"], file=sys.stderr)
+lines = " ".join([*sys.argv[1:], os.environ["WORLD_SIZE"]])
+if os.environ["WORKER_EXIT_CODE"] == "2":
+    report_mistake(UserError(lines, "second line"))
+else:
+    print(lines, file=sys.stderr)
 sys.exit(int(os.environ["WORKER_EXIT_CODE"]))
 """
 
@@ -36,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment = {**inherited, "PYTHON": sys.executable, **environment}
+    environment = {**inherited, "PYTHON": sys.executable, "PYTHONSAFEPATH": "1", **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
@@ -44,14 +51,15 @@ def run_script(folder: Path, *options: str, **environment: str) -> subprocess.Co
     return run(["bash", str(REPO / "train.sh"), *options], folder, **environment)
 
 
-def run_worker(folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-P", "-m", "flame.launch", "--standalone", "--nproc-per-node=2", "--local-ranks-filter=0"]
+def run_worker(folder: Path, exit_code: int, failing_rank: int = 0) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "flame.launch", "--standalone", "--nproc-per-node=2", "--local-ranks-filter=0"]
     return run(
         [*launch, "-m", "worker", *MODEL],
         folder,
         PYTHONPATH=f"{REPO}:{folder / 'lib'}",
         OMP_NUM_THREADS="1",
         WORKER_EXIT_CODE=str(exit_code),
+        WORKER_FAILING_RANK=str(failing_rank),
     )
 
 
@@ -109,9 +117,20 @@ def test_script_passes_environment_and_arguments(folder: Path, environment: dict
     assert kept[0] == "3"
 
 
-def test_a_worker_that_names_the_mistake_is_all_that_is_shown(folder: Path) -> None:
-    done = run_worker(folder, UserError.EXIT_CODE)
-    assert (done.returncode, done.stdout, done.stderr) == (UserError.EXIT_CODE, "", " ".join([*MODEL, "2\n"]))
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_the_mistake_that_a_worker_met_is_all_that_is_shown(folder: Path, failing_rank: int) -> None:
+    """Also that of a rank whose output is not shown."""
+    done = run_worker(folder, UserError.EXIT_CODE, failing_rank)
+    lines = " ".join([*MODEL, "2\n"]) + "second line\n"
+    assert (done.returncode, done.stdout, done.stderr) == (UserError.EXIT_CODE, "", lines)
+
+
+def test_without_torchrun_the_worker_prints_the_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    report_mistake(UserError("one", "two"))
+    assert capsys.readouterr().err == "one\ntwo\n"
 
 
 def test_other_failures_keep_their_code_and_report(folder: Path) -> None:
@@ -123,8 +142,8 @@ def test_other_failures_keep_their_code_and_report(folder: Path) -> None:
 
 
 def test_a_finished_run_ends_with_zero(folder: Path) -> None:
-    launch = [sys.executable, "-P", "-m", "flame.launch", "--standalone", "-m", "worker", *MODEL]
-    done = run(launch, folder, PYTHONPATH=f"{REPO}:{folder / 'lib'}", WORKER_EXIT_CODE="0")
+    launch = [sys.executable, "-m", "flame.launch", "--standalone", "-m", "worker", *MODEL]
+    done = run(launch, folder, PYTHONPATH=f"{REPO}:{folder / 'lib'}", WORKER_EXIT_CODE="0", WORKER_FAILING_RANK="0")
     assert (done.returncode, done.stderr) == (0, " ".join([*MODEL, "1\n"]))
 
 

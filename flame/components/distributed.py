@@ -24,11 +24,6 @@ def get_world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def get_rank() -> int:
-    """This process among those of the run, before the process group exists."""
-    return int(os.environ["RANK"])
-
-
 def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
     """Join the process group and build the mesh.
 

@@ -55,25 +55,26 @@ class ReversedPasses:
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
         assert not window_k, "a recurrence has no window"
-        order = reverse_documents(batch.cu_seqlens)
+        order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
         return self._run(model, batch.input_ids[:, order], batch.cu_seqlens)[order]
 
     def _run(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         return model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state[0]
 
 
-def reverse_documents(cu_seqlens: Tensor) -> Tensor:
+def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
     """Index that reverses each document in place; it is its own inverse.
 
     Args:
         cu_seqlens: int32 [S+1].
+        total: T, known without asking the device.
 
     Returns:
         int64 [T]: token t of a document [a, b) goes to a + b - 1 - t.
     """
     cu = cu_seqlens.long()
-    starts_plus_ends = torch.repeat_interleave(cu[:-1] + cu[1:], cu[1:] - cu[:-1], output_size=int(cu_seqlens[-1]))
-    return starts_plus_ends - 1 - torch.arange(starts_plus_ends.numel(), device=cu.device)
+    starts_plus_ends = torch.repeat_interleave(cu[:-1] + cu[1:], cu[1:] - cu[:-1], output_size=total)
+    return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
 
 
 def choose_passes(config: PretrainedConfig) -> Passes:
