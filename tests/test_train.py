@@ -123,7 +123,9 @@ def test_a_run_leaves_metrics_checkpoints_model_and_curves(plain_run):
     assert (plain_run / "curves.png").stat().st_size > 1000
     start = json.loads((plain_run / "starts.jsonl").read_text())
     assert start["start_step"] == 0
-    head = subprocess.run(["git", "-C", str(REPO), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "-C", str(REPO), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     assert (start["git_revision"] or "").removesuffix("-dirty") == head
     assert 'tokenizer_path = "bytes"' in (plain_run / "config.toml").read_text()
 

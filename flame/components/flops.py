@@ -37,17 +37,13 @@ class FlopCounter:
 
     def __init__(self, model: FutureLM, config: JobConfig):
         lm_config = model.lm.config
-        head = model.lm.get_output_embeddings().weight.numel()
-        embeddings = {
-            id(module.weight): module.weight.numel() for module in model.lm.modules() if isinstance(module, nn.Embedding)
-        }
-        tied = id(model.lm.get_output_embeddings().weight) in embeddings
-        total = sum(parameter.numel() for parameter in model.lm.parameters())
-        self.body = total - sum(embeddings.values()) - (0 if tied else head)
-        self.head = head
+        head = model.lm.get_output_embeddings().weight
+        tables = {id(module.weight) for module in model.lm.modules() if isinstance(module, nn.Embedding)} | {id(head)}
+        self.body = sum(p.numel() for p in model.lm.parameters() if p.ndim > 1 and id(p) not in tables)
+        self.head = head.numel()
         self.attention = 0 if is_recurrent(lm_config) else count_attention_channels(lm_config)
         self.hidden_size = lm_config.hidden_size
-        self.predictor = sum(parameter.numel() for parameter in model.predictor.parameters()) if model.predictor else 0
+        self.predictor = sum(p.numel() for p in model.predictor.parameters() if p.ndim > 1) if model.predictor else 0
         self.future = config.future_encoder
         self.frozen = config.experimental.freeze_lm_for_infonce
 

@@ -1,0 +1,168 @@
+"""Building and initialising models: what starts how, what is refused, what decays, what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from flame.components.flops import FlopCounter
+from flame.components.optimizer import build_optimizer, build_schedule, seek_schedule
+from flame.config import Experimental
+from flame.errors import UserError
+from flame.models.causal_lm import initialize, load_model_config
+from tests.helpers import CPU, build_unsharded, future_config, tiny_llama
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_built_on_meta_is_like_one_from_the_plain_constructor(tied):
+    config = tiny_llama(hidden_size=64, vocab_size=512, tie_word_embeddings=tied)
+    ours = build_unsharded(future_config(), config).lm
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(config)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert torch.equal(ours.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        found = ours.state_dict()[name]
+        assert found.dtype == torch.float32
+        assert found.mean().item() == pytest.approx(tensor.mean().item(), abs=2e-3), name
+        assert found.std().item() == pytest.approx(tensor.std().item(), rel=0.1, abs=1e-6), name
+
+
+def test_the_seed_decides_the_weights():
+    a, b, c = (build_unsharded(future_config(), seed=seed).lm.lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_padding_rows_start_at_zero():
+    embedding = build_unsharded(future_config(), tiny_llama(pad_token_id=3)).lm.model.embed_tokens
+    assert (embedding.weight[3] == 0).all() and (embedding.weight[4] != 0).any()
+
+
+def test_a_parameter_that_init_weights_forgets_is_named():
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept, self.lost = nn.Parameter(torch.empty(2)), nn.Parameter(torch.empty(2))
+
+        def init_weights(self):
+            self.kept.zero_()
+
+    with torch.device("meta"):
+        module = Forgetful()
+    with pytest.raises(UserError, match="leaves lost unset"):
+        initialize(module, CPU, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"model_type": "mistral", "sliding_window": 16}', "sliding_window = 16 is not supported"),
+        ('{"model_type": "gemma2"}', "sliding_attention are not supported"),
+        ('{"model_type": "gemma2"}', "final_logit_softcapping = 30.0 is not supported"),
+        ('{"model_type": "qwen3_moe"}', "mixture-of-experts models are not supported"),
+        ('{"model_type": "llama", "attention_dropout": 0.1}', "attention_dropout = 0.1 is not supported"),
+        ('{"model_type": "vit"}', 'model_type "vit" is no causal language model'),
+        ('{"model_type": "abacus"}', "cannot be loaded by transformers"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(tmp_path, content, reason):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as refusal:
+        load_model_config(str(tmp_path / "config.json"))
+    assert any(reason in line for line in refusal.value.lines), refusal.value.lines
+
+
+def test_only_matrices_decay():
+    config = future_config(learnable_temperature=True)
+    config.future_predictor.lr_scale, config.future_predictor.weight_decay = 0.5, 0.01
+    model = build_unsharded(config, tiny_llama(attention_bias=True, tie_word_embeddings=False))
+    groups = {
+        name: (group["lr"], group["weight_decay"])
+        for optimizer in build_optimizer(config, model)
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    base = config.optimizer
+    expected = {
+        "lm.model.layers.0.self_attn.q_proj.weight": (base.lr, base.weight_decay),
+        "lm.lm_head.weight": (base.lr, base.weight_decay),
+        "lm.model.layers.0.self_attn.q_proj.bias": (base.lr, 0.0),
+        "lm.model.norm.weight": (base.lr, 0.0),
+        "lm.model.embed_tokens.weight": (base.lr, 0.0),
+        "predictor.out.weight": (base.lr * 0.5, 0.01),
+        "predictor.norm.weight": (base.lr * 0.5, 0.0),
+        "estimator.log_temperature": (base.lr * 0.5, 0.0),
+    }
+    assert {name: groups[name] for name in expected} == expected
+
+
+def test_a_frozen_model_is_not_in_the_optimizer():
+    config = future_config()
+    config.experimental = Experimental(freeze_lm_for_infonce=True)
+    model = build_unsharded(config)
+    names = {name for optimizer in build_optimizer(config, model) for g in optimizer.param_groups for name in g["param_names"]}
+    assert names == {name for name, _ in model.named_parameters() if not name.startswith("lm.")}
+
+
+def test_allocating_the_optimizer_state_is_not_a_step():
+    config = future_config()
+    model = build_unsharded(config)
+    before = [p.clone() for p in model.parameters()]
+    optimizer = build_optimizer(config, model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    states = [state for inner in optimizer for state in inner.state.values()]
+    assert len(states) == len(before)
+    assert all(state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any() for state in states)
+
+
+@given(st.integers(0, 30))
+def test_seeking_the_schedule_equals_stepping_it(step):
+    config = future_config()
+    config.training.steps, config.lr_scheduler.warmup_steps = 30, 5
+    model = build_unsharded(config)
+    rates = []
+    for seek in (False, True):
+        optimizer = build_optimizer(config, model)
+        schedule = build_schedule(config, optimizer)
+        if seek:
+            seek_schedule(schedule, step)
+        else:
+            optimizer.step()
+            for _ in range(step):
+                schedule.step()
+        rates.append([group["lr"] for inner in optimizer for group in inner.param_groups])
+    assert rates[0] == rates[1]
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.sampled_from([0, 1, 3]), st.integers(0, 2), st.booleans())
+def test_flops_count_what_is_computed(lengths, window, shift, tied):
+    config = future_config(future_k=window, target_shift=shift)
+    model = build_unsharded(config, tiny_llama(tie_word_embeddings=tied))
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    flops = FlopCounter(model, config).count(cu, with_future=True)
+
+    tokens = sum(lengths)
+    matrices = [m.weight.numel() for name, m in model.lm.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    body, head, channels = sum(matrices), 61 * 32, 2 * 32
+    causal_pairs = sum(1 for n in lengths for q in range(n) for kv in range(n) if kv <= q)
+    future_pairs = sum(1 for n in lengths for q in range(n) for kv in range(n) if 0 < kv - q <= (window or n))
+    anchors = sum(1 for n in lengths for t in range(n) if t + max(shift, 1) < n)
+    predictor = sum(m.weight.numel() for m in model.predictor.modules() if isinstance(m, nn.Linear))
+    assert flops.next_token == 6 * (body + head) * tokens + 12 * channels * causal_pairs
+    expected = 2 * body * tokens + 4 * channels * future_pairs + 6 * predictor * tokens + 4 * anchors**2 * 32
+    assert flops.future == expected
+
+
+def test_an_exported_folder_of_a_family_is_read_back(tmp_path):
+    model = build_unsharded(future_config()).lm
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
