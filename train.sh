@@ -25,6 +25,8 @@ nnodes=${NNODES:-1}
 [[ $ngpu =~ ^[1-9][0-9]*$ ]] || fail "NGPU = $ngpu (environment): allowed is an integer > 0"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES = $nnodes (environment): allowed is an integer > 0"
 
+[[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = $LOG_RANK (environment): allowed are ranks separated by commas"
+
 if ((nnodes == 1)); then
     # Picks a free port, so that several runs fit on one machine.
     rendezvous=(--standalone)

@@ -27,6 +27,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 BYTES_TOKENIZER = "bytes"
 STANDARD_LIBRARY = "stdlib"
+LOWEST_LEARNED_TEMPERATURE = 0.01
 LOCAL_FORMATS = ("text", "json", "parquet")
 
 
@@ -89,15 +90,14 @@ class Training:
     """Skip the optimizer step when the loss or the gradient norm is not finite, instead of stopping."""
     max_skipped_steps: PositiveInt = 10
     """With training.skip_nan_inf, stop after this many skipped steps in a row."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Decides the initial weights, the order of the data and dropout."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile. Worth it on GPUs."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of parameters and activations in forward and backward on GPUs. The master weights are float32. CPUs use float32."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Dtype in which gradients are reduced over ranks."""
+    """Dtype of parameters and activations in forward and backward on GPUs. Master weights and the reduction of gradients over
+    ranks are float32. CPUs use float32 throughout."""
     data_parallel_replicate_degree: PositiveInt = 1
     """Groups of ranks that each hold a full sharded copy of the weights (HSDP). 1 is plain FSDP."""
     data_parallel_shard_degree: Annotated[int, Field(ge=-1)] = -1
@@ -112,10 +112,8 @@ class Training:
 class Optimizer:
     __pydantic_config__ = STRICT
 
-    name: Literal["AdamW"] = "AdamW"
-    """Optimizer of all parameters."""
     lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     beta1: Probability = 0.9
     """Decay of the first moment."""
     beta2: Probability = 0.95
@@ -137,7 +135,7 @@ class LRScheduler:
     decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
     """Shape of the decay."""
     lr_min: Fraction = 0.1
-    """Final learning rate, as a fraction of optimizer.lr."""
+    """Learning rate at the end of the decay, which is one step after the last, as a fraction of optimizer.lr."""
 
 
 @dataclass(kw_only=True)
@@ -163,7 +161,7 @@ class FutureEncoder:
     temperature: PositiveFloat = 0.1
     """Divides the cosine similarities."""
     learnable_temperature: bool = False
-    """Learn the temperature, starting from future_encoder.temperature."""
+    """Learn the temperature, starting from future_encoder.temperature; it is kept at 0.01 or above."""
 
 
 @dataclass(kw_only=True)
@@ -264,22 +262,30 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
         config: options whose types and ranges are already checked.
         world_size: processes of the run over all nodes.
     """
+    yield from _find_folder_conflicts(config)
     yield from _find_model_conflicts(config.model)
     yield from _find_data_conflicts(config.training, world_size)
     yield from _find_schedule_conflicts(config)
     yield from _find_parallel_conflicts(config.training, world_size)
 
 
+def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
+    folder, checkpoints = config.job.dump_folder, os.path.join(config.job.dump_folder, config.checkpoint.folder)
+    for key, value, path in (("job.dump_folder", folder, folder), ("checkpoint.folder", config.checkpoint.folder, checkpoints)):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            yield f'{key} = "{value}": "{path}" is not a folder; choose another name'
+
+
 def _find_model_conflicts(model: Model) -> Iterator[str]:
     if not model.config:
         yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
-    elif os.path.exists(model.config):
+    elif os.path.exists(os.path.expanduser(model.config)):
         yield from _find_json_faults(model.config)
     elif _looks_like_path(model.config):
         yield f'model.config = "{model.config}": no such file or folder'
     if not model.tokenizer_path:
         yield f'model.tokenizer_path is not set: give a folder, a Hub name, or "{BYTES_TOKENIZER}" for the built-in tokenizer'
-    elif _looks_like_path(model.tokenizer_path) and not os.path.isdir(model.tokenizer_path):
+    elif _looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
         yield f'model.tokenizer_path = "{model.tokenizer_path}": no such folder'
 
 
@@ -343,6 +349,11 @@ def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
         yield (
             f"future_encoder.target_shift = {config.future_encoder.target_shift} leaves no position with a target: "
             f"it must be less than training.context_len = {config.training.context_len}"
+        )
+    if config.future_encoder.learnable_temperature and config.future_encoder.temperature < LOWEST_LEARNED_TEMPERATURE:
+        yield (
+            f"future_encoder.temperature = {config.future_encoder.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
+            "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
         )
     if config.experimental.freeze_lm_for_infonce:
         if not config.uses_future:

@@ -207,7 +207,7 @@ def _read_file(path: str) -> list[_Setting]:
         raise ValueError(str(error).replace("at end of document", f"at line {line}, the end")) from None
     settings: list[_Setting] = []
     for section, options in tree.items():
-        if isinstance(options, dict) and options:
+        if isinstance(options, dict) and (options or section in _SECTIONS):
             named = {f"{_show_key(section)}.{_show_key(key)}": value for key, value in options.items()}
         else:
             named = {_show_key(section): options}
@@ -253,7 +253,7 @@ def _describe_allowed(schema: dict[str, Any]) -> str:
     if choices:
         return " or ".join(map(_format_toml, choices))
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = " and ".join(f"{sign} {schema[limit]:g}" for limit, sign in limits.items() if limit in schema)
+    bounds = " and ".join(f"{sign} {schema[limit]:.10g}" for limit, sign in limits.items() if limit in schema)
     nouns = {"integer": "an integer", "number": "a finite number", "boolean": "true or false", "string": "text", "null": "none"}
     return f"{nouns[schema['type']]} {bounds}".rstrip()
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -19,8 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from flame.components.checkpoint import Checkpointer, list_checkpoints
-from flame.components.distributed import get_world_size, set_single_process_defaults, start_processes, sum_over_ranks
+from flame.components.checkpoint import Checkpointer, check_resumable, list_checkpoints
+from flame.components.distributed import (
+    check_same_on_all_ranks,
+    get_rank,
+    get_world_size,
+    set_single_process_defaults,
+    start_processes,
+    sum_over_ranks,
+)
 from flame.components.flops import FlopCounter
 from flame.components.loggers import METRICS_FILE, RunLog, format_line, init_logging
 from flame.components.metrics import Metrics
@@ -111,6 +119,7 @@ class Counters:
     tokens_seen: int = 0
     bad_rows: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -123,17 +132,18 @@ class Trainer:
     def __init__(self, config: JobConfig):
         self.config = config
         self.folder = Path(config.job.dump_folder)
-        self.device, mesh = start_processes(config)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = get_rank(), get_world_size()
         self.is_main = self.rank == 0
         init_logging(self.is_main)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
         self.tokenizer = load_tokenizer(config.model.tokenizer_path)
         model_config = load_model_config(config.model.config)
         check_fits_run(model_config, len(self.tokenizer), config)
         self.source = open_source(config.training)
 
+        self.device, mesh = start_processes(config)
+        check_same_on_all_ranks("number of documents", len(self.source))
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.model = build_future_lm(config, model_config, self.device.type)
         parallelize(self.model, config, mesh)
         materialize(self.model, self.device, config.training.seed)
@@ -143,7 +153,6 @@ class Trainer:
 
         self.step = 0
         self.counters = Counters()
-        self.skipped_in_a_row = 0
         self.previewed = False
         self.data_state = DataState(config.training.num_streams, config.training.seed)
         self.checkpointer = Checkpointer(
@@ -180,23 +189,28 @@ class Trainer:
 
         self.optimizer.zero_grad()
         step_loss = torch.zeros((), device=self.device)
+        outcomes = []
         for batch in batches:
             self._seed_dropout(batch)
             losses = self.model(compute_losses, batch.to(self.device, non_blocking=True), self.config, weight > 0)
             loss = torch.zeros((), device=self.device)
             if losses.ce_sum is not None:
-                loss = loss + losses.ce_sum / counts.labels
+                loss = loss + losses.ce_sum / max(counts.labels, 1)
             if losses.contrast is not None:
-                loss = loss + weight * losses.contrast.loss_sum / counts.anchors
+                loss = loss + weight * losses.contrast.loss_sum / max(counts.anchors, 1)
             loss.backward()
             step_loss += loss.detach()
-            self._record_losses(losses, batch)
+            outcomes.append(losses)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
         dist.all_reduce(step_loss)
 
         if self._is_usable(step_loss, grad_norm, batches):
             self.optimizer.step()
-        self._record_step(step_loss, grad_norm, weight, counts)
+            if self.model.estimator is not None:
+                self.model.estimator.limit_temperature()
+            self._record_losses(outcomes, batches)
+            self._record_step(step_loss, grad_norm, weight, counts)
+        self._count_step(batches, weight, counts)
         self.schedule.step()
 
     def future_weight(self) -> float:
@@ -218,7 +232,7 @@ class Trainer:
         return batches
 
     def _count_over_ranks(self, batches: list[PackedBatch]) -> StepCounts:
-        """Labels and anchors are at least 1, so that a step without any adds exactly zero."""
+        """What this step is averaged over, and the run's totals. Counted on the CPU: it does not wait for the GPU."""
         shift = self.config.future_encoder.target_shift
         tokens, labels, anchors, bad_rows = sum_over_ranks(
             sum(batch.input_ids.numel() for batch in batches),
@@ -228,7 +242,7 @@ class Trainer:
         )
         self.counters.tokens_seen += tokens
         self.counters.bad_rows += bad_rows
-        return StepCounts(tokens, max(labels, 1), max(anchors, 1))
+        return StepCounts(tokens, labels, anchors)
 
     def _seed_dropout(self, batch: PackedBatch) -> None:
         """Dropout depends on the seed and on which sequence this is: the same on any number of ranks, and after a resume."""
@@ -241,27 +255,30 @@ class Trainer:
             UserError: they are not finite and skipping is off, or has happened too often in a row.
         """
         if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-            self.skipped_in_a_row = 0
+            self.counters.skipped_in_a_row = 0
             return True
         self.counters.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        what = f"step {self.step}: loss {loss.item():g}, gradient norm {grad_norm.item():g}"
-        sequences = ", ".join(str(batch.sequence_index) for batch in batches)
+        self.counters.skipped_in_a_row += 1
+        last = self.data_state.next_sequence - 1
+        first = last + 1 - len(batches) * self.world_size
+        what = f"step {self.step} (sequences {first} to {last}): loss {loss.item():g}, gradient norm {grad_norm.item():g}"
         if not self.config.training.skip_nan_inf:
-            raise UserError(f"{what} (sequences {sequences} on rank 0): stopped, since training.skip_nan_inf = false")
-        logger.warning("%s: step skipped (sequences %s)", what, sequences)
-        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
-            raise UserError(f"{what}: stopped after training.max_skipped_steps = {self.skipped_in_a_row} skipped steps in a row")
+            raise UserError(f"{what}: stopped, since training.skip_nan_inf = false")
+        if self.counters.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            limit = self.config.training.max_skipped_steps
+            raise UserError(f"{what}: stopped, the last of training.max_skipped_steps = {limit} such steps in a row")
+        if self.is_main:
+            logger.warning("%s: step skipped", what)
         return False
 
     # ---------------------------------------------------------------- metrics
 
-    def _record_losses(self, losses: Losses, batch: PackedBatch) -> None:
-        self.throughput.count_flops(self.flop_counter.count(batch.cu_seqlens, losses.contrast is not None))
-        if losses.ce_sum is not None:
-            self.metrics.record_mean("ce_loss", losses.ce_sum, batch.num_labels)
-        if losses.contrast is not None:
-            contrast = losses.contrast
+    def _record_losses(self, outcomes: list[Losses], batches: list[PackedBatch]) -> None:
+        for (ce_sum, contrast), batch in zip(outcomes, batches, strict=True):
+            if ce_sum is not None:
+                self.metrics.record_mean("ce_loss", ce_sum, batch.num_labels)
+            if contrast is None:
+                continue
             self.metrics.record_mean("aux_loss", contrast.loss_sum, contrast.num_anchors)
             self.metrics.record_mean("mi_lower_bound", contrast.mi_sum, contrast.num_anchors)
             self.metrics.record_mean("infonce_accuracy", contrast.correct, contrast.num_anchors)
@@ -275,11 +292,16 @@ class Trainer:
         if weight > 0:
             self.metrics.record_mean("anchors", counts.anchors, 1)
             self.metrics.record_last("loss_weight", weight)
+
+    def _count_step(self, batches: list[PackedBatch], weight: float, counts: StepCounts) -> None:
         self.throughput.count_step(counts.tokens)
+        for batch in batches:
+            self.throughput.count_flops(self.flop_counter.count(batch.cu_seqlens, with_future=weight > 0))
 
     def _log_when_due(self) -> None:
-        """Log every `metrics.log_freq` steps, and before each checkpoint so that a resumed run averages over the same steps."""
-        if self.step % self.config.metrics.log_freq and not self._is_save_due():
+        """Log every `metrics.log_freq` steps, at the end, and before a checkpoint: a resumed run averages the same steps."""
+        is_last = self.step == self.config.training.steps
+        if self.step % self.config.metrics.log_freq and not is_last and not self._is_save_due():
             return
         if self.model.estimator is not None and self.model.estimator.log_temperature is not None:
             self.metrics.record_last("temperature", read_temperature(self.model.estimator))
@@ -307,13 +329,28 @@ class Trainer:
                 "config": dataclasses.asdict(self.config),
             }
             self.checkpointer.save(self.step, trainer_state)
+            self.throughput.restart()
 
     def _resume(self) -> None:
-        state = self.checkpointer.load_latest() if self.config.checkpoint.enable_checkpoint else None
+        config = self.config
+        if not config.checkpoint.enable_checkpoint:
+            if list_checkpoints(self.checkpointer.folder):
+                raise UserError(
+                    f'job.dump_folder = "{self.folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false '
+                    "would start over in it: choose another folder"
+                )
+            return
+        state = self.checkpointer.load_latest(lambda saved: check_resumable(saved, config))
         if state is not None:
             self.step = state["step"]
+            if self.step > config.training.steps:
+                raise UserError(
+                    f"training.steps = {config.training.steps}, but the run in {self.folder} is at step {self.step} already: "
+                    "raise it, or start a new run in another job.dump_folder"
+                )
             self.counters = Counters(**state["counters"])
             self.data_state.load_state_dict(state["data"])
+            self.data_state.check_documents(self.source.name, len(self.source))
             seek_schedule(self.schedule, self.step)
 
     def _open_run(self) -> None:
@@ -342,6 +379,9 @@ class Trainer:
         )
         tokens = config.training.seq_len * config.training.gradient_accumulation_steps * self.world_size
         logger.info("%s: %d documents; %d tokens a step", self.source.name, len(self.source), tokens)
+        source = self.config.model.config
+        if list(Path(source).glob("*.safetensors")):
+            logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
         logger.info("run folder: %s", self.folder)
         if self.step:
             logger.info("resumed after step %d of %d", self.step, config.training.steps)
@@ -354,19 +394,22 @@ class Trainer:
         if not self.is_main:
             return
         logger.info("done: step %d of %d", self.step, config.training.steps)
-        logger.info("  metrics      %s", self.folder / METRICS_FILE)
-        logger.info("  curves       %s", plot_run(self.folder))
         if config.checkpoint.enable_checkpoint:
             newest = list_checkpoints(self.checkpointer.folder)[-1]
             logger.info("  checkpoint   %s", newest)
             if config.checkpoint.export_hf:
-                convert(newest, self.folder / "hf")
-                logger.info(
-                    '  model        %s  (AutoModelForCausalLM.from_pretrained("%s"))', self.folder / "hf", self.folder / "hf"
-                )
+                exported = self.folder / "hf"
+                convert(newest, exported)
+                logger.info('  model        %s  (AutoModelForCausalLM.from_pretrained("%s"))', exported, exported)
+        logger.info("  metrics      %s", self.folder / METRICS_FILE)
+        logger.info("  curves       %s", plot_run(self.folder))
 
     def _write_hf_assets(self, folder: Path) -> None:
-        self.model.lm.config.save_pretrained(folder)
+        """The model's configuration, with the tokenizer's special tokens: generation stops where training ended documents."""
+        model_config = copy.deepcopy(self.model.lm.config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model_config, name, getattr(self.tokenizer, name))
+        model_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

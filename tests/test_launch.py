@@ -85,6 +85,7 @@ def test_script_ends_with_the_mistakes_alone(folder: Path) -> None:
     [
         ({"NGPU": "two"}, "NGPU = two (environment): allowed is an integer > 0"),
         ({"NGPU": "0"}, "NGPU = 0 (environment): allowed is an integer > 0"),
+        ({"LOG_RANK": "x"}, "LOG_RANK = x (environment): allowed are ranks separated by commas"),
         ({"NNODES": "1:2"}, "NNODES = 1:2 (environment): allowed is an integer > 0"),
         ({"NNODES": "2"}, "NODE_RANK =  (environment): allowed is 0 to 1, another one on each machine"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = 2 (environment): allowed is 0 to 1, another one on each machine"),

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flame.config import LOWEST_LEARNED_TEMPERATURE
 from flame.models import losses, mi_estimator
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.losses import linear_cross_entropy
-from flame.models.mi_estimator import MIN_TEMPERATURE, InfoNCEEstimator, build_mi_estimator
+from flame.models.mi_estimator import InfoNCEEstimator, build_mi_estimator
 
 
 def infonce_by_loop(x, y, valid, temperature):
@@ -96,7 +97,11 @@ def test_learned_temperature_has_a_floor():
     estimator = InfoNCEEstimator(4, temperature=0.5, learnable_temperature=True)
     with torch.no_grad():
         estimator.log_temperature.fill_(-20.0)
-    assert estimator.temperature(like=torch.zeros(1)).item() == pytest.approx(MIN_TEMPERATURE)
+    estimator.limit_temperature()
+    assert estimator.temperature(like=torch.zeros(1)).item() == pytest.approx(LOWEST_LEARNED_TEMPERATURE)
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+    estimator(x, y, torch.ones(5, dtype=torch.bool)).backward()
+    assert estimator.log_temperature.grad != 0  # it can come back up
 
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp", "gated"])

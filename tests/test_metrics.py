@@ -338,7 +338,7 @@ EVERYTHING = {
 def test_the_line_shows_every_field():
     line = format_line(120, 300, EVERYTHING, 133)
     assert line == (
-        "step 120/300 · loss  2.413 · ce  2.310 · aux  1.034 (ln N  9.01) · top-1 41.0% · grad   0.87 · lr 3.0e-04 · "
+        "step 120/300 · loss  2.413 · ce  2.310 · aux  1.034 (ln N  9.01) · top-1  41.0% · grad   0.87 · lr 3.0e-04 · "
         " 12.4k tok/s · mfu 41.2% ·   3.1 GiB · data   1% · eta 2m 13s"
     )
 

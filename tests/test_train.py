@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flame.components.checkpoint import list_checkpoints
 from flame.components.distributed import set_single_process_defaults
 from flame.config_reader import read_config
+from flame.data.tokenizer import build_bytes_tokenizer
 from flame.train import Trainer, main
 from flame.utils.convert_dcp_to_hf import FUTURE_FILE, read_model_tensors
 from tests.helpers import tiny_llama
@@ -137,6 +139,8 @@ def test_the_exported_model_computes_what_was_trained(plain_run):
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[f"lm.{name}"])
     tokenizer = AutoTokenizer.from_pretrained(plain_run / "hf")
+    assert exported.generation_config.eos_token_id == exported.config.eos_token_id == tokenizer.eos_token_id
+    assert exported.config.use_cache
     text = "alpha beta\n\tgamma é"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with torch.no_grad():
@@ -245,12 +249,53 @@ def test_a_loss_that_is_not_finite(workspace, tmp_path, capsys):
         run_here(workspace, tmp_path / "stop", **changes)
     assert stop.value.code == 2
     line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith("step 2: loss nan") and "training.skip_nan_inf = false" in line
+    assert "\n" not in line and line.startswith("step 2 (sequences 4 to 7): loss nan") and "training.skip_nan_inf = false" in line
     dist.destroy_process_group()
     with pytest.raises(SystemExit):
         run_here(workspace, tmp_path / "skip", **changes, training__skip_nan_inf=True, training__max_skipped_steps=3)
     assert "training.max_skipped_steps = 3" in capsys.readouterr().err
     assert [row["skipped_steps"] for row in read_metrics(tmp_path / "skip")] == [0, 1, 2]
+
+
+def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, caplog):
+    """Whatever is broken in the newest one, the run goes on from the one before and ends as if nothing had happened."""
+    for number, damage in enumerate(("truncated shard", "missing shard", "empty state", "torn state")):
+        run = tmp_path / str(number)
+        shutil.copytree(plain_run, run)
+        newest = list_checkpoints(run / "checkpoint")[-1]
+        shard = next(newest.glob("*.distcp"))
+        if damage == "truncated shard":
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        elif damage == "missing shard":
+            shard.unlink()
+        else:
+            (newest / "trainer.json").write_text("" if damage == "empty state" else '{"step": 6')
+        rows = run_here(workspace, run)
+        assert "step-6 cannot be read and is passed over" in caplog.text, damage
+        caplog.clear()
+        assert measured(rows) == measured(read_metrics(plain_run)), damage
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"future_encoder__enable": False}, "future_encoder.enable = false, but the run in"),
+        ({"model__tokenizer_path": "{other}"}, "model.tokenizer_path ="),
+        ({"training__seed": 43}, "training.seed = 43, but the run in"),
+        ({"training__steps": 5}, "training.steps = 5, but the run in"),
+        ({"checkpoint__enable_checkpoint": False}, "checkpoint.enable_checkpoint = false would start over in it"),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(workspace, tmp_path, plain_run, capsys, changes, expected):
+    build_bytes_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    changes = {k: v.format(other=tmp_path / "tokenizer") if isinstance(v, str) else v for k, v in changes.items()}
+    before = (plain_run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, plain_run, **changes)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error and "\n" not in error
+    assert (plain_run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

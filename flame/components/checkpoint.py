@@ -6,12 +6,14 @@ A checkpoint `step-N/` holds
 - `trainer.json`: step, data cursors and counters, readable by anyone;
 - `hf/`: the Hugging Face configuration and tokenizer, so that the folder alone suffices for an export.
 
-It is written aside as `step-N.partial/` and renamed when every rank is done: a folder with the final name is complete.
+It is written aside as `step-N.partial/` and renamed when every rank is done: a folder with the final name was complete once. One
+that has been damaged since is passed over.
 Hyper-parameters are not stored with the tensors: those of the configuration hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -27,9 +29,29 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flame.components.titan import OptimizersContainer
+from flame.config import JobConfig
+from flame.errors import UserError
 from flame.models.future_lm import FutureLM
 
 logger = logging.getLogger("flame")
+
+# Options that decide which tensors there are and what the data cursors mean.
+FIXED_OPTIONS = (
+    ("model", "config"),
+    ("model", "tokenizer_path"),
+    ("training", "dataset"),
+    ("training", "dataset_name"),
+    ("training", "dataset_split"),
+    ("training", "data_files"),
+    ("training", "text_column"),
+    ("training", "num_streams"),
+    ("training", "seed"),
+    ("future_encoder", "enable"),
+    ("future_encoder", "estimator_type"),
+    ("future_encoder", "learnable_temperature"),
+    ("future_predictor", "head_type"),
+    ("experimental", "freeze_lm_for_infonce"),
+)
 
 TRAINER_FILE = "trainer.json"
 HF_FOLDER = "hf"
@@ -84,18 +106,35 @@ class Checkpointer:
         dist.barrier()
         return final
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint into model and optimizer; all ranks call it.
+    def load_latest(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        """Load the newest readable checkpoint into model and optimizer; all ranks call it.
+
+        A damaged one is passed over with a warning: the one before it is used.
+
+        Args:
+            check: raises a UserError if the run with this saved configuration cannot be gone on with.
 
         Returns:
-            its trainer state, or None where there is none.
+            its trainer state, or None where there is no checkpoint.
+
+        Raises:
+            UserError: from `check`, or there are checkpoints but none can be read.
         """
         complete = list_checkpoints(self.folder)
-        if not complete:
-            return None
-        newest = complete[-1]
-        dcp.load(self._tensors(), checkpoint_id=newest)
-        return json.loads((newest / TRAINER_FILE).read_text())
+        for folder in reversed(complete):
+            try:
+                state = json.loads((folder / TRAINER_FILE).read_text())
+                check(state["config"])
+                dcp.load(self._tensors(), checkpoint_id=folder)
+                return state
+            except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
+                reason = next(iter(str(error).splitlines()), "")[:200]
+                logger.warning("checkpoint %s cannot be read and is passed over: %s %s", folder, type(error).__name__, reason)
+        if complete:
+            raise UserError(
+                f'none of the {len(complete)} checkpoints in "{self.folder}" can be read: move them away to start over'
+            )
+        return None
 
     def _tensors(self) -> dict[str, Any]:
         """The live tensors: saving reads them, loading writes into them."""
@@ -108,6 +147,26 @@ class Checkpointer:
                 shutil.rmtree(old)
         for torn in self.folder.glob("step-*.partial"):
             shutil.rmtree(torn, ignore_errors=True)
+
+
+def check_resumable(saved: dict[str, dict[str, Any]], config: JobConfig) -> None:
+    """Refuse to go on with a run under options that would make it another one.
+
+    Args:
+        saved: the configuration in the checkpoint, by section.
+
+    Raises:
+        UserError: one line for each option that has changed.
+    """
+    now = dataclasses.asdict(config)
+    changed = [
+        f"{section}.{key} = {json.dumps(now[section][key])}, but the run in {config.job.dump_folder} was made with "
+        f"{json.dumps(saved[section][key])}: set it back, or start a new run in another job.dump_folder"
+        for section, key in FIXED_OPTIONS
+        if now[section][key] != saved[section][key]
+    ]
+    if changed:
+        raise UserError(*changed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

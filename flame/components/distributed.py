@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flame.components.titan import ParallelDims, ParallelismConfig
 from flame.config import JobConfig
+from flame.errors import UserError
 
 
 def set_single_process_defaults() -> None:
@@ -24,13 +25,23 @@ def get_world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def get_rank() -> int:
+    """This process among those of the run, before the process group exists."""
+    return int(os.environ["RANK"])
+
+
 def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
     """Join the process group and build the mesh.
+
+    Raises:
+        UserError: there are more processes on this machine than GPUs.
 
     Returns:
         this process's device, and the mesh to shard over: one-dimensional (FSDP), or replicate x shard (HSDP).
     """
     on_gpu = torch.cuda.is_available()
+    if on_gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError(f"NGPU asks for more processes than this machine has GPUs, {torch.cuda.device_count()}: lower it")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -55,3 +66,15 @@ def sum_over_ranks(*numbers: int) -> list[int]:
     totals = torch.tensor(numbers, dtype=torch.int64)
     dist.all_reduce(totals)
     return totals.tolist()
+
+
+def check_same_on_all_ranks(name: str, number: int) -> None:
+    """Make sure that the machines of a run see the same data.
+
+    Raises:
+        UserError: a number differs between ranks.
+    """
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise UserError(f"{name} differs between ranks: {', '.join(map(str, numbers))}; give all machines the same data")

@@ -199,7 +199,7 @@ def format_line(step: int, total_steps: int, values: dict[str, float], eta_secon
     show("aux_loss", "aux {:6.3f}")
     if "aux_loss" in values and "mi_lower_bound" in values:
         fields[-1] += f" (ln N {values['mi_lower_bound'] + values['aux_loss']:5.2f})"
-    show("infonce_accuracy", "top-1 {:4.1f}%", scale=100)
+    show("infonce_accuracy", "top-1 {:5.1f}%", scale=100)
     if "grad_norm" in values:
         fields.append(f"grad {_format_norm(values['grad_norm']):>6}")
     show("lr", "lr {:7.1e}")

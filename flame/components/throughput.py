@@ -44,9 +44,10 @@ class Throughput:
         self.on_gpu = device.type == "cuda"
         self.peak_flops = world_size * _get_peak_flops(device) if self.on_gpu else None
         self.steps_left = steps_left
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Start the next interval. Called again after a checkpoint, so that the time to save it does not count."""
         self.data_wait = 0.0
         self.tokens = 0
         self.steps = 0
@@ -96,5 +97,5 @@ class Throughput:
         values["data_wait_fraction"] = values["data_wait_seconds"] / elapsed
         values["tokens_per_second"] = self.tokens / elapsed
         values["step_seconds"] = elapsed / self.steps
-        self._restart()
+        self.restart()
         return values["step_seconds"] * self.steps_left

@@ -105,6 +105,11 @@ class Stream:
                 ordinal, offset = ordinal + self._num_streams, 0
                 continue
             misses = 0
+            if offset >= len(tokens):
+                raise UserError(
+                    f'training.dataset = "{self._source.name}": document {document} has {len(tokens)} tokens, but the checkpoint '
+                    f"has used {offset} of it: the data or the tokenizer has changed; restore it, or start a new run"
+                )
             start = boundaries[-1]
             length = min(self._context_len, self._seq_len - start, len(tokens) - offset)
             input_ids[start : start + length] = tokens[offset : offset + length]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -22,7 +24,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     if path == BYTES_TOKENIZER:
         return build_bytes_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers each raise kinds of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,6 +22,7 @@ def load_model_config(path: str) -> PretrainedConfig:
         UserError: it cannot be read, or the model cannot be trained with a future loss yet.
     """
     try:
+        path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
         if settings.get("model_type") not in CONFIG_MAPPING:
             import fla.models  # noqa: F401 - registers its families; it takes seconds, so only where they may be needed
@@ -48,12 +51,12 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if (getattr(config, key, None) or 0) > 1:
-            faults.append(f"{key} = {getattr(config, key)}: mixture-of-experts models are not supported")
-    for key in ("attention_dropout", "attn_pdrop"):
-        if getattr(config, key, None):
-            faults.append(f"{key} = {getattr(config, key)} is not supported by FlexAttention: set it to 0.0")
+    for key, value in config.to_dict().items():
+        if "experts" in key and isinstance(value, int) and value > 1:
+            faults.append(f"{key} = {value}: mixture-of-experts models are not supported")
+        unused = key.startswith(("classifier", "summary"))  # heads of other tasks
+        if ("dropout" in key or key.endswith("_pdrop")) and not unused and isinstance(value, float) and value > 0:
+            faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
     return faults
 
 
@@ -92,6 +95,8 @@ def build_on_meta(config: PretrainedConfig, device_type: str) -> PreTrainedModel
     Raises:
         UserError: the architecture cannot be built, cannot run with a given mask, or its head is not one plain matrix.
     """
+    if is_recurrent(config) and device_type != "cuda":
+        raise UserError(f'model_type "{config.model_type}" runs on GPUs only, and this machine has none')
     attention = {} if is_recurrent(config) else {"attn_implementation": "flex_attention" if device_type == "cuda" else "sdpa"}
     try:
         with torch.device("meta"):
@@ -99,7 +104,6 @@ def build_on_meta(config: PretrainedConfig, device_type: str) -> PreTrainedModel
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f'model_type "{config.model_type}" is not supported on this machine: {reason}') from error
-    model.config.use_cache = False
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UserError(f'model_type "{config.model_type}" is not supported: its output head is not one matrix without bias')

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flame.config import LOWEST_LEARNED_TEMPERATURE
+
 ROWS_PER_CHUNK = 4096
-MIN_TEMPERATURE = 0.01
 
 
 class Contrast(NamedTuple):
@@ -100,8 +101,7 @@ class InfoNCEEstimator(nn.Module):
     Args:
         hidden_size: width d of guesses and summaries.
         temperature: divides the cosines.
-        learnable_temperature: make it a parameter (its logarithm, so that it stays positive; it is not allowed below
-            `MIN_TEMPERATURE`), starting at `temperature`.
+        learnable_temperature: make it a parameter (its logarithm, so that it stays positive), starting at `temperature`.
     """
 
     def __init__(self, hidden_size: int, temperature: float = 0.1, learnable_temperature: bool = False):
@@ -122,7 +122,16 @@ class InfoNCEEstimator(nn.Module):
         dtype = _at_least_float32(like)
         if self.log_temperature is None:
             return torch.full((), self.initial_temperature, dtype=dtype, device=like.device)
-        return self.log_temperature.to(dtype).exp().clamp(min=MIN_TEMPERATURE).squeeze()
+        return self.log_temperature.to(dtype).exp().squeeze()
+
+    @torch.no_grad()
+    def limit_temperature(self) -> None:
+        """Keep the learned temperature at `LOWEST_LEARNED_TEMPERATURE` or above; call after each optimizer step.
+
+        Limiting the parameter and not its use leaves it a gradient to come back with.
+        """
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(min=math.log(LOWEST_LEARNED_TEMPERATURE))
 
     def contrast(self, x: Tensor, y: Tensor, valid_mask: Tensor) -> Contrast:
         """Compare every valid guess with every valid summary.
@@ -177,7 +186,7 @@ def read_temperature(estimator: InfoNCEEstimator) -> Tensor:
     parameter = estimator.log_temperature
     assert parameter is not None
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.exp().clamp(min=MIN_TEMPERATURE).squeeze()
+    return whole.exp().squeeze()
 
 
 def build_mi_estimator(

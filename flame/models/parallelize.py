@@ -41,7 +41,7 @@ def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: Devi
     on_gpu = mesh.device_type == "cuda"
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.mixed_precision_param) if on_gpu else torch.float32,
-        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        reduce_dtype=torch.float32,
     )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=training.fsdp_reshard_after_forward)

@@ -18,11 +18,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from flame.components.checkpoint import HF_FOLDER
 from flame.errors import UserError
+from flame.models.causal_lm import load_model_config
 
 LM_PREFIX = "lm."
 FUTURE_FILE = "future_modules.safetensors"
@@ -39,7 +40,7 @@ def convert(checkpoint: Path, out: Path) -> None:
         UserError: the folder is no complete checkpoint.
     """
     weights = read_model_tensors(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint / HF_FOLDER)
+    config = load_model_config(str(checkpoint / HF_FOLDER))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict({k.removeprefix(LM_PREFIX): v for k, v in weights.items() if k.startswith(LM_PREFIX)}, assign=True)
