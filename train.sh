@@ -38,6 +38,8 @@ fi
 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ngpu ? cores / ngpu : 1))}
+# By default idle CPU threads of torch spin, and on a machine with other work each step then waits for threads that cannot run.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 # Keep the caller's folder off the import path: another `flame` or `datasets` in it must not be taken for ours.
 export PYTHONSAFEPATH=1
