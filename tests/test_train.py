@@ -259,8 +259,14 @@ def test_a_loss_that_is_not_finite(workspace, tmp_path, capsys):
 
 def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, caplog):
     """Whatever is broken in the newest one, the run goes on from the one before and ends as if nothing had happened."""
-    for number, damage in enumerate(("truncated shard", "missing shard", "empty state", "torn state")):
-        run = tmp_path / str(number)
+    damages = {
+        "missing shard": "No such file",
+        "truncated shard": "Error",
+        "empty state": "Expecting value",
+        "torn state": "Expecting",
+    }
+    for damage, reason in damages.items():
+        run = tmp_path / damage
         shutil.copytree(plain_run, run)
         newest = list_checkpoints(run / "checkpoint")[-1]
         shard = next(newest.glob("*.distcp"))
@@ -272,6 +278,7 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
             (newest / "trainer.json").write_text("" if damage == "empty state" else '{"step": 6')
         rows = run_here(workspace, run)
         assert "step-6 cannot be read and is passed over" in caplog.text, damage
+        assert reason in caplog.text, damage
         caplog.clear()
         assert measured(rows) == measured(read_metrics(plain_run)), damage
 
@@ -279,7 +286,8 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"future_encoder__enable": False}, "future_encoder.enable = false, but the run in"),
+        ({"future_encoder__enable": False}, "future_encoder.enable = false with loss_weight = 0.1, but the run in"),
+        ({"future_encoder__loss_weight": 0.0}, "future_encoder.enable = true with loss_weight = 0.0, but the run in"),
         ({"model__tokenizer_path": "{other}"}, "model.tokenizer_path ="),
         ({"training__seed": 43}, "training.seed = 43, but the run in"),
         ({"training__steps": 5}, "training.steps = 5, but the run in"),

@@ -46,7 +46,6 @@ FIXED_OPTIONS = (
     ("training", "text_column"),
     ("training", "num_streams"),
     ("training", "seed"),
-    ("future_encoder", "enable"),
     ("future_encoder", "estimator_type"),
     ("future_encoder", "learnable_temperature"),
     ("future_predictor", "head_type"),
@@ -128,7 +127,7 @@ class Checkpointer:
                 dcp.load(self._tensors(), checkpoint_id=folder)
                 return state
             except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-                reason = next(iter(str(error).splitlines()), "")[:200]
+                reason = next(reversed(str(error).splitlines()), "")[:200]  # the library puts a traceback before it
                 logger.warning("checkpoint %s cannot be read and is passed over: %s %s", folder, type(error).__name__, reason)
         if complete:
             raise UserError(
@@ -165,6 +164,13 @@ def check_resumable(saved: dict[str, dict[str, Any]], config: JobConfig) -> None
         for section, key in FIXED_OPTIONS
         if now[section][key] != saved[section][key]
     ]
+    before, after = saved["future_encoder"], now["future_encoder"]
+    if (before["enable"] and before["loss_weight"] > 0) != config.uses_future:
+        changed.append(
+            f"future_encoder.enable = {json.dumps(after['enable'])} with loss_weight = {after['loss_weight']}, but the run in "
+            f"{config.job.dump_folder} was made with {json.dumps(before['enable'])} and {before['loss_weight']}: one has a "
+            "predictor, the other has not; set it back, or start a new run in another job.dump_folder"
+        )
     if changed:
         raise UserError(*changed)
 
