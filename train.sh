@@ -12,6 +12,9 @@
 #   NODE_RANK        which of them this is, from 0
 #   MASTER_ADDR      address of machine 0 (default localhost)
 #   MASTER_PORT      a free port on machine 0 (default 29500)
+#
+# SIGTERM or SIGUSR1 asks the run to save and end at the next step; a second one ends it at once. Exit codes: 0 complete,
+# 2 a mistake to put right, 75 stopped on request (the same command goes on), 128 + n ended by signal n, any other a fault.
 set -euo pipefail
 
 fail() {

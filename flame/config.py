@@ -1,17 +1,13 @@
-"""Every option of a run: one dataclass per TOML section, and what must hold between options.
+"""Every option of a run: one dataclass per TOML section.
 
 Precedence: the defaults here < the TOML file (`--job.config_file`) < the command line (`--section.key value`).
-The docstring under a field is its help text. Reading and checking types is `flame.config_reader`'s work.
+The docstring under a field is its help text. Reading and checking types is `flame.config_reader`'s work, what must
+hold between options that of `flame.config_conflicts`.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -29,6 +25,7 @@ BYTES_TOKENIZER = "bytes"
 STANDARD_LIBRARY = "stdlib"
 LOWEST_LEARNED_TEMPERATURE = 0.01
 LOCAL_FORMATS = ("text", "json", "parquet")
+TOKENS_FORMAT = "tokens"
 
 
 @dataclass(kw_only=True)
@@ -51,25 +48,51 @@ class Model:
     """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed."""
     tokenizer_path: str = ""
     """Tokenizer: a folder, a Hub name, or "bytes" for the built-in byte-level one (258 entries, no download)."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with model.config or model.tokenizer_path, from the Hub or a folder."""
 
 
 @dataclass(kw_only=True)
-class Training:
+class Corpus:
+    """Where documents come from: options that training, validation and each source of a mixture have."""
+
     __pydantic_config__ = STRICT
 
     dataset: str = STANDARD_LIBRARY
-    """Text to train on: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file),
-    "json" (JSON lines) or "parquet" with training.data_files, or the name of a Hub dataset."""
+    """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
+    (JSON lines), "parquet" or "tokens" (a folder made by flame.utils.preprocess) with data_files, or a Hub dataset's name."""
     dataset_name: str = ""
     """Configuration of the Hub dataset, where it has several."""
     dataset_split: str = "train"
     """Split of the Hub dataset."""
     data_files: str = ""
-    """Local files for the formats "text", "json" and "parquet": paths or globs, separated by commas."""
+    """Local files for "text", "json" and "parquet": paths or globs, separated by commas. For "tokens", the one folder."""
     text_column: str = "text"
     """Column or JSON key that holds the document."""
+    streaming: bool = False
+    """Read Hub datasets or local files while they arrive, shard by shard, instead of fetching and indexing them first. Each
+    stream reads its own shards, so there must be at least training.num_streams of them."""
+
+
+@dataclass(kw_only=True)
+class Source(Corpus):
+    """One source of a mixture, `[sources.NAME]`."""
+
+    __pydantic_config__ = STRICT
+
+    weight: PositiveFloat = 1.0
+    """Share of the tokens, relative to the other sources. It decides how often the source is drawn and nothing else; it may
+    be changed when a run is resumed."""
+
+
+@dataclass(kw_only=True)
+class Training(Corpus):
+    """The training loop, and its corpus unless there are `[sources.NAME]`."""
+
+    __pydantic_config__ = STRICT
+
     num_streams: PositiveInt = 192
-    """Logical streams that the corpus is dealt into. Must be a multiple of ranks x training.num_workers, and is fixed for the
+    """Logical streams that each corpus is dealt into. Must be a multiple of ranks x training.num_workers, and is fixed for the
     life of a run: the order of the data depends on it and on the seed, not on the number of ranks or workers."""
     num_workers: NonNegativeInt = 1
     """Processes per rank that read, tokenize and pack. 0 does it in the training process."""
@@ -86,10 +109,15 @@ class Training:
     """Optimizer steps of the whole run."""
     max_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
-    skip_nan_inf: bool = False
-    """Skip the optimizer step when the loss or the gradient norm is not finite, instead of stopping."""
+    skip_nan_inf: bool = True
+    """Skip the optimizer step when the loss or the gradient norm is not finite. False stops the run at the first."""
     max_skipped_steps: PositiveInt = 10
-    """With training.skip_nan_inf, stop after this many skipped steps in a row."""
+    """Stop after this many skipped steps in a row."""
+    deterministic: bool = False
+    """Use only deterministic GPU kernels: a resumed run then repeats to the bit. Slower. CPU runs always do."""
+    audit: bool = False
+    """Write which tokens of which documents were trained on to audit/ in job.dump_folder; check it with
+    python -m flame.utils.audit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Decides the initial weights, the order of the data and dropout."""
 
@@ -205,9 +233,27 @@ class Checkpoint:
     interval: PositiveInt = 500
     """Steps between checkpoints. The last step is always saved."""
     keep_latest_k: NonNegativeInt = 2
-    """Complete checkpoints to keep; 0 keeps all."""
+    """Complete checkpoints to keep; 0 keeps all. The disk must hold one more."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
     export_hf: bool = True
     """At the end, write the model as an ordinary Hugging Face folder, hf/ in job.dump_folder."""
+
+
+@dataclass(kw_only=True)
+class Validation(Corpus):
+    """A fixed set of held-out packed sequences, the same at each time and on any number of ranks."""
+
+    __pydantic_config__ = STRICT
+
+    interval: NonNegativeInt = 0
+    """Steps between validations; 0 is never. The last step is always validated."""
+    num_sequences: PositiveInt = 64
+    """Packed sequences of training.seq_len tokens in the set; fewer if the held-out documents do not fill them."""
+    holdout_every: NonNegativeInt = 0
+    """Hold out each so-many-th document of the training data, from the first on, and validate on those."""
+    dataset: str = ""
+    """Validate on this corpus instead: as training.dataset, with the options beside it."""
 
 
 @dataclass(kw_only=True)
@@ -227,7 +273,8 @@ class Comm:
     __pydantic_config__ = STRICT
 
     timeout_seconds: PositiveInt = 600
-    """A collective that waits longer than this for another rank ends the run."""
+    """A collective that waits longer than this for another rank ends the run. A source that gives nothing is named after a
+    tenth of this, and ends the run after nine tenths."""
 
 
 @dataclass(kw_only=True)
@@ -239,6 +286,7 @@ class JobConfig:
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    sources: dict[str, Source] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     future_encoder: FutureEncoder = field(default_factory=FutureEncoder)
@@ -246,6 +294,7 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
 
@@ -254,128 +303,10 @@ class JobConfig:
         """Whether any step of this run computes the future loss."""
         return self.future_encoder.enable and self.future_encoder.loss_weight > 0
 
-
-def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Yield one line for each combination of options, or option and machine, that cannot run.
-
-    Args:
-        config: options whose types and ranges are already checked.
-        world_size: processes of the run over all nodes.
-    """
-    yield from _find_folder_conflicts(config)
-    yield from _find_model_conflicts(config.model)
-    yield from _find_data_conflicts(config.training, world_size)
-    yield from _find_schedule_conflicts(config)
-    yield from _find_parallel_conflicts(config.training, world_size)
-
-
-def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
-    folder, checkpoints = config.job.dump_folder, os.path.join(config.job.dump_folder, config.checkpoint.folder)
-    for key, value, path in (("job.dump_folder", folder, folder), ("checkpoint.folder", config.checkpoint.folder, checkpoints)):
-        if os.path.lexists(path) and not os.path.isdir(path):
-            yield f'{key} = "{value}": "{path}" is not a folder; choose another name'
-
-
-def _find_model_conflicts(model: Model) -> Iterator[str]:
-    if not model.config:
-        yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
-    elif os.path.exists(os.path.expanduser(model.config)):
-        yield from _find_json_faults(model.config)
-    elif _looks_like_path(model.config):
-        yield f'model.config = "{model.config}": no such file or folder'
-    if not model.tokenizer_path:
-        yield f'model.tokenizer_path is not set: give a folder, a Hub name, or "{BYTES_TOKENIZER}" for the built-in tokenizer'
-    elif _looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
-        yield f'model.tokenizer_path = "{model.tokenizer_path}": no such folder'
-
-
-def _looks_like_path(name: str) -> bool:
-    """Hub names are `name` or `owner/name`; all else can only be meant as a path."""
-    return name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _find_json_faults(config: str) -> Iterator[str]:
-    path = Path(config)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        yield f'model.config = "{config}": {path.name} cannot be read as JSON ({error})'
-        return
-    if not isinstance(content, dict) or "model_type" not in content:
-        yield f'model.config = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'
-
-
-def _find_data_conflicts(training: Training, world_size: int) -> Iterator[str]:
-    if training.context_len > training.seq_len:
-        yield (
-            f"training.context_len = {training.context_len} is more than training.seq_len = {training.seq_len}: "
-            "a document's piece must fit in a packed sequence; lower the one or raise the other"
-        )
-    if training.dataset in LOCAL_FORMATS:
-        if not training.data_files:
-            yield f'training.dataset = "{training.dataset}" needs training.data_files (paths or globs, separated by commas)'
-        for pattern in filter(None, training.data_files.split(",")):
-            if not any(map(os.path.isfile, expand_glob(pattern))):
-                yield f'training.data_files: "{pattern.strip()}" matches no file'
-    elif training.data_files:
-        yield (
-            f'training.data_files is set but training.dataset = "{training.dataset}" does not read files: '
-            f"allowed with {', '.join(LOCAL_FORMATS)}"
-        )
-    readers = world_size * max(1, training.num_workers)
-    if training.num_streams % readers:
-        yield (
-            f"training.num_streams = {training.num_streams} is not a multiple of ranks x workers = {world_size} x "
-            f"{max(1, training.num_workers)}: change training.num_workers or, for a new run, set num_streams to a multiple "
-            f"of {readers}"
-        )
-
-
-def expand_glob(pattern: str) -> list[Path]:
-    """Paths that a pattern from `training.data_files` stands for, sorted; `**` reaches into sub-folders."""
-    # Unlike pathlib's, these and the os.path checks above take any string: one that cannot be a path matches nothing.
-    return sorted(map(Path, glob.glob(os.path.expanduser(pattern.strip()), recursive=True)))
-
-
-def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
-    steps = config.training.steps
-    if config.uses_future and config.future_encoder.start_step > steps:
-        yield (
-            f"future_encoder.start_step = {config.future_encoder.start_step} is after the last step, training.steps = {steps}: "
-            "start earlier or set future_encoder.enable = false"
-        )
-    if config.future_encoder.target_shift >= config.training.context_len:
-        yield (
-            f"future_encoder.target_shift = {config.future_encoder.target_shift} leaves no position with a target: "
-            f"it must be less than training.context_len = {config.training.context_len}"
-        )
-    if config.future_encoder.learnable_temperature and config.future_encoder.temperature < LOWEST_LEARNED_TEMPERATURE:
-        yield (
-            f"future_encoder.temperature = {config.future_encoder.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
-            "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
-        )
-    if config.experimental.freeze_lm_for_infonce:
-        if not config.uses_future:
-            yield (
-                "experimental.freeze_lm_for_infonce = true leaves nothing to train: "
-                "it needs future_encoder.enable = true and future_encoder.loss_weight > 0"
-            )
-        elif config.future_encoder.start_step > 1:
-            yield (
-                f"experimental.freeze_lm_for_infonce = true leaves nothing to train before "
-                f"future_encoder.start_step = {config.future_encoder.start_step}: set it to 0"
-            )
-
-
-def _find_parallel_conflicts(training: Training, world_size: int) -> Iterator[str]:
-    replicate, shard = training.data_parallel_replicate_degree, training.data_parallel_shard_degree
-    if shard == 0:
-        yield "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more"
-    elif shard > 0 and replicate * shard != world_size:
-        yield (
-            f"training.data_parallel_replicate_degree x data_parallel_shard_degree = {replicate} x {shard} is not the number of "
-            f"ranks, {world_size}: set shard to -1 to take all remaining ranks"
-        )
-    elif shard < 0 and world_size % replicate:
-        yield f"training.data_parallel_replicate_degree = {replicate} does not divide the number of ranks, {world_size}"
+    @property
+    def corpora(self) -> dict[str, Source]:
+        """What is trained on, by option section ("training", or "sources.NAME" in the order of names)."""
+        if self.sources:
+            return {f"sources.{name}": self.sources[name] for name in sorted(self.sources)}
+        chosen = {option.name: getattr(self.training, option.name) for option in fields(Corpus)}
+        return {"training": Source(**chosen)}

@@ -14,14 +14,21 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 import tomli
 from pydantic import TypeAdapter, ValidationError
 
-from flame.config import JobConfig, find_conflicts
+from flame.config import JobConfig, Source
+from flame.config_conflicts import escape_unprintable, find_conflicts
 from flame.errors import UserError
 
 COMMAND_LINE = "command line"
 CONFIG_FILE = "job.config_file"
 LONGEST_SHOWN_VALUE = 100
 
-_SECTIONS: dict[str, type] = get_type_hints(JobConfig)
+SOURCES = "sources"
+ANY_SOURCE = f"{SOURCES}.NAME"  # stands for each table [sources.*] in help and suggestions
+
+_SECTIONS: dict[str, type] = {
+    ANY_SOURCE if name == SOURCES else name: Source if name == SOURCES else section
+    for name, section in get_type_hints(JobConfig).items()
+}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(section) for name, section in _SECTIONS.items()}
 _SCHEMAS: dict[str, dict[str, Any]] = {
     f"{name}.{key}": schema for name, adapter in _ADAPTERS.items() for key, schema in adapter.json_schema()["properties"].items()
@@ -73,10 +80,10 @@ def read_config(argv: list[str], world_size: int) -> JobConfig:
             faults.append(fault)
     if file_is_read and is_valid.get(CONFIG_FILE, True):
         wrong_keys = [key for key, valid in is_valid.items() if not valid]
-        conflicts = (" ".join(line.splitlines()) for line in find_conflicts(config, world_size))
+        conflicts = find_conflicts(config, world_size)
         faults.extend(line for line in conflicts if not any(_mentions(line, key) for key in wrong_keys))
     if faults:
-        raise UserError(*faults)
+        raise UserError(*map(escape_unprintable, faults))
     return config
 
 
@@ -86,19 +93,25 @@ def write_config(config: JobConfig, path: Path) -> None:
     Options that are unset stand as comments, and so does `job.config_file`, which only the command line can give.
     """
     lines = []
-    for section in fields(config):
-        lines.append(f"[{section.name}]")
-        options = getattr(config, section.name)
+    for section, options in _list_sections(config).items():
+        lines.append(f"[{section}]")
         for option in fields(options):
             value = getattr(options, option.name)
             if value is None:
                 lines.append(f"# {option.name} = unset")
-            elif f"{section.name}.{option.name}" == CONFIG_FILE:
+            elif f"{section}.{option.name}" == CONFIG_FILE:
                 lines.append(f"# {option.name} = {_format_toml(value)}")
             else:
                 lines.append(f"{option.name} = {_format_toml(value)}")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _list_sections(config: JobConfig) -> dict[str, Any]:
+    """The tables of a configuration by name."""
+    sections = {section.name: getattr(config, section.name) for section in fields(config)}
+    sources = {f"{SOURCES}.{name}": source for name, source in sections.pop(SOURCES).items()}
+    return sections | sources
 
 
 def print_help() -> NoReturn:
@@ -107,7 +120,10 @@ def print_help() -> NoReturn:
 
     # A reader that closes the pipe early (`--help | head`) is no error worth a traceback.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sections = [(name, _document(name, section)) for name, section in _SECTIONS.items()]
+    sections = [
+        (name.replace(".", "_"), Annotated[_document(name, section), tyro.conf.arg(name=name)])
+        for name, section in _SECTIONS.items()
+    ]
     description = "The command line wins over the TOML file (--job.config_file)."
     tyro.cli(
         make_dataclass("Options", sections, namespace={"__doc__": description}, kw_only=True),
@@ -124,7 +140,11 @@ def _document(name: str, section: type) -> type:
     import docstring_parser
     import tyro
 
-    texts = {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(section).params}
+    texts = {
+        param.arg_name: param.description or ""
+        for owner in reversed(section.__mro__[:-1])
+        for param in docstring_parser.parse_from_object(owner).params
+    }
     options = []
     for option, hint in get_type_hints(section, include_extras=True).items():
         schema = _SCHEMAS[f"{name}.{option}"]
@@ -156,7 +176,7 @@ def _parse_command_line(argv: list[str]) -> tuple[list[_Setting], list[str]]:
         if given is None and position < len(argv) and not argv[position].startswith("--"):
             given = argv[position]
             position += 1
-        schema = _SCHEMAS.get(key)
+        schema = _find_schema(key)
         if schema is None:
             value = "" if given is None else f" = {_show_text(given)}"
             faults.append(f"{_show_text(key)}{value} ({COMMAND_LINE}): no such option{_suggest(key)}")
@@ -206,30 +226,52 @@ def _read_file(path: str) -> list[_Setting]:
         line = text.count("\n") + 1
         raise ValueError(str(error).replace("at end of document", f"at line {line}, the end")) from None
     settings: list[_Setting] = []
-    for section, options in tree.items():
+    tables = [(_show_key(section), options) for section, options in tree.items() if section != SOURCES]
+    sources = tree.get(SOURCES, {})
+    if isinstance(sources, dict):
+        tables += [(f"{SOURCES}.{_show_key(name)}", options) for name, options in sources.items()]
+    else:
+        tables.append((SOURCES, sources))
+    for section, options in tables:
         if isinstance(options, dict) and (options or section in _SECTIONS):
-            named = {f"{_show_key(section)}.{_show_key(key)}": value for key, value in options.items()}
+            named = {f"{section}.{_show_key(key)}": value for key, value in options.items()}
         else:
-            named = {_show_key(section): options}
+            named = {section: options}
         settings.extend(_Setting(key, value, _shorten(_format_toml(value)), path) for key, value in named.items())
     return settings
 
 
 def _apply(config: JobConfig, setting: _Setting) -> str | None:
     """Set the option in `config` and return None, or leave it as it is and return the line that says why."""
-    schema = _SCHEMAS.get(setting.key)
+    schema = _find_schema(setting.key)
     if schema is None:
         return f"{setting}: no such option{_suggest(setting.key)}"
     if setting.key == CONFIG_FILE and setting.source != COMMAND_LINE:
         return f"{setting}: allowed only on the command line"
-    section, _, key = setting.key.partition(".")
+    section, _, key = setting.key.rpartition(".")
     limit = _find_broken_limit(setting.value)
     if limit is None:
         try:
-            _ADAPTERS[section].validator.validate_assignment(getattr(config, section), key, setting.value)
+            _ADAPTERS[_name_section(section)].validator.validate_assignment(_get_section(config, section), key, setting.value)
         except ValidationError:
             limit = ""
     return None if limit is None else f"{setting}: allowed is {_describe_allowed(schema)}{limit}"
+
+
+def _find_schema(key: str) -> dict[str, Any] | None:
+    """The JSON schema of an option, None for an unknown one."""
+    section, _, option = key.rpartition(".")
+    return _SCHEMAS.get(f"{_name_section(section)}.{option}")
+
+
+def _name_section(section: str) -> str:
+    """Any table `sources.web` is known as `sources.NAME`. Names are bare TOML keys."""
+    return ANY_SOURCE if re.fullmatch(rf"{SOURCES}\.[A-Za-z0-9_-]+", section) else section
+
+
+def _get_section(config: JobConfig, section: str) -> Any:
+    head, _, name = section.partition(".")
+    return config.sources.setdefault(name, Source()) if head == SOURCES else getattr(config, section)
 
 
 def _find_broken_limit(value: Any) -> str | None:
@@ -261,6 +303,8 @@ def _describe_allowed(schema: dict[str, Any]) -> str:
 def _suggest(name: str, otherwise: str = ", --help lists all") -> str:
     """End of a line about an unknown name: the options that it may stand for."""
     name = name.lstrip("-").replace("-", "_")
+    if name in _SECTIONS:
+        return f", {name} is a section: its options are {name}.key"
     nearest = difflib.get_close_matches(name, _SCHEMAS, n=1, cutoff=0.9) or _find_by_key(name)
     return f", did you mean {' or '.join(nearest)}?" if nearest else otherwise
 
@@ -270,7 +314,7 @@ def _find_by_key(name: str) -> list[str]:
     section, _, key = name.rpartition(".")
     scores = {}
     for option in _SCHEMAS:
-        option_section, _, option_key = option.partition(".")
+        option_section, _, option_key = option.rpartition(".")
         key_likeness = difflib.SequenceMatcher(None, key, option_key).ratio()
         if key_likeness > 0.7:
             scores[option] = key_likeness + 0.5 * difflib.SequenceMatcher(None, section, option_section).ratio()

@@ -1,7 +1,14 @@
 """torchrun for `flame.train`: `python -m flame.launch [torchrun options] -m flame.train [options of the run]`.
 
-Beyond torchrun, it reads the run's options before any worker starts, so that a mistake is one line and costs no start-up; and
-it ends with the worker's own exit code, and says nothing of a worker that met the user's mistake but what the mistake is.
+Beyond torchrun, it reads the run's options before any worker starts, so that a mistake is one line and costs no start-up; it
+says nothing of a worker that met the user's mistake but what the mistake is; and it lets the workers save and end when a
+scheduler asks for it with SIGTERM or SIGUSR1, which torchrun would kill them for. Exit codes:
+
+    0          the run is complete
+    2          the user's mistake, one line each on stderr
+    75         stopped by SIGTERM or SIGUSR1 with nothing lost: the same command goes on
+    128 + n    ended by signal n: by the second SIGTERM or SIGUSR1, by one that came before any worker, or by another signal
+    any other  the first failed worker's own, with its report
 """
 
 from __future__ import annotations
@@ -9,16 +16,22 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
+from pathlib import Path
 from typing import Any
 
+from flame.components.preemption import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
 from flame.config_reader import read_config
 from flame.errors import UserError
 
 # Reports which worker failed and which ones are stopped for it.
 WORKER_LOGGER = "torch.distributed.elastic.multiprocessing.api"
+# For which torchrun stops the workers and ends with a traceback.
+TORCHRUN_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def main(argv: list[str]) -> int:
@@ -28,23 +41,24 @@ def main(argv: list[str]) -> int:
         argv: torchrun's options, `-m`, the module to run, and the module's arguments.
 
     Returns:
-        The exit code: 0, `UserError.EXIT_CODE`, the first failed worker's own, or 128 + the signal that ended that worker.
+        The exit code: 0, `UserError.EXIT_CODE`, `PREEMPTED_EXIT_CODE`, the first failed worker's own, or 128 + the signal that
+        ended that worker. A stop signal before there are workers ends this process at once with 128 + its number.
     """
     try:
-        torchrun_options, job_options = _split_arguments(argv)
+        torchrun_options, module, job_options = _split_arguments(argv)
         read_config(job_options, _count_processes(torchrun_options))
     except UserError as error:
         print(error, file=sys.stderr)
         return UserError.EXIT_CODE
-    return _run_workers(argv)
+    return _run_workers(argv, module)
 
 
-def _split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate torchrun's options from those of the module after `-m`."""
+def _split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:
+    """Separate torchrun's options, the module after `-m`, and the module's options."""
     if "-m" not in argv[:-1]:
         raise UserError("no module to run: usage is python -m flame.launch [torchrun options] -m flame.train [options]")
     split = argv.index("-m")
-    return argv[:split], argv[split + 2 :]
+    return argv[:split], argv[split + 1], argv[split + 2 :]
 
 
 def _count_processes(torchrun_options: list[str]) -> int:
@@ -74,13 +88,62 @@ def _count_local_processes(nproc_per_node: str) -> int:
     return count
 
 
-def _run_workers(argv: list[str]) -> int:
+def _run_workers(argv: list[str], module: str) -> int:
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    forwarder = _SignalForwarder(module)
+    forwarder.start()
+    try:
+        return _run_torchrun(argv, forwarder)
+    finally:
+        # What the run came to is known; a late signal must not hide it.
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_IGN)
+
+
+class _SignalForwarder(SignalThread):
+    """Passes STOP_SIGNALS on to the workers. Before there are any it ends this process."""
+
+    def __init__(self, module: str):
+        super().__init__()
+        self._module = module
+        self.forwarded: set[int] = set()
+
+    def act(self, stops: list[signal.Signals]) -> None:
+        workers = _find_workers(self._module)
+        if not workers and not self.forwarded:
+            os._exit(128 + stops[0])
+        self.forwarded.update(stops)  # first, as a worker that dies of it ends torchrun in the main thread
+        for stop in stops:
+            for pid in workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, stop)
+
+
+def _find_workers(module: str) -> list[int]:
+    """This process's children that run the module, and no other helpers; also those that ended and were not waited for yet."""
+    lists = [_read_if_there(path) for path in glob("/proc/self/task/*/children")]
+    commands = {int(pid): _read_if_there(f"/proc/{int(pid)}/cmdline") for line in lists for pid in line.split()}
+    # A process that ended has no command line.
+    return [pid for pid, command in commands.items() if not command or f"\0-m\0{module}\0".encode() in command]
+
+
+def _read_if_there(path: str) -> bytes:
+    """A file of /proc; empty if its process or thread is gone."""
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    options = torchrun.parse_args(argv)
+    options.signals_to_handle = TORCHRUN_SIGNALS
     with _hold_log() as held:
         try:
-            torchrun.run(torchrun.parse_args(argv))
+            torchrun.run(options)
             return 0
         except ChildFailedError as error:
             failed = error
@@ -91,9 +154,29 @@ def _run_workers(argv: list[str]) -> int:
                 for lines in dict.fromkeys(read_mistake(failure.error_file_data) for failure in mistaken):
                     print(lines, end="", file=sys.stderr)
                 return UserError.EXIT_CODE
+            stopped = _find_stop_code([failure.exitcode for failure in failed.failures.values()], forwarder.forwarded)
+            if stopped is not None:
+                held.clear()
+                return stopped
     print(failed, file=sys.stderr)
     exit_code = failed.get_first_failure()[1].exitcode
     return exit_code if exit_code > 0 else 128 - exit_code
+
+
+def _find_stop_code(exit_codes: list[int], forwarded: set[int]) -> int | None:
+    """What to end with if the workers were stopped on request; None if they failed.
+
+    Args:
+        exit_codes: of the failed workers, as torchrun lists them: the first one ended by itself, later ones may have been cut
+            off for it, which a worker takes for a request to stop.
+        forwarded: stop signals passed on to the workers.
+    """
+    first = exit_codes[0]
+    if first == PREEMPTED_EXIT_CODE or (forwarded and PREEMPTED_EXIT_CODE in exit_codes):
+        return PREEMPTED_EXIT_CODE
+    if -first in forwarded:  # a worker that had not begun to listen had done nothing
+        return PREEMPTED_EXIT_CODE
+    return first if first - 128 in forwarded else None
 
 
 def report_mistake(error: UserError) -> None:

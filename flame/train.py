@@ -3,7 +3,7 @@
     bash train.sh --job.config_file configs/quickstart.toml
     NGPU=8 bash train.sh --job.config_file configs/llama_340M.toml --training.steps 20000
 
-`compute_losses` is the method; `Trainer` is what surrounds it, in the order in which it happens.
+`flame.objective.compute_losses` is the method; `Trainer` is what surrounds it, in the order in which it happens.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import copy
 import dataclasses
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from flame.components.checkpoint import Checkpointer, check_resumable, list_checkpoints
+from flame.components.checkpoint import Checkpointer, list_checkpoints
+from flame.components.counters import Counters
 from flame.components.distributed import (
     check_same_on_all_ranks,
+    end_processes,
     get_rank,
     get_world_size,
     set_single_process_defaults,
@@ -30,36 +33,41 @@ from flame.components.distributed import (
     sum_over_ranks,
 )
 from flame.components.flops import FlopCounter
-from flame.components.loggers import METRICS_FILE, RunLog, format_line, init_logging
+from flame.components.loggers import METRICS_FILE, RunLog, drop_lines_after, format_line, format_validation, init_logging
 from flame.components.metrics import Metrics
 from flame.components.optimizer import build_optimizer, build_schedule, seek_schedule
+from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
+from flame.components.resume_check import check_model, check_resumable, check_tokenizer, list_changes
 from flame.components.run_record import record_run
+from flame.components.step_guard import SKIPPED_FILE, StepGuard
 from flame.components.throughput import Throughput
 from flame.components.titan import GarbageCollection, clip_grad_norm_
 from flame.config import JobConfig
 from flame.config_reader import read_config
+from flame.data.audit import AuditLog, drop_audit_after
 from flame.data.batch import PackedBatch
+from flame.data.feed import Feed
 from flame.data.loader import PackedLoader
+from flame.data.mixture import open_held_out, open_mixture
 from flame.data.preview import render_sequence
-from flame.data.sources import open_source
 from flame.data.state import DataState, merge_states
-from flame.data.tokenizer import load_tokenizer
+from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.launch import report_mistake
 from flame.models.causal_lm import check_fits_run, load_model_config
-from flame.models.future_lm import FutureLM, build_future_lm
+from flame.models.future_lm import build_future_lm
 from flame.models.future_mask import (  # the two private names are part of this module's interface
     _future_valid_from_cu,
     _segment_ids_from_cu_seqlens,
     build_future_mask_from_cu,
     count_anchors,
-    find_anchors,
 )
-from flame.models.losses import linear_cross_entropy
-from flame.models.mi_estimator import Contrast, read_temperature
+from flame.models.mi_estimator import read_temperature
 from flame.models.parallelize import materialize, parallelize
+from flame.objective import compute_losses, record_losses
 from flame.utils.convert_dcp_to_hf import convert
 from flame.utils.plotting import plot_run
+from flame.validation import Validator
 
 __all__ = [
     "Trainer",
@@ -75,33 +83,8 @@ logger = logging.getLogger("flame")
 PREVIEW_CHARS = 600
 
 
-class Losses(NamedTuple):
-    """Sums over one packed batch, to be divided by global counts; None where not computed."""
-
-    ce_sum: Tensor | None
-    contrast: Contrast | None
-
-
-def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_future: bool) -> Losses:
-    """Both forwards and both losses of one packed batch of T tokens. Run it as `model(compute_losses, ...)`."""
-    future, frozen = config.future_encoder, config.experimental.freeze_lm_for_infonce
-
-    # 1. Causal forward: hidden states h [T, d], and next-token cross entropy from them.
-    hidden_states = model.encode_past(batch)
-    ce_sum = None if frozen else linear_cross_entropy(hidden_states, model.output_embedding, batch.labels[0])
-    if not with_future:
-        return Losses(ce_sum, None)
-
-    # 2. Anti-causal forward of the same network: summaries F [T, d] of each position's future. Labels: no gradient, no logits.
-    with torch.no_grad():
-        summaries = model.encode_future(batch, future.future_k).detach()
-
-    # 3. Position t guesses F at t + target_shift; the summaries of all other anchors are the negatives.
-    assert model.predictor is not None and model.estimator is not None
-    anchors = find_anchors(batch.segment_ids[0], future.target_shift)
-    targets = summaries.roll(-future.target_shift, dims=0)
-    contrast = model.estimator.contrast(model.predictor(hidden_states), targets, anchors)
-    return Losses(ce_sum, contrast)
+class Preempted(Exception):
+    """Some rank has been asked to stop, and all have agreed to, between two steps."""
 
 
 class StepCounts(NamedTuple):
@@ -112,37 +95,30 @@ class StepCounts(NamedTuple):
     anchors: int
 
 
-@dataclasses.dataclass
-class Counters:
-    """Totals of the run so far, over all ranks. They are logged, and live in the checkpoint."""
-
-    tokens_seen: int = 0
-    bad_rows: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-
-
 class Trainer:
     """One run, on one process.
 
     Args:
         config: checked options.
+        is_stop_requested: asked before each step. Once it is true on any rank, all ranks save and end.
     """
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: JobConfig, is_stop_requested: Callable[[], bool] = lambda: False):
         self.config = config
+        self.is_stop_requested = is_stop_requested
         self.folder = Path(config.job.dump_folder)
         self.rank, self.world_size = get_rank(), get_world_size()
         self.is_main = self.rank == 0
         init_logging(self.is_main)
 
-        self.tokenizer = load_tokenizer(config.model.tokenizer_path)
-        model_config = load_model_config(config.model.config)
+        self.tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
+        model_config = load_model_config(config.model.config, config.model.trust_remote_code)
         check_fits_run(model_config, len(self.tokenizer), config)
-        self.source = open_source(config.training)
+        self.mixture = open_mixture(config, self.tokenizer)
+        self.source_names = [source.name for source in self.mixture.sources]
 
         self.device, mesh = start_processes(config)
-        check_same_on_all_ranks("number of documents", len(self.source))
+        check_same_on_all_ranks("number of documents", sum(self.mixture.count_units().values()))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = build_future_lm(config, model_config, self.device.type)
         parallelize(self.model, config, mesh)
@@ -152,7 +128,10 @@ class Trainer:
         self.schedule = build_schedule(config, self.optimizer)
 
         self.step = 0
-        self.counters = Counters()
+        self.saved_step = 0
+        self.validated_step = 0
+        self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))
+        self.guard = StepGuard(config.training, self.folder, self.model, self.counters, self.device)
         self.previewed = False
         self.data_state = DataState(config.training.num_streams, config.training.seed)
         self.checkpointer = Checkpointer(
@@ -161,31 +140,48 @@ class Trainer:
             self.optimizer,
             config.checkpoint.keep_latest_k,
             self._write_hf_assets,
+            asynchronous=config.checkpoint.async_mode == "async",
         )
 
     # ---------------------------------------------------------------- the run
 
-    def train(self) -> None:
-        """Train to `training.steps`, from the newest checkpoint if there is one."""
-        self._resume()
-        self._open_run()
+    def train(self) -> bool:
+        """Train to `training.steps`, from the newest checkpoint if there is one.
+
+        Returns:
+            True at the end, False if asked to stop before; the same run then goes on from there.
+        """
+        wandb_id = self._resume()
+        self._open_run(wandb_id)
         try:
+            self._validate_when_due()  # a run that was stopped while validating owes that step its numbers
             while self.step < self.config.training.steps:
-                self.step += 1
                 self.train_step()
                 self.garbage.run(self.step)
                 self._log_when_due()
+                self._validate_when_due()
                 self._save_when_due()
+            self.checkpointer.wait()
+        except Preempted:
+            self._stop_early()
+            end_processes()
+            return False
         finally:
-            self.run_log.close()
-            self.loader.close()
+            self._close_run()
         self._finish()
+        return True
 
     def train_step(self) -> None:
-        """One optimizer step over `gradient_accumulation_steps` packed batches on each rank."""
+        """One optimizer step over `gradient_accumulation_steps` packed batches on each rank.
+
+        Raises:
+            Preempted: before anything is done, if a rank is asked to stop.
+        """
         batches = self._next_batches()
-        weight = self.future_weight()
         counts = self._count_over_ranks(batches)
+        self.data_state.advance(batches, self.world_size)
+        self.step += 1
+        weight = self.future_weight()
 
         self.optimizer.zero_grad()
         step_loss = torch.zeros((), device=self.device)
@@ -201,15 +197,19 @@ class Trainer:
             loss.backward()
             step_loss += loss.detach()
             outcomes.append(losses)
+        step_loss, failures = self.guard.settle(step_loss, outcomes)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
-        dist.all_reduce(step_loss)
 
-        if self._is_usable(step_loss, grad_norm, batches):
+        is_usable = self.guard.judge(self.step, step_loss, grad_norm, failures, batches, outcomes)
+        if is_usable:
             self.optimizer.step()
             if self.model.estimator is not None:
                 self.model.estimator.limit_temperature()
-            self._record_losses(outcomes, batches)
+            for losses, batch in zip(outcomes, batches, strict=True):
+                record_losses(self.metrics, losses, batch, self.source_names)
             self._record_step(step_loss, grad_norm, weight, counts)
+        if self.audit is not None:
+            self.audit.record(self.step, batches, trained=is_usable)
         self._count_step(batches, weight, counts)
         self.schedule.step()
 
@@ -224,66 +224,42 @@ class Trainer:
     # ---------------------------------------------------------------- parts of a step
 
     def _next_batches(self) -> list[PackedBatch]:
+        """This rank's batches; none if it is asked to stop while it waits for them."""
         with self.throughput.waiting_for_data():
-            batches = [next(self.loader) for _ in range(self.config.training.gradient_accumulation_steps)]
-        if not self.previewed:
+            batches = self.feed.take(self.config.training.gradient_accumulation_steps, self.is_stop_requested) or []
+        if batches and not self.previewed:
             self.previewed = True
             logger.info("the first packed sequence:\n%s", render_sequence(batches[0], self.tokenizer, PREVIEW_CHARS))
         return batches
 
     def _count_over_ranks(self, batches: list[PackedBatch]) -> StepCounts:
-        """What this step is averaged over, and the run's totals. Counted on the CPU: it does not wait for the GPU."""
+        """What this step is averaged over, and the run's totals. Counted on the CPU: it does not wait for the GPU.
+
+        Raises:
+            Preempted: a rank is asked to stop. Nothing has been counted.
+        """
         shift = self.config.future_encoder.target_shift
-        tokens, labels, anchors, bad_rows = sum_over_ranks(
-            sum(batch.input_ids.numel() for batch in batches),
+        by_source = [sum(batch.input_ids.numel() for batch in batches if batch.source == name) for name in self.source_names]
+        stop_votes, labels, anchors, bad_rows, *tokens = sum_over_ranks(
+            self.is_stop_requested(),
             sum(batch.num_labels for batch in batches),
             sum(count_anchors(batch.cu_seqlens, shift) for batch in batches),
             sum(batch.bad_rows for batch in batches),
+            *by_source,
         )
-        self.counters.tokens_seen += tokens
+        if stop_votes:
+            raise Preempted
+        for name, count in zip(self.source_names, tokens, strict=True):
+            self.counters.tokens_by_source[name] += count
+        self.counters.tokens_seen += sum(tokens)
         self.counters.bad_rows += bad_rows
-        return StepCounts(tokens, labels, anchors)
+        return StepCounts(sum(tokens), labels, anchors)
 
     def _seed_dropout(self, batch: PackedBatch) -> None:
         """Dropout depends on the seed and on which sequence this is: the same on any number of ranks, and after a resume."""
         torch.manual_seed((self.config.training.seed << 32) + batch.sequence_index)
 
-    def _is_usable(self, loss: Tensor, grad_norm: Tensor, batches: list[PackedBatch]) -> bool:
-        """Whether to apply this step. Loss and norm are global, so all ranks agree.
-
-        Raises:
-            UserError: they are not finite and skipping is off, or has happened too often in a row.
-        """
-        if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-            self.counters.skipped_in_a_row = 0
-            return True
-        self.counters.skipped_steps += 1
-        self.counters.skipped_in_a_row += 1
-        last = self.data_state.next_sequence - 1
-        first = last + 1 - len(batches) * self.world_size
-        what = f"step {self.step} (sequences {first} to {last}): loss {loss.item():g}, gradient norm {grad_norm.item():g}"
-        if not self.config.training.skip_nan_inf:
-            raise UserError(f"{what}: stopped, since training.skip_nan_inf = false")
-        if self.counters.skipped_in_a_row >= self.config.training.max_skipped_steps:
-            limit = self.config.training.max_skipped_steps
-            raise UserError(f"{what}: stopped, the last of training.max_skipped_steps = {limit} such steps in a row")
-        if self.is_main:
-            logger.warning("%s: step skipped", what)
-        return False
-
-    # ---------------------------------------------------------------- metrics
-
-    def _record_losses(self, outcomes: list[Losses], batches: list[PackedBatch]) -> None:
-        for (ce_sum, contrast), batch in zip(outcomes, batches, strict=True):
-            if ce_sum is not None:
-                self.metrics.record_mean("ce_loss", ce_sum, batch.num_labels)
-            if contrast is None:
-                continue
-            self.metrics.record_mean("aux_loss", contrast.loss_sum, contrast.num_anchors)
-            self.metrics.record_mean("mi_lower_bound", contrast.mi_sum, contrast.num_anchors)
-            self.metrics.record_mean("infonce_accuracy", contrast.correct, contrast.num_anchors)
-            self.metrics.record_mean("positive_cosine", contrast.positive_cosine_sum, contrast.num_anchors)
-            self.metrics.record_mean("negative_cosine", contrast.negative_cosine_sum, contrast.num_anchors)
+    # ---------------------------------------------------------------- metrics and validation
 
     def _record_step(self, loss: Tensor, grad_norm: Tensor, weight: float, counts: StepCounts) -> None:
         self.metrics.record_mean("loss", loss, 1)
@@ -301,16 +277,36 @@ class Trainer:
     def _log_when_due(self) -> None:
         """Log every `metrics.log_freq` steps, at the end, and before a checkpoint: a resumed run averages the same steps."""
         is_last = self.step == self.config.training.steps
-        if self.step % self.config.metrics.log_freq and not is_last and not self._is_save_due():
-            return
+        if is_last or self.step % self.config.metrics.log_freq == 0 or self._is_save_due():
+            self._log_step()
+
+    def _log_step(self) -> None:
         if self.model.estimator is not None and self.model.estimator.log_temperature is not None:
             self.metrics.record_last("temperature", read_temperature(self.model.estimator))
         self.throughput.record()
         values = self.metrics.collect()
         seconds_left = self.throughput.summarize(values)
-        values |= dataclasses.asdict(self.counters)
+        values |= self.counters.flatten()
         self.run_log.log(self.step, values)
         logger.info(format_line(self.step, self.config.training.steps, values, seconds_left))
+        self.logged_step = self.step
+
+    def _validate_when_due(self) -> None:
+        """Validate every `validation.interval` steps and at the end, once.
+
+        Raises:
+            Preempted: a rank is asked to stop meanwhile.
+        """
+        interval, is_last = self.config.validation.interval, self.step == self.config.training.steps
+        if self.validator is None or self.validated_step == self.step or not (self.step % interval == 0 or is_last):
+            return
+        values = self.validator.run(self.model, self.future_weight() > 0, self.is_stop_requested)
+        if values is None:
+            raise Preempted
+        self.validated_step = self.step
+        self.run_log.log(self.step, values)
+        logger.info(format_validation(self.step, self.config.training.steps, values))
+        self.throughput.restart()
 
     # ---------------------------------------------------------------- checkpoints, start and end
 
@@ -320,18 +316,34 @@ class Trainer:
 
     def _save_when_due(self) -> None:
         if self._is_save_due():
-            states: list[DataState | None] = [None] * self.world_size
-            dist.all_gather_object(states, self.data_state)
-            trainer_state = {
-                "step": self.step,
-                "counters": dataclasses.asdict(self.counters),
-                "data": merge_states([state for state in states if state is not None]).state_dict(),
-                "config": dataclasses.asdict(self.config),
-            }
-            self.checkpointer.save(self.step, trainer_state)
-            self.throughput.restart()
+            self._save()
 
-    def _resume(self) -> None:
+    def _save(self) -> None:
+        states: list[DataState | None] = [None] * self.world_size
+        dist.all_gather_object(states, self.data_state)
+        trainer_state = {
+            "step": self.step,
+            "validated_step": self.validated_step,
+            "counters": dataclasses.asdict(self.counters),
+            "data": merge_states([state for state in states if state is not None]).state_dict(),
+            "wandb_id": self.run_log.wandb_id,
+            "config": dataclasses.asdict(self.config),
+            "model_config": self.model.lm.config.to_dict(),
+            "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
+        }
+        if self.audit is not None:
+            self.audit.sync()
+        self.checkpointer.save(self.step, trainer_state)
+        self.saved_step = self.step
+        self.throughput.restart()
+
+    def _check_resumable(self, state: dict[str, Any]) -> None:
+        check_resumable(state["config"], self.config)
+        check_model(state["model_config"], self.model.lm.config.to_dict())
+        check_tokenizer(state["tokenizer_fingerprint"], fingerprint_tokenizer(self.tokenizer))
+
+    def _resume(self) -> str | None:
+        """Take over the newest checkpoint, if there is one. Returns the identity of the run at Weights & Biases."""
         config = self.config
         if not config.checkpoint.enable_checkpoint:
             if list_checkpoints(self.checkpointer.folder):
@@ -339,30 +351,46 @@ class Trainer:
                     f'job.dump_folder = "{self.folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false '
                     "would start over in it: choose another folder"
                 )
-            return
-        state = self.checkpointer.load_latest(lambda saved: check_resumable(saved, config))
+            return None
+        state = self.checkpointer.load_latest(self._check_resumable)
         if state is not None:
-            self.step = state["step"]
+            self.step = self.saved_step = state["step"]
             if self.step > config.training.steps:
                 raise UserError(
                     f"training.steps = {config.training.steps}, but the run in {self.folder} is at step {self.step} already: "
                     "raise it, or start a new run in another job.dump_folder"
                 )
-            self.counters = Counters(**state["counters"])
+            self.validated_step = state["validated_step"]
+            self.counters.load(state["counters"])
             self.data_state.load_state_dict(state["data"])
-            self.data_state.check_documents(self.source.name, len(self.source))
             seek_schedule(self.schedule, self.step)
+            for change in list_changes(state["config"], config) if self.is_main else ():
+                logger.warning("option changed since the checkpoint: %s", change)
+        self.data_state.check_units(self.mixture.count_units())
+        if self.step < config.training.steps:
+            self.checkpointer.check_space()
+        return state["wandb_id"] if state is not None else None
 
-    def _open_run(self) -> None:
+    def _open_run(self, wandb_id: str | None) -> None:
         """Everything that starts at the step the run starts from."""
         config, start_step = self.config, self.step
+        self.validator = None
+        if config.validation.interval:
+            held_out = open_held_out(config, self.tokenizer, self.mixture)
+            self.validator = Validator(config, held_out, self.rank, self.world_size, self.device)
         if self.is_main:
             record_run(config, self.folder, start_step, self.world_size)
+            drop_audit_after(self.folder, start_step)
+            drop_lines_after(self.folder / SKIPPED_FILE, start_step)
+        dist.barrier()
         self.metrics = Metrics(self.device)
-        self.run_log = RunLog(config, self.folder, self.is_main, start_step, dataclasses.asdict(config))
+        self.run_log = RunLog(config, self.folder, self.is_main, start_step, dataclasses.asdict(config), wandb_id)
+        self.audit = AuditLog(self.folder, self.rank) if config.training.audit else None
         self.throughput = Throughput(self.metrics, self.device, self.world_size, config.training.steps - start_step)
         self.garbage = GarbageCollection(config.training.gc_freq)
-        self.loader = PackedLoader(config.training, self.source, self.tokenizer, self.rank, self.world_size, self.data_state)
+        loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
+        self.feed = Feed(loader, config.comm.timeout_seconds, self.rank)
+        self.logged_step = start_step
         self._announce()
 
     def _announce(self) -> None:
@@ -378,7 +406,13 @@ class Trainer:
             self.device.type,
         )
         tokens = config.training.seq_len * config.training.gradient_accumulation_steps * self.world_size
-        logger.info("%s: %d documents; %d tokens a step", self.source.name, len(self.source), tokens)
+        logger.info("%d tokens a step, from", tokens)
+        for line in self.mixture.describe():
+            logger.info("  %s", line)
+        if self.validator is not None:
+            logger.info(
+                "validation: %d held-out sequences each %d steps", self.validator.num_sequences, config.validation.interval
+            )
         source = self.config.model.config
         if list(Path(source).glob("*.safetensors")):
             logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
@@ -386,11 +420,30 @@ class Trainer:
         if self.step:
             logger.info("resumed after step %d of %d", self.step, config.training.steps)
 
+    def _stop_early(self) -> None:
+        """Save what has been done, if no checkpoint holds it yet."""
+        if self.step > self.logged_step:
+            self._log_step()
+        if self.config.checkpoint.enable_checkpoint and self.step > self.saved_step:
+            self._save()
+        self.checkpointer.wait()
+        where = (
+            "the same command goes on" if self.config.checkpoint.enable_checkpoint else "nothing is saved: checkpoints are off"
+        )
+        logger.info("stopped on request after step %d of %d; %s", self.step, self.config.training.steps, where)
+
+    def _close_run(self) -> None:
+        """End what runs beside the training."""
+        self.run_log.close()
+        self.feed.close()
+        self.checkpointer.close()
+        if self.audit is not None:
+            self.audit.close()
+
     def _finish(self) -> None:
         """Export, draw, and say where everything is. Only rank 0 has work, and nobody waits for it."""
         config = self.config
-        dist.barrier()
-        dist.destroy_process_group()
+        end_processes()
         if not self.is_main:
             return
         logger.info("done: step %d of %d", self.step, config.training.steps)
@@ -414,7 +467,7 @@ class Trainer:
 
 
 def main(argv: list[str]) -> None:
-    """Read the options and train.
+    """Read the options and train. Ends the process with `PREEMPTED_EXIT_CODE` when the run was stopped on request.
 
     Args:
         argv: command-line arguments; see `bash train.sh --help`.
@@ -422,10 +475,13 @@ def main(argv: list[str]) -> None:
     set_single_process_defaults()
     try:
         config = read_config(argv, get_world_size())
-        Trainer(config).train()
+        with StopListener() as listener:
+            is_finished = Trainer(config, lambda: listener.requested is not None).train()
     except UserError as error:
         report_mistake(error)
         sys.exit(error.EXIT_CODE)
+    if not is_finished:
+        sys.exit(PREEMPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

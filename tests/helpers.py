@@ -8,7 +8,8 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from flame.config import FutureEncoder, JobConfig
 from flame.data.batch import PackedBatch, build_batch
-from flame.data.streams import Cursor, PackedSequence
+from flame.data.lines import Cursor
+from flame.data.streams import PackedSequence
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize
 
@@ -58,5 +59,5 @@ def random_batch(cu_seqlens: Tensor, vocab_size: int = 61, seed: int = 0) -> Pac
 
 def pack(input_ids: Tensor, cu_seqlens: Tensor) -> PackedBatch:
     """The batch of given tokens, int64 [T], and boundaries, int32 [S+1]."""
-    sequence = PackedSequence(input_ids.numpy(), cu_seqlens.numpy(), 0, Cursor(0, 0, 0), [], 0)
+    sequence = PackedSequence(input_ids.numpy(), cu_seqlens.numpy(), "text", 0, Cursor(0, 0, 0, 0), [], 0)
     return build_batch(sequence, sequence_index=0)

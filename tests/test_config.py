@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flame.config import JobConfig
-from flame.config_reader import read_config, write_config
+from flame.config import JobConfig, Source
+from flame.config_reader import _SECTIONS, read_config, write_config
 from flame.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -219,7 +219,10 @@ BAD_FILES = {
         ['"optimizer.lr" = 1.0 (run.toml): no such option, did you mean optimizer.lr?'],
     ),
     "empty unknown section": ("[empty]", ["empty = {} (run.toml): no such option, --help lists all"]),
-    "value for a section": ("training = 3", ["training = 3 (run.toml): no such option, --help lists all"]),
+    "value for a section": (
+        "training = 3",
+        ["training = 3 (run.toml): no such option, training is a section: its options are training.key"],
+    ),
     "table for a value": ("[training.steps]\na = 1", ['training.steps = {"a": 1} (run.toml): allowed is an integer > 0']),
     "date for text": ("[job]\ndescription = 2020-01-01", ['job.description = "2020-01-01" (run.toml): allowed is text']),
     "int for text": ("[job]\ndescription = 3", ["job.description = 3 (run.toml): allowed is text"]),
@@ -452,10 +455,47 @@ def test_every_option_has_a_help_text() -> None:
     """A field without a docstring would be listed by --help with no word on what it does."""
     import docstring_parser
 
-    for section in fields(JobConfig()):
-        documented = docstring_parser.parse_from_object(type(getattr(JobConfig(), section.name))).params
-        assert all(param.description for param in documented)
-        assert [param.arg_name for param in documented] == list(asdict(JobConfig())[section.name])
+    for name, section in _SECTIONS.items():
+        owners = [docstring_parser.parse_from_object(owner).params for owner in section.__mro__[:-1]]
+        documented = {param.arg_name for params in owners for param in params if param.description}
+        assert documented == {option.name for option in fields(section)}, name
+
+
+def test_sources_are_tables_and_options(folder: Path) -> None:
+    (folder / "mix.toml").write_text(
+        '[sources.web]\ndataset = "text"\ndata_files = "m.json"\nweight = 3\n[sources.code]\nweight = 1.5\n'
+    )
+    config = read_config([*MODEL, "--job.config_file", "mix.toml", "--sources.code.weight", "0.5"], 1)
+    assert config.sources == {"web": Source(dataset="text", data_files="m.json", weight=3.0), "code": Source(weight=0.5)}
+    assert list(config.corpora) == ["sources.code", "sources.web"]
+    write_config(config, folder / "again.toml")
+    assert read_config(["--job.config_file", "again.toml"], 1).sources == config.sources
+
+
+def test_mistakes_in_sources_are_named(folder: Path) -> None:
+    (folder / "mix.toml").write_text(
+        '[sources.web]\nwieght = 3\ndataset = "tokens"\n[sources.none]\n[sources."a b"]\nweight = 1\n'
+    )
+    options = ["--sources.x.weight", "0", "--training.dataset", "json", "--sources.code.streaming"]
+    assert read_mistakes([*MODEL, "--job.config_file", "mix.toml", *options]) == [
+        "sources.web.wieght = 3 (mix.toml): no such option, did you mean sources.NAME.weight?",
+        "sources.none = {} (mix.toml): no such option, --help lists all",
+        'sources."a b".weight = 1 (mix.toml): no such option, did you mean sources.NAME.weight?',
+        "sources.x.weight = 0 (command line): allowed is a finite number > 0",
+        'training.dataset = "json" beside [sources.NAME]: move it into a source of its own',
+        'sources.code.streaming = true but sources.code.dataset = "stdlib" is read in place: allowed with text, json, parquet and Hub datasets',
+        'sources.web.dataset = "tokens" needs sources.web.data_files (a folder)',
+    ]
+
+
+def test_validation_needs_held_out_documents(folder: Path) -> None:
+    (line,) = read_mistakes([*MODEL, "--validation.interval", "5"])
+    assert line.startswith("validation.interval = 5 without held-out documents: set validation.dataset, or")
+    (line,) = read_mistakes([*MODEL, "--validation.dataset", "stdlib", "--validation.holdout_every", "9"])
+    assert "both name a held-out set" in line
+    (line,) = read_mistakes([*MODEL, "--validation.holdout_every", "1"])
+    assert "leaves nothing to train on" in line
+    assert read_config([*MODEL, "--validation.interval", "5", "--validation.holdout_every", "9"], 1).validation.interval == 5
 
 
 def test_reading_needs_no_heavy_import() -> None:

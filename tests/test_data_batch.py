@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.data.batch import PackedBatch, build_batch
+from flame.data.lines import Cursor
 from flame.data.preview import render_sequence
-from flame.data.streams import Cursor, PackedSequence, Piece
+from flame.data.streams import PackedSequence, Piece
 from flame.data.tokenizer import load_tokenizer
 
 
@@ -17,7 +18,7 @@ def make_batch(lengths: list[int], tokens: list[int] | None = None) -> PackedBat
         boundaries.append(boundaries[-1] + length)
     ids = np.asarray(tokens or range(1000, 1000 + boundaries[-1]), dtype=np.int64)
     pieces = [Piece(10 + i, 5, 5 + length, 0) for i, length in enumerate(lengths)]
-    return build_batch(PackedSequence(ids, np.asarray(boundaries, np.int32), 3, Cursor(0, 1, 2), pieces, 4), 27)
+    return build_batch(PackedSequence(ids, np.asarray(boundaries, np.int32), "web", 3, Cursor(0, 1, 0, 2), pieces, 4), 27)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
@@ -35,7 +36,7 @@ def test_labels_positions_and_segments_token_by_token(lengths: list[int]) -> Non
     assert batch.position_ids.tolist() == [positions]
     assert batch.segment_ids.tolist() == [segments]
     assert batch.num_labels == sum(label != -100 for label in labels)
-    assert (batch.sequence_index, batch.stream, batch.cursor, batch.bad_rows) == (27, 3, (0, 1, 2), 4)
+    assert (batch.sequence_index, batch.source, batch.stream, batch.cursor, batch.bad_rows) == (27, "web", 3, (0, 1, 0, 2), 4)
     dtypes = [t.dtype for t in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.cu_seqlens)]
     assert dtypes == [torch.int64, torch.int64, torch.int64, torch.int32, torch.int32]
 

@@ -15,9 +15,12 @@ import torch
 
 from flame.config import Training
 from flame.data.batch import PackedBatch
+from flame.data.documents import TokenizedSource
+from flame.data.lines import Cursor
 from flame.data.loader import PackedLoader, RankShare
+from flame.data.mixture import Mixture
 from flame.data.state import DataState, merge_states
-from flame.data.streams import Cursor, PackedSequence
+from flame.data.streams import PackedSequence
 from flame.data.tokenizer import encode_document, load_tokenizer
 from flame.errors import UserError
 from tests.test_data_streams import ListSource, pack_plainly
@@ -32,11 +35,20 @@ def make_training(num_workers: int = 0) -> Training:
     return Training(num_streams=STREAMS, num_workers=num_workers, seq_len=64, context_len=40, seed=SEED)
 
 
+def make_mixture(texts: list[str | None] = TEXTS) -> Mixture:
+    return Mixture((TokenizedSource(ListSource(texts), partial(encode_document, TOKENIZER)),), (1.0,))
+
+
 def open_loader(
     rank: int = 0, world: int = 1, state: DataState | None = None, num_workers: int = 0, texts: list[str | None] = TEXTS
 ) -> PackedLoader:
-    state = state or DataState(STREAMS, SEED)
-    return PackedLoader(make_training(num_workers), ListSource(texts), TOKENIZER, rank, world, state)
+    return PackedLoader(make_training(num_workers), make_mixture(texts), rank, world, state or DataState(STREAMS, SEED))
+
+
+def consume(rank: int, world: int, state: DataState, count: int) -> list[PackedBatch]:
+    batches = list(itertools.islice(open_loader(rank, world, state), count))
+    state.advance(batches, world)
+    return batches
 
 
 def list_expected(count: int) -> list[tuple]:
@@ -66,9 +78,8 @@ def test_workers_share_the_sequences_of_a_rank(world: int, num_workers: int, sta
     cursors = {}
     for batch in itertools.islice(open_loader(), start):
         cursors[batch.stream] = batch.cursor
-    encode = partial(encode_document, TOKENIZER)
     for rank in range(world):
-        share = RankShare(make_training(), ListSource(TEXTS), encode, rank, world, start, cursors)
+        share = RankShare(make_training(), make_mixture(), start + rank, world, {"list": cursors})
         shares = [share.deal(worker, num_workers) for worker in range(num_workers)]
         owners: dict[int, set[int]] = {}
         for i in range(24):
@@ -88,7 +99,7 @@ def test_resuming_on_other_world_sizes_continues_the_same_sequences() -> None:
         for rank in range(world):
             state = DataState(STREAMS, SEED)
             state.load_state_dict(json.loads(json.dumps(saved)))
-            found += [describe(batch) for batch in itertools.islice(open_loader(rank, world, state), steps)]
+            found += map(describe, consume(rank, world, state, steps))
             states.append(state)
         saved = merge_states(states[::-1]).state_dict()
     assert sorted(found) == EXPECTED[: len(found)]
@@ -97,25 +108,23 @@ def test_resuming_on_other_world_sizes_continues_the_same_sequences() -> None:
 
 def test_state_is_what_was_consumed() -> None:
     state = DataState(STREAMS, SEED)
-    batches = list(itertools.islice(open_loader(1, 2, state), 3))
+    state.check_units({"list": 40})
+    batches = consume(1, 2, state, 3)
     cursors = {f"stream-{batch.stream:05d}": list(batch.cursor) for batch in batches}
     assert list(cursors) == ["stream-00001", "stream-00003", "stream-00005"]
     assert state.state_dict() == {
         "num_streams": STREAMS,
         "seed": SEED,
         "next_sequence": 6,
-        "num_documents": 40,
-        "cursors": cursors,
+        "sources": {"list": {"num_units": 40, "cursors": cursors}},
     }
 
 
-def test_iterating_again_goes_on_where_the_state_stands() -> None:
-    loader = open_loader()
-    found = [describe(batch) for batch in itertools.islice(loader, 5)]
-    found += [describe(batch) for batch in itertools.islice(loader, 5)]
-    loader.close()
-    found.append(describe(next(loader)))
-    assert found == EXPECTED[:11]
+def test_what_is_not_consumed_comes_again() -> None:
+    state = DataState(STREAMS, SEED)
+    loader = open_loader(state=state)
+    state.advance([next(loader), next(loader)], 1)
+    assert describe(next(loader)) == EXPECTED[2] == describe(next(open_loader(state=state)))
 
 
 def test_loading_leaves_the_global_random_state_alone() -> None:
@@ -133,24 +142,32 @@ def test_changed_order_is_refused(key: str, value: int) -> None:
 
 def test_changed_number_of_documents_is_refused() -> None:
     state = DataState(STREAMS, SEED)
-    next(open_loader(state=state))
+    state.check_units({"list": 40, "web": 7})
     resumed = DataState(STREAMS, SEED)
     resumed.load_state_dict(state.state_dict())
-    with pytest.raises(UserError, match=r'training\.dataset = "list" has 39 documents, .* made with 40'):
-        next(open_loader(state=resumed, texts=TEXTS[1:]))
+    resumed.check_units({"list": 40, "new": 3})
+    with pytest.raises(UserError, match=r'source "list" has 39 documents or shards, but the checkpoint was made with 40'):
+        resumed.check_units({"list": 39})
 
 
 def test_merging_takes_the_furthest_cursor() -> None:
-    states = [DataState(STREAMS, SEED, 8, {0: Cursor(0, 5, 1), 1: Cursor(1, 0, 0)}, 40) for _ in range(2)]
-    states[1].cursors = {0: Cursor(0, 4, 9), 1: Cursor(1, 0, 3), 2: Cursor(0, 0, 7)}
-    merged = merge_states(states)
-    assert merged == DataState(STREAMS, SEED, 8, {0: Cursor(0, 5, 1), 1: Cursor(1, 0, 3), 2: Cursor(0, 0, 7)}, 40)
+    states = [
+        DataState(STREAMS, SEED, 8, {"a": {0: Cursor(0, 5, 0, 1), 1: Cursor(1, 0, 0, 0)}}, {"a": 40}),
+        DataState(
+            STREAMS,
+            SEED,
+            8,
+            {"a": {0: Cursor(0, 4, 0, 9), 1: Cursor(1, 0, 0, 3), 2: Cursor(0, 0, 0, 7)}, "b": {1: Cursor(0, 1, 2, 3)}},
+            {"a": 40},
+        ),
+    ]
+    cursors = {"a": {0: Cursor(0, 5, 0, 1), 1: Cursor(1, 0, 0, 3), 2: Cursor(0, 0, 0, 7)}, "b": {1: Cursor(0, 1, 2, 3)}}
+    assert merge_states(states) == DataState(STREAMS, SEED, 8, cursors, {"a": 40})
 
 
 def test_worker_processes_give_the_same_batches_whatever_signals_they_get() -> None:
-    state = DataState(STREAMS, SEED)
     before = torch.get_rng_state()
-    loader = open_loader(1, 2, state, num_workers=2)
+    loader = open_loader(1, 2, num_workers=2)
     found = [describe(next(loader))]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -158,7 +175,6 @@ def test_worker_processes_give_the_same_batches_whatever_signals_they_get() -> N
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     found += [describe(next(loader)) for _ in range(19)]
     assert found == EXPECTED[1:40:2]
-    assert state.next_sequence == 40, "prefetched sequences do not count"
     assert torch.equal(torch.get_rng_state(), before)
     assert all(worker.is_alive() for worker in workers)
     loader.close()

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flame.config import Training
-from flame.data.sources import Source, open_source
+from flame.data.sources import Source, StreamingSource
+from flame.data.sources import open_source as open_any_source
 from flame.errors import UserError
 
 
@@ -22,6 +23,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def open_source(training: Training) -> Source:
+    source = open_any_source(training, "training")
+    assert not isinstance(source, StreamingSource)
+    return source
 
 
 def read_all(source: Source) -> list[str | None]:
@@ -33,7 +40,7 @@ def read_all(source: Source) -> list[str | None]:
 
 def expect_one_line(training: Training, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
-        open_source(training)
+        open_any_source(training, "training")
     assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
@@ -121,7 +128,7 @@ def test_parquet_column_must_be_one_of_strings(tmp_path: Path) -> None:
     expect_one_line(Training(dataset="parquet", data_files=files), 'training.text_column = "text" is not a column of', columns)
     for column in ("id", "tags", "raw"):
         training = Training(dataset="parquet", data_files=files, text_column=column)
-        expect_one_line(training, f'training.text_column = "{column}" is not a column of strings', columns)
+        expect_one_line(training, f'training.text_column = "{column}" is a column of', "not of strings", columns)
 
 
 def test_dataset_by_name(tmp_path: Path) -> None:
@@ -172,3 +179,36 @@ def test_files_of_different_columns_say_why(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "b.parquet")
     expect_one_line(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet"), "cannot be loaded", "id", "column names")
+
+
+def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
+    """JSON lines and parquet, shard by shard, from the start and from each row, bad rows included; also in another process."""
+    for shard in range(3):
+        rows = [b'{"text": "%d-%d"}' % (shard, row) if row % 5 != 2 else b"{broken \xe9" for row in range(700)]
+        (tmp_path / f"{shard}.jsonl").write_bytes(b"\n".join(rows))
+        cells = pa.array([b"%d-%d" % (shard, row) if row % 5 != 2 else b"caf\xe9" for row in range(700)], pa.binary())
+        pq.write_table(pa.table({"id": range(700), "text": cells.view(pa.string())}), tmp_path / f"{shard}.parquet")
+    for kind, files in (("json", "*.jsonl"), ("parquet", "*.parquet")):
+        training = Training(dataset=kind, data_files=f"{tmp_path}/{files}", streaming=True)
+        opened = open_any_source(training, "training")
+        assert isinstance(opened, StreamingSource) and opened.num_shards == 3
+        for source in (opened, pickle.loads(pickle.dumps(opened))):
+            for shard in range(3):
+                expected = [f"{shard}-{row}" if row % 5 != 2 else None for row in range(700)]
+                for row in (0, 1, 255, 256, 257, 699, 700):
+                    assert list(source.read_shard(shard, row)) == expected[row:], (kind, shard, row)
+
+
+def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        texts = [f"{row * 7919**3:x}" for row in range(5000)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=1000)
+    source = open_any_source(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=True), "sources.web")
+    assert isinstance(source, StreamingSource) and source.name == "web"
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[200:-5000] = bytes(len(content) - 5200)
+    (tmp_path / "b.parquet").write_bytes(content)
+    assert list(source.read_shard(0, 4990)) == texts[4990:]
+    with pytest.raises(UserError, match=r'sources.web.dataset = "parquet": shard 1 of 2 cannot be read after row \d+') as caught:
+        list(source.read_shard(1, 0))
+    assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)

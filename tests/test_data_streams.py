@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flame.data.documents import Part, TokenizedShards, TokenizedSource
+from flame.data.lines import Cursor, DocumentLine, ShardLine
 from flame.data.order import shuffled_index
-from flame.data.streams import Cursor, PackedSequence, Piece, Stream
+from flame.data.streams import PackedSequence, Piece, Stream
 from flame.errors import UserError
 
 Documents = list[list[int] | None]
@@ -19,6 +22,7 @@ Documents = list[list[int] | None]
 class ListSource:
     rows: list[str | None]
     name: str = "list"
+    option: str = 'training.dataset = "list"'
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,7 +69,12 @@ def number_tokens(lengths: list[int | None]) -> Documents:
 
 def open_stream(documents: Documents, index: int, num_streams: int, seq_len: int, context_len: int, seed: int) -> Stream:
     rows = [None if tokens is None else " ".join(map(str, tokens)) for tokens in documents]
-    return Stream(ListSource(rows), encode_numbers, index, num_streams, seq_len, context_len, seed)
+    return pack_source(ListSource(rows), index, num_streams, seq_len, context_len, seed)
+
+
+def pack_source(source: ListSource, index: int, num_streams: int, seq_len: int, context_len: int, seed: int) -> Stream:
+    line = DocumentLine(TokenizedSource(source, encode_numbers), Part(), index, num_streams, seed)
+    return Stream(line, source.name, index, seq_len, context_len)
 
 
 def take(stream: Stream, count: int, cursor: Cursor | None = None) -> list[PackedSequence]:
@@ -163,13 +172,13 @@ class CountingSource(ListSource):
 def test_only_the_current_document_is_read() -> None:
     """Seeking does not replay: a cursor in the middle of the corpus costs the documents that its sequence needs."""
     source = CountingSource([f"{i} {i} {i} {i}" for i in range(100)])
-    Stream(source, encode_numbers, 0, 1, 4, 4, 0).next_sequence(Cursor(7, 50, 2))
+    pack_source(source, 0, 1, 4, 4, 0).next_sequence(Cursor(7, 50, 0, 2))
     assert source.reads == 2
 
 
 def test_corpus_without_text_is_refused_after_a_bounded_search() -> None:
     source = CountingSource([None] * 7)
-    stream = Stream(source, encode_numbers, 2, 3, 4, 4, 0)
+    stream = pack_source(source, 2, 3, 4, 4, 0)
     message = 'training.dataset = "list" yields no usable text: 7 rows read, all empty, not text or undecodable'
     with pytest.raises(UserError, match=message) as caught:
         stream.next_sequence(stream.first_cursor)
@@ -181,5 +190,122 @@ def test_one_good_row_among_many_is_enough_for_every_stream() -> None:
     """Each epoch deals the row to another stream: some wait for it longer than the number of rows."""
     documents: Documents = [None] * 5 + [[1, 2]]
     for index in range(6):
-        sequence = open_stream(documents, index, 6, 2, 2, 0).next_sequence(Cursor(0, index, 0))
+        sequence = open_stream(documents, index, 6, 2, 2, 0).next_sequence(Cursor(0, index, 0, 0))
         assert sequence.input_ids.tolist() == [1, 2]
+
+
+@dataclass
+class ListShards:
+    """A streaming source that counts the rows it hands out."""
+
+    shards: list[list[str | None]]
+    name: str = "list"
+    option: str = 'training.dataset = "list"'
+    rows_read: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def read_shard(self, shard: int, row: int) -> Iterator[str | None]:
+        for text in self.shards[shard][row:]:
+            self.rows_read += 1
+            yield text
+
+
+def stream_shards(
+    source: ListShards, index: int, num_streams: int, seq_len: int, context_len: int, part: Part | None = None
+) -> Stream:
+    shards = TokenizedShards(source, encode_numbers)  # type: ignore[arg-type]
+    return Stream(ShardLine(shards, part or Part(), index, num_streams, 5), source.name, index, seq_len, context_len)
+
+
+shard_lists = st.lists(st.lists(st.one_of(st.none(), st.integers(1, 9)), max_size=5), min_size=1, max_size=5).filter(
+    lambda shards: any(any(shard) for shard in shards)
+)
+
+
+def number_shards(lengths: list[list[int | None]]) -> ListShards:
+    shards = []
+    for i, shard in enumerate(lengths):
+        numbers = [None if length is None else [1000 * i + 100 * j + k for k in range(length)] for j, length in enumerate(shard)]
+        shards.append([None if ids is None else " ".join(map(str, ids)) for ids in numbers])
+    return ListShards(shards)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=shard_lists, num_streams=st.integers(1, 5), seq_len=st.integers(1, 20), context_len=st.integers(1, 20))
+def test_every_token_of_every_shard_comes_exactly_once_an_epoch(
+    lengths: list[list[int | None]], num_streams: int, seq_len: int, context_len: int
+) -> None:
+    epochs = 2
+    seen: dict[tuple[int, int | str], list[int]] = defaultdict(list)
+    for index in range(num_streams):
+        stream = stream_shards(number_shards(lengths), index, num_streams, seq_len, context_len)
+        cursor = stream.first_cursor
+        while cursor.epoch < epochs:
+            sequence = stream.next_sequence(cursor)
+            cursor = sequence.cursor
+            for piece, start in zip(sequence.documents, sequence.cu_seqlens, strict=False):
+                seen[piece.epoch, piece.document].extend(range(piece.start, piece.end))
+                shard, row = map(int, str(piece.document).split("/"))
+                assert sequence.input_ids[start] == 1000 * shard + 100 * row + piece.start
+    expected = {
+        (epoch, f"{i}/{j}"): list(range(length))
+        for epoch in range(epochs)
+        for i, shard in enumerate(lengths)
+        for j, length in enumerate(shard)
+        if length
+    }
+    assert {key: tokens for key, tokens in seen.items() if key[0] < epochs} == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=shard_lists, seq_len=st.integers(1, 20), context_len=st.integers(1, 20), start=st.integers(0, 9))
+def test_any_cursor_of_shards_reproduces_the_rest(
+    lengths: list[list[int | None]], seq_len: int, context_len: int, start: int
+) -> None:
+    arguments = (0, 1, seq_len, context_len)
+    sequences = take(stream_shards(number_shards(lengths), *arguments), 12)
+    assert [s.cursor for s in sequences] == sorted(s.cursor for s in sequences)
+    used = stream_shards(number_shards(lengths), *arguments)
+    take(used, 4)
+    for stream in (stream_shards(number_shards(lengths), *arguments), used):
+        rest = take(stream, 12 - start - 1, sequences[start].cursor)
+        assert list(map(summarize, rest)) == list(map(summarize, sequences[start + 1 :]))
+
+
+def test_shards_without_text_are_refused_after_a_bounded_search() -> None:
+    source = ListShards([[None] * 3, [], [None]])
+    stream = stream_shards(source, 0, 1, 4, 4)
+    with pytest.raises(UserError, match="yields no usable text: 3 shards read"):
+        stream.next_sequence(stream.first_cursor)
+    assert source.rows_read <= 3 * 4
+
+
+def test_one_shard_with_text_among_many_is_enough_for_every_stream() -> None:
+    source = ListShards([[None]] * 5 + [["1 2"]])
+    for index in range(6):
+        stream = stream_shards(source, index, 6, 2, 2)
+        assert stream.next_sequence(stream.first_cursor).input_ids.tolist() == [1, 2]
+
+
+@given(rows=st.integers(0, 60), every=st.integers(2, 9))
+def test_held_out_rows_and_the_others_are_a_partition(rows: int, every: int) -> None:
+    trained, held_out = Part(every), Part(every, is_held_out=True)
+    lists = [[part.locate(index) for index in range(part.count(rows))] for part in (trained, held_out)]
+    assert lists[1] == list(range(0, rows, every))
+    assert sorted(lists[0] + lists[1]) == list(range(rows))
+    assert lists == [[row for row in range(rows) if part.includes(row)] for part in (trained, held_out)]
+    assert Part().count(rows) == rows and Part().locate(3) == 3 and Part().includes(0)
+
+
+def test_documents_held_out_are_not_in_a_stream() -> None:
+    documents = number_tokens([3] * 9)
+    source = TokenizedSource(ListSource([" ".join(map(str, ids or [])) for ids in documents]), encode_numbers)
+    for part, expected in ((Part(4), {1, 2, 3, 5, 6, 7}), (Part(4, is_held_out=True), {0, 4, 8})):
+        stream = Stream(DocumentLine(source, part, 0, 1, 0), "list", 0, 3 * len(expected), 3)
+        assert {piece.document for piece in stream.next_sequence(stream.first_cursor).documents} == expected
+    shards = ListShards([[str(10 * i + j) for j in range(6)] for i in range(2)])
+    stream = stream_shards(shards, 0, 1, 8, 1, Part(3))
+    assert sorted(stream.next_sequence(stream.first_cursor).input_ids.tolist()) == [1, 2, 4, 5, 11, 12, 14, 15]

@@ -1,32 +1,70 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from flame.components.preemption import PREEMPTED_EXIT_CODE, SAME_REQUEST_SECONDS
 from flame.errors import UserError
-from flame.launch import _count_processes, main, report_mistake
+from flame.launch import _count_processes, _find_stop_code, main, report_mistake
 
 REPO = Path(__file__).parents[1]
 MODEL = ["--model.config", "m.json", "--model.tokenizer_path", "bytes"]
 
 WORKER = """
 import os, sys, time
+from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
 from flame.errors import UserError
 from flame.launch import report_mistake
 if os.environ["RANK"] == "1":
     print("not shown", file=sys.stderr)
 if os.environ["RANK"] != os.environ["WORKER_FAILING_RANK"]:
-    time.sleep(60)
+    with StopListener() as listener:
+        while listener.requested is None:
+            time.sleep(0.01)
+    sys.exit(PREEMPTED_EXIT_CODE)
 lines = " ".join([*sys.argv[1:], os.environ["WORLD_SIZE"]])
 if os.environ["WORKER_EXIT_CODE"] == "2":
     report_mistake(UserError(lines, "second line"))
 else:
     print(lines, file=sys.stderr)
 sys.exit(int(os.environ["WORKER_EXIT_CODE"]))
+"""
+
+# The last argument says what rank 0 and rank 1 are at when a signal comes.
+STOPPED_WORKER = """
+import ctypes, os, sys, time
+from pathlib import Path
+from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
+rank, others = os.environ["RANK"], sys.argv[-1].split()
+phase = others.pop(int(rank))
+def leave(name, text):
+    Path("unfinished" + rank).write_text(text)
+    Path("unfinished" + rank).rename(name + rank)
+if phase == "importing":
+    leave("ready", str(os.getpid()))
+    time.sleep(600)
+with StopListener() as listener:
+    leave("ready", str(os.getpid()))
+    if phase == "stuck":
+        mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)
+    while listener.requested is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    leave("saved", listener.requested)
+    while others == ["training"] and len(list(Path().glob("saved*"))) < 2:
+        time.sleep(0.01)
+sys.exit(PREEMPTED_EXIT_CODE)
 """
 
 
@@ -36,15 +74,60 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "m.json").write_text('{"model_type": "llama"}')
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "worker.py").write_text(WORKER)
+    (tmp_path / "lib" / "stopped.py").write_text(STOPPED_WORKER)
     (tmp_path / "flame").mkdir()
     (tmp_path / "flame" / "__init__.py").write_text("raise RuntimeError('the wrong flame')")
     return tmp_path
 
 
-def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build_environment(environment: dict[str, str]) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment = {**inherited, "PYTHON": sys.executable, "PYTHONSAFEPATH": "1", **environment}
+    return {**inherited, "PYTHON": sys.executable, "PYTHONSAFEPATH": "1", **environment}
+
+
+def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = build_environment(environment)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@contextmanager
+def start(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the launcher; what is left of it at the end is killed."""
+    command = [sys.executable, "-m", "flame.launch", *options]
+    environment = build_environment({"PYTHONPATH": f"{REPO}:{folder / 'lib'}", "OMP_NUM_THREADS": "1"})
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True) as launcher:
+        try:
+            yield launcher
+        finally:
+            launcher.kill()
+
+
+@contextmanager
+def start_workers(folder: Path, phases: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start two stand-in workers; go on when they are in these phases, with the launcher and their process ids."""
+    options = ["--standalone", "--nproc-per-node=2", "-m", "stopped", *MODEL, "--job.description", phases]
+    with start(folder, *options) as launcher:
+        ready = [folder / "ready0", folder / "ready1"]
+        wait_until(lambda: launcher.poll() is not None or all(path.exists() for path in ready))
+        yield launcher, [int(path.read_text()) for path in ready]
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr, once the launcher and all workers, which share them, have ended."""
+    output, errors = launcher.communicate(timeout=100)
+    return launcher.returncode, output, errors
+
+
+def read_saved(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("saved*")}
 
 
 def run_script(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -146,6 +229,86 @@ def test_a_finished_run_ends_with_zero(folder: Path) -> None:
     launch = [sys.executable, "-m", "flame.launch", "--standalone", "-m", "worker", *MODEL]
     done = run(launch, folder, PYTHONPATH=f"{REPO}:{folder / 'lib'}", WORKER_EXIT_CODE="0", WORKER_FAILING_RANK="0")
     assert (done.returncode, done.stderr) == (0, " ".join([*MODEL, "1\n"]))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_lets_all_workers_save(folder: Path, stop: signal.Signals) -> None:
+    with start_workers(folder, "training training") as (launcher, workers):
+        launcher.send_signal(stop)
+        if stop == signal.SIGTERM:  # as a scheduler may send it to every process
+            for pid in workers:
+                os.kill(pid, stop)
+        assert end(launcher) == (PREEMPTED_EXIT_CODE, "", "")
+    assert read_saved(folder) == {"saved0": stop.name, "saved1": stop.name}
+
+
+def test_a_second_stop_signal_ends_stuck_workers(folder: Path) -> None:
+    with start_workers(folder, "stuck stuck") as (launcher, _):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(SAME_REQUEST_SECONDS + 1.0)
+        assert launcher.poll() is None
+        launcher.send_signal(signal.SIGUSR1)
+        assert end(launcher) == (128 + signal.SIGUSR1, "", "")
+
+
+def test_a_stop_signal_while_the_workers_start_loses_nothing(folder: Path) -> None:
+    with start_workers(folder, "importing importing") as (launcher, _):
+        launcher.send_signal(signal.SIGUSR1)
+        assert end(launcher) == (PREEMPTED_EXIT_CODE, "", "")
+
+
+def test_a_worker_may_be_asked_alone(folder: Path) -> None:
+    """The other one, which torchrun then kills, hides neither the exit code nor the silence."""
+    with start_workers(folder, "importing training") as (launcher, workers):
+        os.kill(workers[1], signal.SIGUSR1)
+        assert end(launcher) == (PREEMPTED_EXIT_CODE, "", "")
+    assert read_saved(folder) == {"saved1": "SIGUSR1"}
+
+
+def test_workers_end_with_a_killed_launcher(folder: Path) -> None:
+    with start_workers(folder, "training stuck") as (launcher, _):
+        launcher.kill()
+        assert end(launcher) == (-signal.SIGKILL, "", "")
+    assert read_saved(folder) == {}
+
+
+def test_a_stop_signal_before_there_are_workers_ends_the_launcher(folder: Path) -> None:
+    """Also while torchrun waits inside C code for another machine."""
+    with socket.create_server(("localhost", 0)) as free:
+        address = free.getsockname()
+    options = ["--nnodes=2", "--node-rank=0", "--master-addr=localhost", f"--master-port={address[1]}"]
+    with start(folder, *options, "-m", "stopped", *MODEL) as launcher:
+        wait_until(lambda: launcher.poll() is not None or is_open(address))
+        launcher.send_signal(signal.SIGUSR1)
+        assert end(launcher) == (128 + signal.SIGUSR1, "", "")
+
+
+def is_open(address: tuple[str, int]) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(address) == 0
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "forwarded", "code"),
+    [
+        ([75], [], 75),
+        ([75, -15], [], 75),
+        ([75, 1], [], 75),
+        ([7, 75], [], None),
+        ([1, 75], [15], 75),
+        ([143, 75], [15], 75),
+        ([-10], [10], 75),
+        ([-15, 143, -9], [10, 15], 75),
+        ([-15], [], None),
+        ([-9, 143], [15], None),
+        ([143, -9], [15], 143),
+        ([138, 138], [10], 138),
+        ([143], [], None),
+        ([7, 143], [15], None),
+    ],
+)
+def test_tells_stopped_workers_from_failed_ones(exit_codes: list[int], forwarded: list[int], code: int | None) -> None:
+    assert _find_stop_code(exit_codes, set(forwarded)) == code
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def options(workspace: Path, run: Path, **changes: object) -> list[str]:
-    """Command line of a toy run."""
+    """Command line of a toy run. A change to None leaves the option out."""
     values = {
         "job.dump_folder": run,
         "model.config": workspace / "model",
@@ -79,6 +79,7 @@ def options(workspace: Path, run: Path, **changes: object) -> list[str]:
     return [
         part
         for key, value in values.items()
+        if value is not None
         for part in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
     ]
 
@@ -88,8 +89,8 @@ def run_here(workspace: Path, run: Path, **changes: object) -> list[dict]:
     return read_metrics(run)
 
 
-def run_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "flame.train"]
+def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
     done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return read_metrics(run)
@@ -246,13 +247,14 @@ def test_a_loss_that_is_not_finite(workspace, tmp_path, capsys):
     """A huge learning rate blows the weights up: the run stops with one line, or skips and then stops."""
     changes = {"optimizer__lr": 1e30, "lr_scheduler__warmup_steps": 0}
     with pytest.raises(SystemExit) as stop:
-        run_here(workspace, tmp_path / "stop", **changes)
+        run_here(workspace, tmp_path / "stop", **changes, training__skip_nan_inf=False)
     assert stop.value.code == 2
     line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith("step 2 (sequences 4 to 7): loss nan") and "training.skip_nan_inf = false" in line
+    assert "\n" not in line and line.startswith("step 2: loss ") and "gradient norm nan; sequence 4 (json: documents " in line
+    assert "training.skip_nan_inf = false" in line
     dist.destroy_process_group()
     with pytest.raises(SystemExit):
-        run_here(workspace, tmp_path / "skip", **changes, training__skip_nan_inf=True, training__max_skipped_steps=3)
+        run_here(workspace, tmp_path / "skip", **changes, training__max_skipped_steps=3)
     assert "training.max_skipped_steps = 3" in capsys.readouterr().err
     assert [row["skipped_steps"] for row in read_metrics(tmp_path / "skip")] == [0, 1, 2]
 
@@ -288,15 +290,19 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
     [
         ({"future_encoder__enable": False}, "future_encoder.enable = false with loss_weight = 0.1, but the run in"),
         ({"future_encoder__loss_weight": 0.0}, "future_encoder.enable = true with loss_weight = 0.0, but the run in"),
-        ({"model__tokenizer_path": "{other}"}, "model.tokenizer_path ="),
+        ({"model__tokenizer_path": "{other}/tokenizer"}, "model.tokenizer_path: the tokenizer (fingerprint"),
+        ({"model__config": "{other}/model"}, "model.config: hidden_size = 64 (before: 32), num_hidden_layers = 3 (before: 2)"),
         ({"training__seed": 43}, "training.seed = 43, but the run in"),
         ({"training__steps": 5}, "training.steps = 5, but the run in"),
         ({"checkpoint__enable_checkpoint": False}, "checkpoint.enable_checkpoint = false would start over in it"),
     ],
 )
 def test_a_run_is_not_continued_as_another_one(workspace, tmp_path, plain_run, capsys, changes, expected):
-    build_bytes_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    changes = {k: v.format(other=tmp_path / "tokenizer") if isinstance(v, str) else v for k, v in changes.items()}
+    tokenizer = build_bytes_tokenizer()
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_llama(vocab_size=264, hidden_size=64, num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    changes = {k: v.format(other=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
     before = (plain_run / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stop:
         run_here(workspace, plain_run, **changes)

@@ -2,9 +2,10 @@
 
 A checkpoint `step-N/` holds
 
-- the tensors of model and optimizer, written by torch.distributed.checkpoint, sharded, each under its own name;
-- `trainer.json`: step, data cursors and counters, readable by anyone;
-- `hf/`: the Hugging Face configuration and tokenizer, so that the folder alone suffices for an export.
+- the tensors of model and optimizer and the random states of each rank, written by torch.distributed.checkpoint, sharded, each
+  under its own name;
+- `hf/`: the Hugging Face configuration and tokenizer, so that the folder alone suffices for an export;
+- `trainer.json`, written last: step, data cursors and counters, and the size of each other file; readable by anyone.
 
 It is written aside as `step-N.partial/` and renamed when every rank is done: a folder with the final name was complete once. One
 that has been damaged since is passed over.
@@ -13,56 +14,62 @@ Hyper-parameters are not stored with the tensors: those of the configuration hol
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import copy
 import logging
-import os
-import re
 import shutil
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from flame.components import random_state
+from flame.components.checkpoint_agreement import RankFailure, run_on_all, run_on_main
+from flame.components.checkpoint_files import (
+    TRAINER_FILE,
+    advise,
+    check_room,
+    commit,
+    find_missing,
+    list_checkpoints,
+    list_folders,
+    purge_before,
+    read_state,
+    remove_partial,
+    write_durably,
+)
+from flame.components.checkpoint_staging import HostStaging, TensorTree
+from flame.components.checkpoint_storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
 from flame.components.titan import OptimizersContainer
-from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
 
+__all__ = ["HF_FOLDER", "TRAINER_FILE", "Checkpointer", "list_checkpoints"]
+
 logger = logging.getLogger("flame")
 
-# Options that decide which tensors there are and what the data cursors mean.
-FIXED_OPTIONS = (
-    ("model", "config"),
-    ("model", "tokenizer_path"),
-    ("training", "dataset"),
-    ("training", "dataset_name"),
-    ("training", "dataset_split"),
-    ("training", "data_files"),
-    ("training", "text_column"),
-    ("training", "num_streams"),
-    ("training", "seed"),
-    ("future_encoder", "estimator_type"),
-    ("future_encoder", "learnable_temperature"),
-    ("future_predictor", "head_type"),
-    ("experimental", "freeze_lm_for_infonce"),
-)
-
-TRAINER_FILE = "trainer.json"
 HF_FOLDER = "hf"
+
+# What the files need beyond the tensors' bytes: their index, the tokenizer, a header for each shard.
+EXTRA_SHARE = 0.01
+EXTRA_BYTES = 16 * 2**20
 
 
 class Checkpointer:
-    """Checkpoints of one run.
+    """Checkpoints of one run. All ranks call each method at the same point of the run.
 
     Args:
         folder: where `step-N/` folders live.
         keep_latest_k: complete checkpoints to keep; 0 keeps all.
-        write_assets: writes the Hugging Face configuration and tokenizer into a folder; called on rank 0.
+        write_assets: writes the Hugging Face configuration and tokenizer into a folder; called once, on rank 0.
+        asynchronous: let training go on as soon as the tensors are copied to the host; a thread writes and commits them.
     """
 
     def __init__(
@@ -72,46 +79,118 @@ class Checkpointer:
         optimizer: OptimizersContainer,
         keep_latest_k: int,
         write_assets: Callable[[Path], None],
+        *,
+        asynchronous: bool,
     ):
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
         self.write_assets = write_assets
+        self._background = _Background() if asynchronous else None
+        self._assets: dict[str, bytes] = {}
 
-    def save(self, step: int, trainer_state: dict[str, Any]) -> Path:
-        """Write and commit `step-{step}`; all ranks call it. Older checkpoints are purged only after the commit.
+    # ---------------------------------------------------------------- saving
+
+    def save(self, step: int, trainer_state: dict[str, Any]) -> None:
+        """Write and commit `step-{step}`; older checkpoints are purged only after the commit.
+
+        An asynchronous save is over when `wait` has returned. Tensors and state may be changed at once.
 
         Args:
-            trainer_state: JSON-able, the same on all ranks.
+            trainer_state: JSON-able, the same on all ranks. `world_size` and `files` are added to it.
 
-        Returns:
-            the committed folder.
+        Raises:
+            UserError: the disk is full.
+            RankFailure: the checkpoint, or asynchronously the one before, could not be written.
         """
-        final = self.folder / f"step-{step}"
-        partial = self.folder / f"step-{step}.partial"
-        is_main = dist.get_rank() == 0
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / TRAINER_FILE).write_text(json.dumps(trainer_state, indent=1))
-            self.write_assets(partial / HF_FOLDER)
-        dist.barrier()
-        dcp.save(self._tensors(), checkpoint_id=partial)
-        if is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            self._purge()
-        dist.barrier()
-        return final
+        self.wait()
+        rank_state = {f"rank-{dist.get_rank():05d}.{name}": state for name, state in random_state.capture().items()}
+        tensors = self._list_tensors() | {"rng": rank_state}
+        run_on_main(partial(self._prepare, _count_bytes(tensors)))
+        state = copy.deepcopy(trainer_state) | {"world_size": dist.get_world_size()}
+        if self._background is None:
+            self._write(step, tensors, state)
+        else:
+            self._background.start(self._write, step, self._background.staging.copy(tensors), state)
+
+    def wait(self) -> None:
+        """Return when the last save is committed on all ranks.
+
+        Raises:
+            UserError, RankFailure: it has failed; raised once, on all ranks.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Let a running save come to its end, and end its thread. An error of it that nobody has waited for is logged."""
+        if self._background is not None:
+            self._background.close()
+
+    def check_space(self) -> None:
+        """Make sure that the next checkpoint will fit on the disk; unfinished saves of earlier runs are removed.
+
+        Raises:
+            UserError: it will not.
+        """
+        self.wait()
+        run_on_main(partial(self._make_room, _count_bytes(self._list_tensors())))
+
+    def _prepare(self, size: int) -> None:
+        self._make_room(size)
+        if not self._assets:  # in the training's thread: a tokenizer is not made for two
+            with tempfile.TemporaryDirectory() as name:
+                self.write_assets(Path(name))
+                self._assets = {str(p.relative_to(name)): p.read_bytes() for p in Path(name).rglob("*") if p.is_file()}
+
+    def _make_room(self, size: int) -> None:
+        remove_partial(self.folder)  # no save is running
+        check_room(self.folder, size + int(size * EXTRA_SHARE) + EXTRA_BYTES, self.keep_latest_k)
+
+    def _write(self, step: int, tensors: TensorTree, state: dict[str, Any]) -> None:
+        """Write and commit; asynchronously, this is what the thread does."""
+        unfinished = self.folder / f"step-{step}.partial"
+        group = self._background.group if self._background is not None else None
+        try:
+            run_on_all(partial(self._explain_full_disk, partial(self._write_tensors, unfinished, tensors, group)), group)
+            run_on_main(partial(self._explain_full_disk, partial(self._commit, unfinished, state)), group)
+        except (UserError, RankFailure) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, RankFailure):
+                raise RankFailure(f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}') from error
+            raise
+
+    def _write_tensors(self, folder: Path, tensors: TensorTree, group: dist.ProcessGroup | None) -> None:
+        # Reading ahead is for tensors on a GPU, and would wait for the training's kernels.
+        writer = TensorWriter(folder) if self._background is None else TensorWriter(folder, per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+
+    def _commit(self, unfinished: Path, state: dict[str, Any]) -> None:
+        for name, content in self._assets.items():
+            write_durably(unfinished / HF_FOLDER / name, content)
+        final = unfinished.with_suffix("")
+        commit(unfinished, final, state)
+        purge_before(final, self.keep_latest_k)
+
+    def _explain_full_disk(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (OSError, dcp.CheckpointException) as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(f'checkpoint.folder: the disk of "{self.folder}" is full: {advise(self.keep_latest_k)}') from error
+
+    # ---------------------------------------------------------------- resuming
 
     def load_latest(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-        """Load the newest readable checkpoint into model and optimizer; all ranks call it.
+        """Load the newest readable checkpoint into model, optimizer and, on as many ranks as it was saved from, random states.
 
         A damaged one is passed over with a warning: the one before it is used.
 
         Args:
-            check: raises a UserError if the run with this saved configuration cannot be gone on with.
+            check: raises a UserError if the run with this trainer state cannot be gone on with; called on all ranks.
 
         Returns:
             its trainer state, or None where there is no checkpoint.
@@ -119,65 +198,90 @@ class Checkpointer:
         Raises:
             UserError: from `check`, or there are checkpoints but none can be read.
         """
-        complete = list_checkpoints(self.folder)
-        for folder in reversed(complete):
+        self.wait()
+        complete, damaged = run_on_main(self._survey)
+        for checkpoint in reversed(complete):
             try:
-                state = json.loads((folder / TRAINER_FILE).read_text())
-                check(state["config"])
-                dcp.load(self._tensors(), checkpoint_id=folder)
-                return state
-            except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-                reason = next(reversed(str(error).splitlines()), "")[:200]  # the library puts a traceback before it
-                logger.warning("checkpoint %s cannot be read and is passed over: %s %s", folder, type(error).__name__, reason)
-        if complete:
-            raise UserError(
-                f'none of the {len(complete)} checkpoints in "{self.folder}" can be read: move them away to start over'
-            )
+                state = run_on_main(partial(read_state, checkpoint))
+                run_on_all(partial(check, state))
+                self._load(checkpoint, state["world_size"])
+            except RankFailure as failure:
+                if dist.get_rank() == 0:
+                    logger.warning("checkpoint %s cannot be read and is passed over: %s", checkpoint, failure)
+                continue
+            return state
+        if complete or damaged:
+            total = len(complete) + len(damaged)
+            raise UserError(f'none of the {total} checkpoints in "{self.folder}" can be read: move them away to start over')
         return None
 
-    def _tensors(self) -> dict[str, Any]:
+    def _survey(self) -> tuple[list[Path], list[Path]]:
+        """Complete and incomplete checkpoints, oldest first."""
+        complete: list[Path] = []
+        damaged: list[Path] = []
+        for checkpoint in list_folders(self.folder):
+            missing = find_missing(checkpoint)
+            (damaged if missing else complete).append(checkpoint)
+            if missing:
+                logger.warning("checkpoint %s is incomplete, without %s, and is passed over", checkpoint, " and ".join(missing))
+        return complete, damaged
+
+    def _load(self, checkpoint: Path, saved_world_size: int) -> None:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        reader = TensorReader(checkpoint)
+        metadata = run_on_all(reader.read_metadata)
+        tensors = self._list_tensors()
+        own = f"rng.rank-{rank:05d}."
+        states = {
+            key.removeprefix(own): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(own) and saved_world_size == world_size
+        }
+        if states:  # an empty section would count as a thing to read
+            tensors["rng"] = {f"rank-{rank:05d}.{name}": state for name, state in states.items()}
+        run_on_all(partial(check_tensors, metadata, tensors))
+        run_on_all(partial(verify_tensors, checkpoint, metadata, rank, world_size))
+        run_on_all(partial(dcp.load, tensors, storage_reader=reader))
+        random_state.restore(states)
+
+    def _list_tensors(self) -> TensorTree:
         """The live tensors: saving reads them, loading writes into them."""
         optimizer = {key: value for key, value in self.optimizer.state_dict().items() if isinstance(value, torch.Tensor)}
-        return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
-
-    def _purge(self) -> None:
-        if self.keep_latest_k:
-            for old in list_checkpoints(self.folder)[: -self.keep_latest_k]:
-                shutil.rmtree(old)
-        for torn in self.folder.glob("step-*.partial"):
-            shutil.rmtree(torn, ignore_errors=True)
+        return {"model": cast(dict[str, torch.Tensor], get_model_state_dict(self.model)), "optimizer": optimizer}
 
 
-def check_resumable(saved: dict[str, dict[str, Any]], config: JobConfig) -> None:
-    """Refuse to go on with a run under options that would make it another one.
+class _Background:
+    """What writing beside the training takes: host copies, a thread, and collectives that cannot mix with the training's."""
 
-    Args:
-        saved: the configuration in the checkpoint, by section.
+    def __init__(self) -> None:
+        self.staging = HostStaging()
+        self.group = dist.new_group(backend="gloo")
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _use_device, (device,))
+        self._running: Future[None] | None = None
 
-    Raises:
-        UserError: one line for each option that has changed.
-    """
-    now = dataclasses.asdict(config)
-    changed = [
-        f"{section}.{key} = {json.dumps(now[section][key])}, but the run in {config.job.dump_folder} was made with "
-        f"{json.dumps(saved[section][key])}: set it back, or start a new run in another job.dump_folder"
-        for section, key in FIXED_OPTIONS
-        if now[section][key] != saved[section][key]
-    ]
-    before, after = saved["future_encoder"], now["future_encoder"]
-    if (before["enable"] and before["loss_weight"] > 0) != config.uses_future:
-        changed.append(
-            f"future_encoder.enable = {json.dumps(after['enable'])} with loss_weight = {after['loss_weight']}, but the run in "
-            f"{config.job.dump_folder} was made with {json.dumps(before['enable'])} and {before['loss_weight']}: one has a "
-            "predictor, the other has not; set it back, or start a new run in another job.dump_folder"
-        )
-    if changed:
-        raise UserError(*changed)
+    def start(self, action: Callable[..., None], *arguments: Any) -> None:
+        self._running = self._thread.submit(action, *arguments)
+
+    def wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    steps = {int(match[1]): path for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))}
-    return [
-        steps[step] for step in sorted(steps) if (steps[step] / ".metadata").exists() and (steps[step] / TRAINER_FILE).exists()
-    ]
+def _use_device(device: int | None) -> None:
+    """A new thread would use the first GPU, whichever one is this rank's."""
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+def _count_bytes(tensors: TensorTree) -> int:
+    """Bytes of all tensors over all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for named in tensors.values() for tensor in named.values())

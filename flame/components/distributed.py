@@ -39,6 +39,10 @@ def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
     Returns:
         this process's device, and the mesh to shard over: one-dimensional (FSDP), or replicate x shard (HSDP).
     """
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first CUDA context is made
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property; slow
     on_gpu = torch.cuda.is_available()
     if on_gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise UserError(f"NGPU asks for more processes than this machine has GPUs, {torch.cuda.device_count()}: lower it")
@@ -59,6 +63,12 @@ def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
     )
     axes = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]
     return device, dims.get_mesh(axes)
+
+
+def end_processes() -> None:
+    """Leave the process group together: the launcher ends all ranks as soon as one has ended before the others."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(*numbers: int) -> list[int]:

@@ -21,7 +21,15 @@ WANDB_ID_FILE = "wandb_id.txt"
 class RunLog:
     """Writes the metrics of a run. Only the main rank writes; on the others every method does nothing."""
 
-    def __init__(self, config: JobConfig, folder: Path, is_main: bool, start_step: int, resolved_config: dict[str, Any]):
+    def __init__(
+        self,
+        config: JobConfig,
+        folder: Path,
+        is_main: bool,
+        start_step: int,
+        resolved_config: dict[str, Any],
+        wandb_id: str | None = None,
+    ):
         """Open the logs, dropping what an earlier process of this run logged after `start_step`.
 
         Args:
@@ -30,15 +38,20 @@ class RunLog:
             is_main: whether this is the one rank that writes.
             start_step: steps already done, as restored from the checkpoint; 0 for a new run.
             resolved_config: all options as plain nested values, shown by Weights & Biases.
+            wandb_id: identity at Weights & Biases from the checkpoint; used where the folder has lost its own.
 
         Raises:
             UserError: a service that was asked for is not installed or does not start.
         """
         self._is_main = is_main
+        self.wandb_id = wandb_id
         if not is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = _start_wandb(config, folder, resolved_config) if config.metrics.enable_wandb else None
+        self._wandb = None
+        if config.metrics.enable_wandb:
+            self.wandb_id = _keep_wandb_id(folder, wandb_id)
+            self._wandb = _start_wandb(config, folder, resolved_config, self.wandb_id)
         self._tensorboard = _start_tensorboard(folder, start_step) if config.metrics.enable_tensorboard else None
         drop_lines_after(folder / METRICS_FILE, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
@@ -103,7 +116,7 @@ def _start_tensorboard(folder: Path, start_step: int) -> Any:
     return SummaryWriter(str(folder / "tb"), purge_step=start_step + 1)
 
 
-def _start_wandb(config: JobConfig, folder: Path, resolved_config: dict[str, Any]) -> Any:
+def _start_wandb(config: JobConfig, folder: Path, resolved_config: dict[str, Any], wandb_id: str) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -115,7 +128,7 @@ def _start_wandb(config: JobConfig, folder: Path, resolved_config: dict[str, Any
     with open(os.devnull) as sys.stdin:
         try:
             run = wandb.init(
-                id=_keep_wandb_id(folder),
+                id=wandb_id,
                 resume="allow",
                 project=os.environ.get("WANDB_PROJECT") or "flame",
                 name=os.environ.get("WANDB_RUN_NAME") or folder.resolve().name,
@@ -137,12 +150,12 @@ def _start_wandb(config: JobConfig, folder: Path, resolved_config: dict[str, Any
     return run
 
 
-def _keep_wandb_id(folder: Path) -> str:
-    """The identity under which every process of this run logs."""
+def _keep_wandb_id(folder: Path, saved: str | None) -> str:
+    """The identity under which every process of this run logs: the folder's, else the checkpoint's, else a new one."""
     path = folder / WANDB_ID_FILE
     known = path.read_text().strip() if path.exists() else ""
     if not known:
-        known = uuid.uuid4().hex[:12]
+        known = saved or uuid.uuid4().hex[:12]
         path.write_text(known + "\n")
     return known
 
@@ -211,8 +224,21 @@ def format_line(step: int, total_steps: int, values: dict[str, float], eta_secon
     fields.append(f"eta {_format_duration(eta_seconds)}")
     if values.get("skipped_steps"):
         fields.append(f"skipped {values['skipped_steps']:g}")
+    if values.get("skipped_futures"):
+        fields.append(f"futures skipped {values['skipped_futures']:g}")
     if values.get("bad_rows"):
         fields.append(f"bad rows {values['bad_rows']:g}")
+    return " · ".join(fields)
+
+
+def format_validation(step: int, total_steps: int, values: dict[str, float]) -> str:
+    """One console line about a validation, from its metrics `validation_*`."""
+    fields = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    for name, label in (("loss", "validation loss"), ("ce_loss", "ce"), ("aux_loss", "aux")):
+        if (value := values.get(f"validation_{name}")) is not None:
+            fields.append(f"{label} {value:6.3f}")
+    if (accuracy := values.get("validation_infonce_accuracy")) is not None:
+        fields.append(f"top-1 {100 * accuracy:5.1f}%")
     return " · ".join(fields)
 
 

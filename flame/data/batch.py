@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flame.data.streams import Cursor, PackedSequence, Piece
+from flame.data.lines import Cursor
+from flame.data.streams import PackedSequence, Piece
 
 NO_LABEL = -100
 
@@ -36,9 +37,11 @@ class PackedBatch:
     """Number of this sequence in the run, over all ranks."""
     num_labels: int
     """Labels that are not -100."""
+    source: str
+    """Name of the source of all its documents."""
     stream: int
     cursor: Cursor
-    """Where the stream's next sequence begins."""
+    """Where the next sequence of this stream of the source begins."""
     documents: list[Piece]
     """The S pieces: document, token range and epoch of each."""
     bad_rows: int
@@ -74,6 +77,7 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         cu_seqlens=torch.from_numpy(sequence.cu_seqlens),
         sequence_index=sequence_index,
         num_labels=int((lengths - 1).sum()),
+        source=sequence.source,
         stream=sequence.stream,
         cursor=sequence.cursor,
         documents=sequence.documents,

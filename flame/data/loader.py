@@ -1,7 +1,8 @@
 """Batches of one rank, packed ahead of time by worker processes.
 
-Global sequence j comes from stream j % S. Of W ranks, rank r takes j = start + r + i * W, i = 0, 1, ...; of its workers,
-worker w takes every i with i % workers == w. W * workers divides S, so each stream lives in one worker.
+Global sequence j comes from stream j % S of the source that the mixture chooses for j. Of W ranks, rank r takes
+j = start + r + i * W, i = 0, 1, ...; of its workers, worker w takes every i with i % workers == w. W * workers divides S, so each
+stream lives in one worker.
 """
 
 from __future__ import annotations
@@ -11,23 +12,20 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerFast
 
 from flame.config import Training
 from flame.data.batch import PackedBatch, build_batch
-from flame.data.sources import Source
+from flame.data.lines import Cursor
+from flame.data.mixture import Mixture
 from flame.data.state import DataState
-from flame.data.streams import Cursor, PackedSequence, Stream
-from flame.data.tokenizer import encode_document
+from flame.data.streams import PackedSequence, Stream
 from flame.errors import UserError
 
 # Sent to the whole process group by Ctrl-C, by schedulers and by torchrun. The training process decides what they mean.
@@ -36,96 +34,57 @@ PARENT_CHECK_SECONDS = 1.0
 
 
 class PackedLoader:
-    """Endless iterator over the batches of one rank. `state` follows the batches handed out; prefetched ones do not count.
+    """Endless iterator over the batches of one rank from where `state` stands. `state.advance` notes what has been consumed.
 
-    A source without any usable row raises a UserError from `__next__`, wherever the packing is done.
+    A mistake of the user met while packing, such as a source without any usable row, is raised from `__next__` as it is,
+    wherever the packing is done.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        source: Source,
-        tokenizer: PreTrainedTokenizerFast,
-        dp_rank: int,
-        dp_world: int,
-        state: DataState,
-    ):
+    def __init__(self, training: Training, mixture: Mixture, dp_rank: int, dp_world: int, state: DataState):
         assert training.num_streams == state.num_streams and training.seed == state.seed
         assert training.num_streams % (dp_world * max(1, training.num_workers)) == 0
-        self._training, self._source = training, source
-        self._encode = partial(encode_document, tokenizer)
-        self._dp_rank, self._dp_world = dp_rank, dp_world
-        self._state = state
-        self._sequences: Iterator[PackedSequence | UserError] | None = None
+        self._training, self._mixture = training, mixture
+        self._dp_world = dp_world
+        self._next_index = state.next_sequence + dp_rank
+        share = RankShare(training, mixture, self._next_index, dp_world, state.cursors)
+        self._sequences: Iterator[PackedSequence | UserError] | None = start_workers(
+            share, training.num_workers, training.prefetch_factor
+        )
+
+    @property
+    def awaited_source(self) -> str:
+        """How error lines name the source of the batch that comes next."""
+        return self._mixture.sources[self._mixture.choose(self._next_index, self._training.num_streams)].option
 
     def __iter__(self) -> PackedLoader:
-        """Begin, or begin again, where the state stands.
-
-        Raises:
-            UserError: the source has another number of documents than when the state was saved.
-        """
-        self.close()
-        self._state.check_documents(self._source.name, len(self._source))
-        share = RankShare(
-            self._training,
-            self._source,
-            self._encode,
-            self._dp_rank,
-            self._dp_world,
-            self._state.next_sequence,
-            self._state.cursors,
-        )
-        self._sequences = start_workers(share, self._training.num_workers, self._training.prefetch_factor)
         return self
 
     def __next__(self) -> PackedBatch:
-        if self._sequences is None:
-            iter(self)
-        assert self._sequences is not None
+        assert self._sequences is not None, "the loader is closed"
         sequence = next(self._sequences)
         if isinstance(sequence, UserError):
             raise sequence
-        batch = build_batch(sequence, self._state.next_sequence + self._dp_rank)
-        assert batch.stream == batch.sequence_index % self._state.num_streams
-        self._state.cursors[batch.stream] = batch.cursor
-        self._state.next_sequence += self._dp_world
+        batch = build_batch(sequence, self._next_index)
+        self._next_index += self._dp_world
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def close(self) -> None:
-        """End the worker processes. Iterating again starts new ones."""
+        """End the worker processes."""
         self._sequences = None
 
 
 class RankShare(IterableDataset):
     """The sequences of one rank, dealt to its workers. Pickled into each of them."""
 
-    def __init__(
-        self,
-        training: Training,
-        source: Source,
-        encode: Callable[[str], np.ndarray],
-        dp_rank: int,
-        dp_world: int,
-        start: int,
-        cursors: dict[int, Cursor],
-    ):
+    def __init__(self, training: Training, mixture: Mixture, first: int, stride: int, cursors: dict[str, dict[int, Cursor]]):
         """
         Args:
-            start: first global sequence to hand out, over all ranks.
-            cursors: where each stream goes on; streams without one begin.
+            first: global index of the rank's first sequence; the others follow at `stride`, the number of ranks.
+            cursors: where each stream of each source goes on; those without one begin.
         """
-        self._first, self._stride = start + dp_rank, dp_world
-        self._num_streams = training.num_streams
-        self._cursors = dict(cursors)
-        self._open_stream = partial(
-            Stream,
-            source,
-            encode,
-            num_streams=training.num_streams,
-            seq_len=training.seq_len,
-            context_len=training.context_len,
-            seed=training.seed,
-        )
+        self._training, self._mixture = training, mixture
+        self._first, self._stride = first, stride
+        self._cursors = {name: dict(streams) for name, streams in cursors.items()}
 
     def __iter__(self) -> Iterator[PackedSequence | UserError]:
         worker = get_worker_info()
@@ -133,19 +92,21 @@ class RankShare(IterableDataset):
 
     def deal(self, worker: int, num_workers: int) -> Iterator[PackedSequence | UserError]:
         """Yield the sequences of one worker. A mistake of the user is yielded too, as the last item."""
-        streams: dict[int, Stream] = {}
-        cursors = dict(self._cursors)
+        num_streams = self._training.num_streams
+        streams: dict[tuple[int, int], Stream] = {}
+        cursors = {name: dict(known) for name, known in self._cursors.items()}
         for sequence_index in itertools.count(self._first + worker * self._stride, self._stride * num_workers):
-            index = sequence_index % self._num_streams
-            if index not in streams:
-                streams[index] = self._open_stream(index=index)
-            stream = streams[index]
+            key = self._mixture.choose(sequence_index, num_streams), sequence_index % num_streams
             try:
-                sequence = stream.next_sequence(cursors.get(index, stream.first_cursor))
+                if key not in streams:
+                    streams[key] = self._mixture.open_stream(*key, num_streams, self._training)
+                stream = streams[key]
+                known = cursors.setdefault(self._mixture.sources[key[0]].name, {})
+                sequence = stream.next_sequence(known.get(key[1], stream.first_cursor))
             except UserError as error:  # raised, it would reach the training process as a traceback in a message
                 yield error
                 return
-            cursors[index] = sequence.cursor
+            known[key[1]] = sequence.cursor
             yield sequence
 
 

@@ -1,11 +1,12 @@
-"""Where documents come from: random access to the rows of a corpus, each a text or a bad row."""
+"""Where documents come from: the rows of a corpus, each a text or a bad row."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -14,16 +15,22 @@ from typing import Any, Protocol
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-from flame.config import LOCAL_FORMATS, STANDARD_LIBRARY, Training, expand_glob
+from flame.config import LOCAL_FORMATS, Corpus
+from flame.config_conflicts import escape_unprintable, expand_glob
 from flame.errors import UserError
+
+ROWS_AT_ONCE = 256  # of a streaming source
 
 
 class Source(Protocol):
     """Random access to the rows of a corpus. Instances are pickled into the loader's worker processes."""
 
     name: str
-    """What the user calls it: the value of `training.dataset`."""
+    """Short name in logs, metrics and the audit."""
+    option: str
+    """How error lines name it, such as `training.dataset = "json"`."""
 
     def __len__(self) -> int:
         """Rows, good and bad."""
@@ -34,41 +41,77 @@ class Source(Protocol):
         ...
 
 
-def open_source(training: Training) -> Source:
-    """Open the corpus that `training.dataset` names.
+@dataclass(frozen=True)
+class Origin:
+    """A corpus and the section of options that asked for it: "training", "validation" or "sources.NAME"."""
+
+    corpus: Corpus
+    section: str
+
+    @property
+    def name(self) -> str:
+        return self.section.removeprefix("sources.") if self.section.startswith("sources.") else self.corpus.dataset
+
+    @property
+    def option(self) -> str:
+        return f'{self.section}.dataset = "{escape_unprintable(self.corpus.dataset)}"'
+
+    @property
+    def files_option(self) -> str:
+        return f"{self.section}.data_files = {escape_unprintable(self.corpus.data_files)}"
+
+
+def open_source(corpus: Corpus, section: str) -> Source | StreamingSource:
+    """Open the text corpus that `{section}.dataset` names.
 
     Raises:
         UserError: it cannot be found or read, or has no rows, or no column of text of the given name.
     """
-    source = _open_unchecked(training)
+    origin = Origin(corpus, section)
+    if corpus.streaming:
+        return _open_streaming(origin)
+    source = _open_unchecked(origin)
     if len(source) == 0:
-        raise UserError(_explain_emptiness(training))
+        raise UserError(_explain_emptiness(origin))
     return source
 
 
-def _open_unchecked(training: Training) -> Source:
-    match training.dataset:
+def _open_unchecked(origin: Origin) -> Source:
+    match origin.corpus.dataset:
         case "stdlib":
-            return FileSource(STANDARD_LIBRARY, _list_standard_library())
-        case "text":
-            rows = _load_raw_rows(training, _list_data_files(training), sample_by="document")
-            return TableSource("text", rows, "text", decode_text)
-        case "json":
-            rows = _load_raw_rows(training, _list_filled_files(training, _count_bytes), sample_by="line")
-            return TableSource("json", rows, "text", partial(decode_json_line, key=training.text_column))
-        case "parquet":
-            files = _escape_all(_list_filled_files(training, _count_parquet_rows))
-            return _open_table(training, _load_table(training, "parquet", data_files=files, split="train"))
+            return FileSource(origin, _list_standard_library())
+        case "text" | "json":
+            return TableSource(origin, _load_raw_rows(origin), "text", _choose_decoder(origin.corpus))
         case _:
-            name, split = training.dataset_name or None, training.dataset_split
-            return _open_table(training, _load_table(training, training.dataset, name=name, split=split))
+            table = _load_table(origin)
+            column = origin.corpus.text_column
+            _check_column(origin, table.features, column)
+            return TableSource(origin, table.select_columns([column]), column, keep_text)
+
+
+def _open_streaming(origin: Origin) -> StreamingSource:
+    if origin.corpus.dataset in ("text", "json"):
+        return StreamingSource(origin, _load_raw_rows(origin), "text", _choose_decoder(origin.corpus))
+    table = _load_table(origin)
+    if table.features is None:
+        try:
+            table = table._resolve_features()  # reads the first rows
+        except Exception as error:  # as in `_load`
+            raise UserError(_explain_failure(origin, error)) from error
+    column = origin.corpus.text_column
+    _check_column(origin, table.features, column)
+    return StreamingSource(origin, table.select_columns([column]), column, keep_text)
+
+
+def _choose_decoder(corpus: Corpus) -> Callable[[Any], str | None]:
+    return decode_text if corpus.dataset == "text" else partial(decode_json_line, key=corpus.text_column)
 
 
 class FileSource:
     """One document a file, read when it is asked for."""
 
-    def __init__(self, name: str, paths: list[Path]):
-        self.name = name
+    def __init__(self, origin: Origin, paths: list[Path]):
+        self.name, self.option = origin.name, origin.option
         self._paths = paths
 
     def __len__(self) -> int:
@@ -84,11 +127,9 @@ class FileSource:
 class TableSource:
     """One document a row of a memory-mapped table."""
 
-    def __init__(self, name: str, table: datasets.Dataset, column: str, decode: Callable[[Any], str | None]):
-        self.name = name
-        self._table = table.select_columns([column])
-        self._column = column
-        self._decode = decode
+    def __init__(self, origin: Origin, table: datasets.Dataset, column: str, decode: Callable[[Any], str | None]):
+        self.name, self.option = origin.name, origin.option
+        self._table, self._column, self._decode = table, column, decode
 
     def __len__(self) -> int:
         return len(self._table)
@@ -97,6 +138,42 @@ class TableSource:
         try:
             return self._decode(self._table[index][self._column])
         except UnicodeDecodeError:  # Arrow does not check the bytes of its strings until one is read
+            return None
+
+
+class StreamingSource:
+    """One document a row, which can only be read in order, in shards (files, mostly). Pickled like the others."""
+
+    def __init__(self, origin: Origin, table: datasets.IterableDataset, column: str, decode: Callable[[Any], str | None]):
+        self.name, self.option = origin.name, origin.option
+        self._table, self._column, self._decode = table, column, decode
+        self.num_shards = table.num_shards
+
+    def read_shard(self, shard: int, row: int) -> Iterator[str | None]:
+        """Yield the rows of a shard from the given one on, as `Source.read` returns them.
+
+        Raises:
+            UserError: the shard cannot be read.
+        """
+        # As tables of undecoded cells: rows before `row` cost little, and one bad row does not end the iteration.
+        tables = self._table.shard(self.num_shards, shard).with_format("arrow").iter(ROWS_AT_ONCE)
+        first = 0
+        try:
+            for table in tables:
+                cells = table[self._column]
+                for index in range(max(row - first, 0), len(cells)):
+                    yield self._decode_cell(cells[index])
+                first += len(cells)
+        except Exception as error:  # the network, the file system, Arrow and the decompressors each raise kinds of their own
+            raise UserError(
+                f"{self.option}: shard {shard} of {self.num_shards} cannot be read after row {first} ({_find_reason(error)}): "
+                "check the file or the network; the same command goes on from the last checkpoint"
+            ) from error
+
+    def _decode_cell(self, cell: pa.Scalar) -> str | None:
+        try:
+            return self._decode(cell.as_py())
+        except UnicodeDecodeError:
             return None
 
 
@@ -128,18 +205,18 @@ def _list_standard_library() -> list[Path]:
     return [folder / name for name in names if not {"site-packages", "dist-packages"} & set(name.split("/"))]
 
 
-def _list_data_files(training: Training) -> list[Path]:
-    """Files that `training.data_files` stands for, in order, each once."""
-    patterns = filter(None, training.data_files.split(","))
+def _list_data_files(corpus: Corpus) -> list[Path]:
+    """Files that `data_files` stands for, in order, each once."""
+    patterns = filter(None, corpus.data_files.split(","))
     paths = [path.absolute() for pattern in patterns for path in expand_glob(pattern) if path.is_file()]
     return list(dict.fromkeys(paths))
 
 
-def _list_filled_files(training: Training, count_content: Callable[[Path], int]) -> list[Path]:
+def _list_filled_files(origin: Origin, count_content: Callable[[Path], int]) -> list[Path]:
     """Leave out files that hold nothing: `load_dataset` fails on one of them before another."""
-    files = [path for path in _list_data_files(training) if count_content(path)]
+    files = [path for path in _list_data_files(origin.corpus) if count_content(path)]
     if not files:
-        raise UserError(_explain_emptiness(training))
+        raise UserError(_explain_emptiness(origin))
     return files
 
 
@@ -159,59 +236,75 @@ def _escape_all(paths: list[Path]) -> list[str]:
     return [escape(str(path)) for path in paths]
 
 
-def _load_raw_rows(training: Training, files: list[Path], sample_by: str) -> datasets.Dataset:
-    """Load text files with one character for one byte, so that a row which is not UTF-8 spoils itself and not the load.
+def _load_raw_rows(origin: Origin) -> Any:
+    """Load text or JSON-line files with one character for one byte: a row that is not UTF-8 then spoils only itself.
 
     Line ends are the exception: reading in text mode turns CRLF and CR into LF.
     """
+    is_text = origin.corpus.dataset == "text"
+    files = _list_data_files(origin.corpus) if is_text else _list_filled_files(origin, _count_bytes)
     features = datasets.Features({"text": datasets.Value("string")})
-    options = {"encoding": "latin-1", "sample_by": sample_by, "features": features}
-    return _load_table(training, "text", data_files=_escape_all(files), split="train", **options)
+    options = {"encoding": "latin-1", "sample_by": "document" if is_text else "line", "features": features}
+    return _load(origin, "text", data_files=_escape_all(files), split="train", **options)
 
 
-def _open_table(training: Training, table: datasets.Dataset) -> TableSource:
-    column = training.text_column
-    feature = table.features.get(column)
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string", "string_view"):
-        found = "is not a column of strings" if feature is not None else "is not a column"
-        columns = ", ".join(f"{name} ({_describe_feature(kind)})" for name, kind in table.features.items())
+def _load_table(origin: Origin) -> Any:
+    corpus = origin.corpus
+    if corpus.dataset == "parquet":
+        files = _escape_all(_list_filled_files(origin, _count_parquet_rows))
+        return _load(origin, "parquet", data_files=files, split="train")
+    if corpus.dataset in _PACKAGED_DATASETS_MODULES:  # would read whatever lies in the current folder, "pandas" by unpickling it
         raise UserError(
-            f'training.text_column = "{column}" {found} of training.dataset = "{training.dataset}", which has: {columns}'
+            f"{origin.option} is a reader of the datasets library, not a dataset: give the name of a dataset, or read local "
+            f"files with one of {', '.join(LOCAL_FORMATS)}"
         )
-    return TableSource(training.dataset, table, column, keep_text)
+    return _load(origin, corpus.dataset, name=corpus.dataset_name or None, split=corpus.dataset_split)
+
+
+def _check_column(origin: Origin, features: datasets.Features, column: str) -> None:
+    feature = features.get(column)
+    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string", "string_view"):
+        found = f"is a column of {_describe_feature(feature)}, not of strings" if feature is not None else "is not a column"
+        columns = ", ".join(f"{name} ({_describe_feature(kind)})" for name, kind in features.items())
+        fault = f'{origin.section}.text_column = "{column}" {found} of {origin.option}, which has: {columns}'
+        raise UserError(escape_unprintable(fault))
 
 
 def _describe_feature(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def _load_table(training: Training, builder: str, **options: Any) -> datasets.Dataset:
+def _load(origin: Origin, builder: str, **options: Any) -> Any:
     datasets.disable_progress_bars()
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs failures that it also raises
     try:
-        return datasets.load_dataset(builder, **options)
+        return datasets.load_dataset(builder, streaming=origin.corpus.streaming, **options)
     except Exception as error:  # the Hub client, the builders and Arrow each raise kinds of their own
-        raise UserError(_explain_failure(training, error)) from error
+        raise UserError(_explain_failure(origin, error)) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _explain_emptiness(training: Training) -> str:
-    files = f" (training.data_files = {training.data_files})" if training.data_files else ""
-    return f'training.dataset = "{training.dataset}"{files} has no rows: give it data with at least one document'
+def _explain_emptiness(origin: Origin) -> str:
+    files = f" ({origin.files_option})" if origin.corpus.data_files else ""
+    return f"{origin.option}{files} has no rows: give it data with at least one document"
 
 
-def _explain_failure(training: Training, error: BaseException) -> str:
+def _find_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def _explain_failure(origin: Origin, error: BaseException) -> str:
+    reason = _find_reason(error)
     if "corresponds to no data" in reason:  # how load_dataset puts it that a split has no rows
-        return _explain_emptiness(training)
-    failure = f'training.dataset = "{training.dataset}" cannot be loaded ({reason})'
-    if training.dataset in LOCAL_FORMATS:
-        return f"{failure}: check training.data_files = {training.data_files}"
+        return _explain_emptiness(origin)
+    failure = f"{origin.option} cannot be loaded ({reason})"
+    if origin.corpus.dataset in LOCAL_FORMATS:
+        return f"{failure}: check {origin.files_option}"
     return (
-        f"{failure}: check the name, training.dataset_name, training.dataset_split and the network, "
+        f"{failure}: check the name, {origin.section}.dataset_name, {origin.section}.dataset_split and the network, "
         f"or read local files with one of {', '.join(LOCAL_FORMATS)}"
     )

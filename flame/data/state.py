@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flame.data.streams import Cursor
+from flame.data.batch import PackedBatch
+from flame.data.lines import Cursor
 from flame.errors import UserError
 
 
@@ -17,19 +19,32 @@ class DataState:
     seed: int
     next_sequence: int = 0
     """First global sequence that no rank has consumed."""
-    cursors: dict[int, Cursor] = field(default_factory=dict)
-    """Next token of each stream advanced so far, by stream."""
-    num_documents: int | None = None
-    """Rows of the source; None until the data has been read for the first time."""
+    cursors: dict[str, dict[int, Cursor]] = field(default_factory=dict)
+    """Next token of each stream advanced so far, by source and stream."""
+    num_units: dict[str, int] = field(default_factory=dict)
+    """Documents (shards, of a streaming source) in each source."""
+
+    def advance(self, batches: Iterable[PackedBatch], dp_world: int) -> None:
+        """Note that this rank has consumed its next batches, and each other rank as many."""
+        for batch in batches:
+            assert 0 <= batch.sequence_index - self.next_sequence < dp_world
+            assert batch.stream == batch.sequence_index % self.num_streams
+            self.cursors.setdefault(batch.source, {})[batch.stream] = batch.cursor
+            self.next_sequence += dp_world
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON: integers, and a list (epoch, position, offset) per stream name such as "stream-00017"."""
+        """Return the state as JSON: integers, and a list (epoch, position, row, offset) per source and stream name."""
         return {
             "num_streams": self.num_streams,
             "seed": self.seed,
             "next_sequence": self.next_sequence,
-            "num_documents": self.num_documents,
-            "cursors": {f"stream-{stream:05d}": list(cursor) for stream, cursor in sorted(self.cursors.items())},
+            "sources": {
+                source: {
+                    "num_units": self.num_units.get(source),
+                    "cursors": {f"stream-{stream:05d}": list(cursor) for stream, cursor in sorted(cursors.items())},
+                }
+                for source, cursors in sorted(self.cursors.items())
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -45,21 +60,28 @@ class DataState:
                     f"data depends on it; set it back to {state[key]}, or start a new run in another job.dump_folder"
                 )
         self.next_sequence = state["next_sequence"]
-        self.num_documents = state["num_documents"]
-        self.cursors = {int(name.removeprefix("stream-")): Cursor(*cursor) for name, cursor in state["cursors"].items()}
+        counted = {name: saved["num_units"] for name, saved in state["sources"].items()}
+        self.num_units = {name: count for name, count in counted.items() if count is not None}
+        self.cursors = {
+            name: {int(stream.removeprefix("stream-")): Cursor(*cursor) for stream, cursor in saved["cursors"].items()}
+            for name, saved in state["sources"].items()
+        }
 
-    def check_documents(self, source_name: str, num_documents: int) -> None:
-        """Note the size of the source, or check that it is still the same.
+    def check_units(self, num_units: dict[str, int]) -> None:
+        """Note the sizes of the sources, or check that they are still the same.
 
         Raises:
-            UserError: it is not, so that the saved position means other documents.
+            UserError: one is not, so that the saved position means other documents.
         """
-        if self.num_documents not in (None, num_documents):
-            raise UserError(
-                f'training.dataset = "{source_name}" has {num_documents} documents, but the checkpoint was made with '
-                f"{self.num_documents}: restore the same data, or start a new run in another job.dump_folder"
-            )
-        self.num_documents = num_documents
+        changed = [
+            f'source "{name}" has {count} documents or shards, but the checkpoint was made with {self.num_units[name]}: '
+            "restore the same data, or start a new run in another job.dump_folder"
+            for name, count in num_units.items()
+            if self.num_units.get(name, count) != count
+        ]
+        if changed:
+            raise UserError(*changed)
+        self.num_units |= num_units
 
 
 def merge_states(states: list[DataState]) -> DataState:
@@ -71,8 +93,10 @@ def merge_states(states: list[DataState]) -> DataState:
     assert all(state.next_sequence == first.next_sequence for state in states), (
         "ranks have consumed different numbers of sequences"
     )
-    merged = DataState(first.num_streams, first.seed, first.next_sequence, num_documents=first.num_documents)
+    merged = DataState(first.num_streams, first.seed, first.next_sequence, num_units=first.num_units)
     for state in states:
-        for stream, cursor in state.cursors.items():
-            merged.cursors[stream] = max(cursor, merged.cursors.get(stream, cursor))
+        for source, cursors in state.cursors.items():
+            known = merged.cursors.setdefault(source, {})
+            for stream, cursor in cursors.items():
+                known[stream] = max(cursor, known.get(stream, cursor))
     return merged

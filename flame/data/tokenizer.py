@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flame.config import BYTES_TOKENIZER
+from flame.config_conflicts import escape_unprintable
 from flame.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the tokenizer that `model.tokenizer_path` names: "bytes", a folder or a Hub name.
 
     Raises:
@@ -23,24 +27,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     if path == BYTES_TOKENIZER:
         return build_bytes_tokenizer()
+    option = f'model.tokenizer_path = "{escape_unprintable(path)}"'
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers each raise kinds of their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
         raise UserError(
-            f'model.tokenizer_path = "{path}" cannot be loaded as a tokenizer ({reason}): give a folder with tokenizer.json, '
+            f"{option} cannot be loaded as a tokenizer ({reason}): give a folder with tokenizer.json, "
             f'a Hub name that can be reached, or "{BYTES_TOKENIZER}"'
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f'model.tokenizer_path = "{path}" is a {type(tokenizer).__name__}: '
-            "only tokenizers with a tokenizer.json are supported"
-        )
+        raise UserError(f"{option} is a {type(tokenizer).__name__}: only tokenizers with a tokenizer.json are supported")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f'model.tokenizer_path = "{path}" has no eos token, which ends each document: '
-            'set "eos_token" in its tokenizer_config.json'
-        )
+        raise UserError(f'{option} has no eos token, which ends each document: set "eos_token" in its tokenizer_config.json')
     return tokenizer
 
 
@@ -50,7 +51,11 @@ def build_bytes_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+        name_or_path=BYTES_TOKENIZER,
     )
 
 
@@ -61,18 +66,35 @@ def _list_byte_symbols() -> dict[str, int]:
     return {chr(byte): byte for byte in written_as_itself} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Sha-256 of all that decides the ids of a document. Padding and truncation, which calls change, are not part of it."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    deciding = {part: backend.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "model", "added_tokens")}
+    text = json.dumps([deciding, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
     """Return a document's token ids, int32 [n], n >= 1: the tokenizer's own ids, ending with eos.
 
     Names of special tokens inside the text are text: a document that contains "<|endoftext|>" does not end there.
     """
-    ids = tokenizer(
-        text,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # documents longer than the model's context are cut later, so no warning about them
-    )["input_ids"]
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    return np.asarray(ids, dtype=np.int32)
+    return encode_documents(tokenizer, [text])[0]
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return what `encode_document` returns for each text, faster than one by one. Threads are up to TOKENIZERS_PARALLELISM."""
+    backend = tokenizer.backend_tokenizer
+    # Documents are encoded whole, and the text never means a special token. Calls of `tokenizer` set all three for themselves.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    backend.encode_special_tokens = True
+    documents = []
+    for encoding in backend.encode_batch_fast(texts):  # "fast" leaves out where in the text each token is
+        ids = encoding.ids
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+        documents.append(np.asarray(ids, dtype=np.int32))
+    return documents

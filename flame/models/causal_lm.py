@@ -11,36 +11,63 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flame.config import JobConfig
+from flame.config_conflicts import escape_unprintable
 from flame.errors import UserError
 from flame.models.future_encoder import is_recurrent
 
 
-def load_model_config(path: str) -> PretrainedConfig:
+def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read a Hugging Face configuration from a JSON file, a folder or the Hub.
+
+    Args:
+        trust_remote_code: run the Python code that comes with it. The returned `auto_map` names such code only then.
 
     Raises:
         UserError: it cannot be read, or the model cannot be trained with a future loss yet.
     """
+    option = f'model.config = "{escape_unprintable(path)}"'
     try:
         path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
-        if settings.get("model_type") not in CONFIG_MAPPING:
+        if settings.get("model_type") not in CONFIG_MAPPING and not ("auto_map" in settings and trust_remote_code):
             import fla.models  # noqa: F401 - registers its families; it takes seconds, so only where they may be needed
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing file, an unknown model_type, a bad value, no network: the library has no common type
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f'model.config = "{path}" cannot be loaded by transformers: {reason}') from error
-    faults = [f'model.config = "{path}": {fault}' for fault in _find_unsupported(config)]
+        reason = _find_reason(error)
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
+        raise UserError(f"{option} cannot be loaded by transformers: {reason}") from error
+    if not trust_remote_code and hasattr(config, "auto_map"):
+        del config.auto_map
+    faults = [f"{option}: {escape_unprintable(fault)}" for fault in _find_unsupported(config)]
     if faults:
         raise UserError(*faults)
     return config
 
 
+def _find_reason(error: Exception) -> str:
+    return escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def _has_own_code(config: PretrainedConfig) -> bool:
+    """Whether the model is built by trusted code that comes with its configuration."""
+    return AutoModelForCausalLM.__name__ in getattr(config, "auto_map", {})
+
+
 def _find_unsupported(config: PretrainedConfig) -> list[str]:
     """Reasons why this trainer would silently compute something else than the model means."""
     faults = []
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not _has_own_code(config):
         return [f'model_type "{config.model_type}" is no causal language model known to transformers']
+    if config.sub_configs:
+        return [f'model_type "{config.model_type}" is not supported: it has a configuration for each of several parts']
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(config, key, None), int):
+            return [f'model_type "{config.model_type}" is not supported: its configuration has no {key}']
+    settings = config.to_dict()
+    heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        faults.append(f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         faults.append(
@@ -51,11 +78,11 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
-    for key, value in config.to_dict().items():
+    for key, value in settings.items():
         if "experts" in key and isinstance(value, int) and value > 1:
             faults.append(f"{key} = {value}: mixture-of-experts models are not supported")
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
-        if ("dropout" in key or key.endswith("_pdrop")) and not unused and isinstance(value, float) and value > 0:
+        if ("dropout" in key or key.endswith("_pdrop")) and not unused and isinstance(value, int | float) and value != 0:
             faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
     return faults
 
@@ -79,6 +106,11 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
             f"training.context_len = {context_len} is more than the model's max_position_embeddings = {positions}: "
             "lower the one or raise the other"
         )
+    if job.checkpoint.enable_checkpoint and job.checkpoint.export_hf and hasattr(config, "auto_map"):
+        faults.append(
+            "checkpoint.export_hf = true, but a model that comes with Python code of its own (model.trust_remote_code = true) "
+            "cannot be exported: set it to false"
+        )
     if job.uses_future and is_recurrent(config):
         what = f'model_type "{config.model_type}" reads reversed documents'
         if future.target_shift == 0:
@@ -100,10 +132,14 @@ def build_on_meta(config: PretrainedConfig, device_type: str) -> PreTrainedModel
     attention = {} if is_recurrent(config) else {"attn_implementation": "flex_attention" if device_type == "cuda" else "sdpa"}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f'model_type "{config.model_type}" is not supported on this machine: {reason}') from error
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=_has_own_code(config), **attention
+            )
+    except Exception as error:  # whatever a bad value in the configuration leads to, or a kernel that is missing here
+        raise UserError(
+            f'model.config: model_type "{config.model_type}" cannot be built on this machine with these values '
+            f"({type(error).__name__}: {_find_reason(error)}): check its configuration"
+        ) from error
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UserError(f'model_type "{config.model_type}" is not supported: its output head is not one matrix without bias')

@@ -37,6 +37,8 @@ class Contrast(NamedTuple):
     positive_cosine_sum: Tensor
     negative_cosine_sum: Tensor
     """Each anchor contributes its mean over the N - 1 others."""
+    failed: Tensor
+    """1 if loss or gradient came out infinite or NaN, else 0. Then all of the above, and every gradient, is exactly 0."""
 
 
 def _contrast_rows(x: Tensor, y: Tensor, valid: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -71,10 +73,10 @@ _contrast_rows_compiled = torch.compile(_contrast_rows, dynamic=False)
 
 
 class _InfoNCESum(torch.autograd.Function):
-    """(x [N, d], y [N, d], valid [N], scale 0-d) -> loss sum, correct, positive cosine sum."""
+    """(x [N, d], y [N, d], valid [N], scale 0-d) -> loss sum, correct, positive cosine sum, whether all is finite."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, valid: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x: Tensor, y: Tensor, valid: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         contrast_rows = _contrast_rows_compiled if x.is_cuda else _contrast_rows
         grad_x = torch.empty_like(x)
         totals = []
@@ -84,10 +86,13 @@ class _InfoNCESum(torch.autograd.Function):
             grad_chunk.copy_(grad)
             totals.append(torch.stack(sums))
         # Cloned, since views must not leave an FSDP module.
-        loss, correct, positive_cosine, grad_scale = (total.clone() for total in torch.stack(totals).sum(dim=0))
+        total = torch.stack(totals).sum(dim=0)
+        is_finite = total.isfinite().all() & grad_x.isfinite().all()
+        grad_x.masked_fill_(~is_finite, 0.0)
+        loss, correct, positive_cosine, grad_scale = (number.clone() for number in torch.where(is_finite, total, 0.0))
         ctx.save_for_backward(grad_x, grad_scale)
-        ctx.mark_non_differentiable(correct, positive_cosine)
-        return loss, correct, positive_cosine
+        ctx.mark_non_differentiable(correct, positive_cosine, is_finite)
+        return loss, correct, positive_cosine, is_finite
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,14 +150,15 @@ class InfoNCEEstimator(nn.Module):
         x, y = x.reshape(-1, self.hidden_size), y.reshape(-1, self.hidden_size)
         valid = valid_mask.reshape(-1)
         x, y = _normalize(x), _normalize(y)
-        loss_sum, correct, positive_cosine = _InfoNCESum.apply(x, y, valid, 1.0 / self.temperature(like=x))
+        loss_sum, correct, positive_cosine, is_finite = _InfoNCESum.apply(x, y, valid, 1.0 / self.temperature(like=x))
 
         with torch.no_grad():
-            count = valid.sum().to(loss_sum.dtype)
-            all_cosines = (_sum_valid(x, valid) * _sum_valid(y, valid)).sum()
+            count = torch.where(is_finite, valid.sum(), 0).to(loss_sum.dtype)
+            all_cosines = torch.where(is_finite, (_sum_valid(x, valid) * _sum_valid(y, valid)).sum(), 0.0)
             negative_cosine = (all_cosines - positive_cosine) / (count - 1).clamp(min=1)
             mi = count * count.clamp(min=1).log() - loss_sum
-        return Contrast(loss_sum, count, mi, correct, positive_cosine, negative_cosine)
+            failed = 1.0 - is_finite.to(loss_sum.dtype)
+        return Contrast(loss_sum, count, mi, correct, positive_cosine, negative_cosine, failed)
 
     def forward(self, x: Tensor, y: Tensor, valid_mask: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Loss, 0-d: the mean over valid anchors (0 where there are none) or their sum. Shapes as `contrast`.

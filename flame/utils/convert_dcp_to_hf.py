@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from flame.components.checkpoint import HF_FOLDER
+from flame.components.checkpoint_storage import TensorReader
 from flame.errors import UserError
 from flame.models.causal_lm import load_model_config
 
@@ -54,10 +54,18 @@ def convert(checkpoint: Path, out: Path) -> None:
 
 
 def read_model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the model, whole, by name within `FutureLM`."""
+    """All tensors of the model, whole, by name within `FutureLM`.
+
+    Raises:
+        UserError: the folder is no complete checkpoint, or its index is damaged.
+    """
     if not (checkpoint / ".metadata").exists():
         raise UserError(f'checkpoint "{checkpoint}" is not a complete checkpoint folder (step-N, with .metadata in it)')
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    reader = TensorReader(checkpoint)
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except ValueError as error:
+        raise UserError(f'checkpoint "{checkpoint}" is damaged: {error}; convert another one') from error
     tensors = {
         name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
@@ -65,7 +73,7 @@ def read_model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
-        dcp.load({"model": tensors}, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load({"model": tensors}, storage_reader=reader, no_dist=True)
     return tensors
 
 

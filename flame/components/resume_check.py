@@ -1,0 +1,132 @@
+"""Whether a run may go on from a checkpoint, and what has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from flame.config import JobConfig
+from flame.errors import UserError
+
+# Options that decide which tensors there are and what the data cursors mean. Those of training's corpus hold for each of
+# `[sources.NAME]` too. Model and tokenizer are compared by content instead.
+FIXED_OPTIONS = (
+    "training.dataset",
+    "training.dataset_name",
+    "training.dataset_split",
+    "training.data_files",
+    "training.text_column",
+    "training.streaming",
+    "training.num_streams",
+    "training.seed",
+    "future_encoder.estimator_type",
+    "future_encoder.learnable_temperature",
+    "future_predictor.head_type",
+    "experimental.freeze_lm_for_infonce",
+)
+
+# Options that say nothing about what the run computes.
+UNTOLD_OPTIONS = ("job.config_file", "job.description")
+
+# Keys of a model's configuration that do not change what it computes in training; so do those of special tokens, `*_token_id`.
+FREE_MODEL_KEYS = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache")
+
+_ABSENT = object()
+
+
+def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
+    """Refuse to go on with a run under options that would make it another one.
+
+    Args:
+        saved: the configuration in the checkpoint, by section. Options that only one of the two knows are let pass.
+
+    Raises:
+        UserError: one line for each option that has changed.
+    """
+    before, now = flatten(saved), flatten(dataclasses.asdict(config))
+    changed = [
+        f"{key} = {json.dumps(now[key])}, but the run in {config.job.dump_folder} was made with "
+        f"{json.dumps(before[key])}: set it back, or start a new run in another job.dump_folder"
+        for key in now
+        if _is_fixed(key) and key in before and now[key] != before[key]
+    ]
+    enabled, weight = before.get("future_encoder.enable"), before.get("future_encoder.loss_weight")
+    if enabled is not None and weight is not None and (enabled and weight > 0) != config.uses_future:
+        changed.append(
+            f"future_encoder.enable = {json.dumps(config.future_encoder.enable)} with loss_weight = "
+            f"{config.future_encoder.loss_weight}, but the run in {config.job.dump_folder} was made with {json.dumps(enabled)} "
+            f"and {weight}: one has a predictor, the other has not; set it back, or start a new run in another job.dump_folder"
+        )
+    if changed:
+        raise UserError(*changed)
+
+
+def list_changes(saved: dict[str, Any], config: JobConfig) -> list[str]:
+    """Lines such as `optimizer.lr: 0.001 -> 0.0005` for the options that differ and that `check_resumable` lets pass.
+
+    Args:
+        saved: the configuration in the checkpoint, by section. An option that only one of the two knows is `unset` in the other.
+    """
+    before, now = flatten(saved), flatten(dataclasses.asdict(config))
+    return [f"{key}: {old} -> {new}" for key, old, new in _diff(before, now) if not _is_fixed(key) and key not in UNTOLD_OPTIONS]
+
+
+def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:
+    """Refuse to go on with the weights of one model in another.
+
+    Args:
+        saved, model_config: Hugging Face configurations as dictionaries, in the checkpoint and now. Keys that only one of them
+            has are let pass: releases of the library add and drop some.
+
+    Raises:
+        UserError: one line that names each key with both values.
+    """
+    shared = {key for key in saved.keys() & model_config.keys() if key not in FREE_MODEL_KEYS and not key.endswith("_token_id")}
+    before, now = ({key: value for key, value in each.items() if key in shared} for each in (saved, model_config))
+    differences = [f"{key} = {new} (before: {old})" for key, old, new in _diff(flatten(before), flatten(now))]
+    if differences:
+        raise UserError(
+            f"model.config: {', '.join(differences)}: the checkpoint is of another model; set it back, or start a new run in "
+            "another job.dump_folder"
+        )
+
+
+def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:
+    """Refuse to go on with another tokenizer.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if fingerprint != saved_fingerprint:
+        raise UserError(
+            f"model.tokenizer_path: the tokenizer (fingerprint {fingerprint}) is not the one that the checkpoint was made with "
+            f"({saved_fingerprint}): set it back, or start a new run in another job.dump_folder"
+        )
+
+
+def _is_fixed(key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return key in FIXED_OPTIONS or (section.startswith("sources.") and f"training.{name}" in FIXED_OPTIONS)
+
+
+def flatten(options: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key, their values as they would come back from JSON."""
+    return dict(_walk(json.loads(json.dumps(options)), ""))
+
+
+def _walk(options: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in options.items():
+        leaves += _walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return leaves
+
+
+def _diff(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Key, old and new value as text, for each key whose value differs; keys of now come first, in their order."""
+    both = ((key, before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in now | before)
+    return [(key, _show(old), _show(new)) for key, old, new in both if old != new]
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is _ABSENT else json.dumps(value)

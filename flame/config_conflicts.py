@@ -1,0 +1,198 @@
+"""What must hold between a run's options, and between them and the machine."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from flame.config import (
+    BYTES_TOKENIZER,
+    LOCAL_FORMATS,
+    LOWEST_LEARNED_TEMPERATURE,
+    STANDARD_LIBRARY,
+    TOKENS_FORMAT,
+    Corpus,
+    JobConfig,
+    Model,
+    Training,
+)
+
+
+def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Yield one line for each combination of options, or option and machine, that cannot run.
+
+    Args:
+        config: options whose types and ranges are already checked.
+        world_size: processes of the run over all nodes.
+    """
+    yield from _find_folder_conflicts(config)
+    yield from _find_model_conflicts(config.model)
+    yield from _find_data_conflicts(config, world_size)
+    yield from _find_validation_conflicts(config)
+    yield from _find_schedule_conflicts(config)
+    yield from _find_parallel_conflicts(config.training, world_size)
+
+
+def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
+    folder, checkpoints = config.job.dump_folder, os.path.join(config.job.dump_folder, config.checkpoint.folder)
+    for key, value, path in (("job.dump_folder", folder, folder), ("checkpoint.folder", config.checkpoint.folder, checkpoints)):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            yield f'{key} = "{value}": "{path}" is not a folder; choose another name'
+            return
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:  # too long, inside a file, not to be entered, with a null character
+            yield f'{key} = "{value}" cannot be a folder ({getattr(error, "strerror", None) or error}); choose another name'
+            return
+
+
+def _find_model_conflicts(model: Model) -> Iterator[str]:
+    if not model.config:
+        yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
+    elif os.path.exists(os.path.expanduser(model.config)):
+        yield from _find_json_faults(model.config)
+    elif _looks_like_path(model.config):
+        yield f'model.config = "{model.config}": no such file or folder'
+    if not model.tokenizer_path:
+        yield f'model.tokenizer_path is not set: give a folder, a Hub name, or "{BYTES_TOKENIZER}" for the built-in tokenizer'
+    elif _looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
+        yield f'model.tokenizer_path = "{model.tokenizer_path}": no such folder'
+
+
+def _looks_like_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; all else can only be meant as a path."""
+    return name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _find_json_faults(config: str) -> Iterator[str]:
+    path = Path(os.path.expanduser(config))
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        yield f'model.config = "{config}": {path.name} cannot be read as JSON ({error})'
+        return
+    if not isinstance(content, dict) or "model_type" not in content:
+        yield f'model.config = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'
+
+
+def _find_data_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
+    training = config.training
+    if training.context_len > training.seq_len:
+        yield (
+            f"training.context_len = {training.context_len} is more than training.seq_len = {training.seq_len}: "
+            "a document's piece must fit in a packed sequence; lower the one or raise the other"
+        )
+    if config.sources:
+        for option in fields(Corpus):
+            if (value := getattr(training, option.name)) != option.default:
+                yield f"training.{option.name} = {json.dumps(value)} beside [sources.NAME]: move it into a source of its own"
+    for section, corpus in config.corpora.items():
+        yield from find_corpus_conflicts(section, corpus)
+    readers = world_size * max(1, training.num_workers)
+    if training.num_streams % readers:
+        yield (
+            f"training.num_streams = {training.num_streams} is not a multiple of ranks x workers = {world_size} x "
+            f"{max(1, training.num_workers)}: change training.num_workers or, for a new run, set num_streams to a multiple "
+            f"of {readers}"
+        )
+
+
+def find_corpus_conflicts(section: str, corpus: Corpus) -> Iterator[str]:
+    """Conflicts inside one section that names a corpus."""
+    chosen = f'{section}.dataset = "{corpus.dataset}"'
+    if corpus.dataset in (*LOCAL_FORMATS, TOKENS_FORMAT):
+        if not corpus.data_files:
+            what = "a folder" if corpus.dataset == TOKENS_FORMAT else "paths or globs, separated by commas"
+            yield f"{chosen} needs {section}.data_files ({what})"
+        elif corpus.dataset in LOCAL_FORMATS:
+            for pattern in filter(None, corpus.data_files.split(",")):
+                if not any(map(os.path.isfile, expand_glob(pattern))):
+                    yield f'{section}.data_files: "{pattern.strip()}" matches no file'
+    elif corpus.data_files:
+        yield (
+            f"{section}.data_files is set but {chosen} does not read files: "
+            f"allowed with {', '.join((*LOCAL_FORMATS, TOKENS_FORMAT))}"
+        )
+    if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT):
+        yield (
+            f"{section}.streaming = true but {chosen} is read in place: allowed with {', '.join(LOCAL_FORMATS)} and Hub datasets"
+        )
+
+
+def _find_validation_conflicts(config: JobConfig) -> Iterator[str]:
+    validation = config.validation
+    if validation.dataset:
+        yield from find_corpus_conflicts("validation", validation)
+        if validation.holdout_every:
+            yield (
+                f'validation.dataset = "{validation.dataset}" and validation.holdout_every = {validation.holdout_every} '
+                "both name a held-out set: leave one of them out"
+            )
+    elif validation.interval and not validation.holdout_every:
+        yield (
+            f"validation.interval = {validation.interval} without held-out documents: set validation.dataset, or "
+            "validation.holdout_every to keep some of the training data for it"
+        )
+    if validation.holdout_every == 1:
+        yield "validation.holdout_every = 1 leaves nothing to train on: allowed are 0 (off) and 2 or more"
+
+
+def expand_glob(pattern: str) -> list[Path]:
+    """Paths that a pattern from `training.data_files` stands for, sorted; `**` reaches into sub-folders."""
+    # Unlike pathlib's, these and the os.path checks above take any string: one that cannot be a path matches nothing.
+    return sorted(map(Path, glob.glob(os.path.expanduser(pattern.strip()), recursive=True)))
+
+
+def escape_unprintable(text: str) -> str:
+    """Text of the user or of a library as a part of one line: line ends, control characters and the like as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
+    steps = config.training.steps
+    if config.uses_future and config.future_encoder.start_step > steps:
+        yield (
+            f"future_encoder.start_step = {config.future_encoder.start_step} is after the last step, training.steps = {steps}: "
+            "start earlier or set future_encoder.enable = false"
+        )
+    if config.future_encoder.target_shift >= config.training.context_len:
+        yield (
+            f"future_encoder.target_shift = {config.future_encoder.target_shift} leaves no position with a target: "
+            f"it must be less than training.context_len = {config.training.context_len}"
+        )
+    if config.future_encoder.learnable_temperature and config.future_encoder.temperature < LOWEST_LEARNED_TEMPERATURE:
+        yield (
+            f"future_encoder.temperature = {config.future_encoder.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
+            "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
+        )
+    if config.experimental.freeze_lm_for_infonce:
+        if not config.uses_future:
+            yield (
+                "experimental.freeze_lm_for_infonce = true leaves nothing to train: "
+                "it needs future_encoder.enable = true and future_encoder.loss_weight > 0"
+            )
+        elif config.future_encoder.start_step > 1:
+            yield (
+                f"experimental.freeze_lm_for_infonce = true leaves nothing to train before "
+                f"future_encoder.start_step = {config.future_encoder.start_step}: set it to 0"
+            )
+
+
+def _find_parallel_conflicts(training: Training, world_size: int) -> Iterator[str]:
+    replicate, shard = training.data_parallel_replicate_degree, training.data_parallel_shard_degree
+    if shard == 0:
+        yield "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more"
+    elif shard > 0 and replicate * shard != world_size:
+        yield (
+            f"training.data_parallel_replicate_degree x data_parallel_shard_degree = {replicate} x {shard} is not the number of "
+            f"ranks, {world_size}: set shard to -1 to take all remaining ranks"
+        )
+    elif shard < 0 and world_size % replicate:
+        yield f"training.data_parallel_replicate_degree = {replicate} does not divide the number of ranks, {world_size}"

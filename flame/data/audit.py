@@ -1,0 +1,66 @@
+"""The account of what a run was trained on: a line for each sequence of each step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flame.components.loggers import drop_lines_after, parse_line
+from flame.data.batch import PackedBatch
+
+AUDIT_FOLDER = "audit"
+
+
+def drop_audit_after(folder: Path, step: int) -> None:
+    """Remove what an earlier process of the run, which has not been resumed from, wrote about later steps. On one rank, before
+    any `AuditLog` is opened."""
+    for path in sorted((folder / AUDIT_FOLDER).glob("rank-*.jsonl")):  # earlier starts may have had more ranks
+        drop_lines_after(path, step)
+
+
+class AuditLog:
+    """Writes this rank's lines to `audit/rank-R.jsonl`.
+
+    A line holds step, sequence, source, whether the step was applied (`trained`: a skipped step was not), and the pieces:
+    document, first token, last token + 1, epoch.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        (folder / AUDIT_FOLDER).mkdir(exist_ok=True)
+        self._file = (folder / AUDIT_FOLDER / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def record(self, step: int, batches: list[PackedBatch], trained: bool) -> None:
+        """Write the sequences of one step."""
+        for batch in batches:
+            line = {
+                "step": step,
+                "sequence": batch.sequence_index,
+                "source": batch.source,
+                "trained": trained,
+                "pieces": [list(piece) for piece in batch.documents],
+            }
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring the lines onto the disk; called before the checkpoint that they belong to is committed."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_audit(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run's folder, in no particular order."""
+    for path in sorted((folder / AUDIT_FOLDER).glob("rank-*.jsonl")):
+        with path.open("rb") as lines:
+            for line in lines:
+                row = parse_line(line)
+                if row is not None:
+                    yield row

@@ -1,0 +1,107 @@
+"""Documents as token ids, whatever they are read from: text that is tokenized on the way, or a folder of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from flame.config import TOKENS_FORMAT, Corpus
+from flame.data.sources import Origin, Source, StreamingSource, open_source
+from flame.data.token_folder import open_token_folder
+from flame.data.tokenizer import encode_document
+
+Encode = Callable[[str], np.ndarray]
+
+
+class Documents(Protocol):
+    """Random access to documents. Instances are pickled into the loader's worker processes."""
+
+    name: str
+    """Short name in logs, metrics and the audit."""
+    option: str
+    """How error lines name it, such as `training.dataset = "json"`."""
+
+    def __len__(self) -> int:
+        """Documents, good and bad."""
+        ...
+
+    def read(self, index: int) -> np.ndarray | None:
+        """Return the ids of a document, integer [n] with n >= 1, or None for a bad row."""
+        ...
+
+
+class TokenizedSource:
+    """`Documents` of a text source."""
+
+    def __init__(self, source: Source, encode: Encode):
+        self.name, self.option = source.name, source.option
+        self._source, self._encode = source, encode
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> np.ndarray | None:
+        text = self._source.read(index)
+        return None if text is None else self._encode(text)
+
+
+class TokenizedShards:
+    """Documents of a streaming source, which can only be read in order, shard by shard."""
+
+    def __init__(self, source: StreamingSource, encode: Encode):
+        self.name, self.option, self.num_shards = source.name, source.option, source.num_shards
+        self._source, self._encode = source, encode
+
+    def read_shard(self, shard: int, row: int) -> Iterator[np.ndarray | None]:
+        """Yield the documents of a shard from a row on, as `Documents.read` returns them.
+
+        Raises:
+            UserError: the shard cannot be read.
+        """
+        for text in self._source.read_shard(shard, row):
+            yield None if text is None else self._encode(text)
+
+
+class Part(NamedTuple):
+    """Which rows of a source, or of each of its shards, are read: all, all but each `every`-th, or only those."""
+
+    every: int = 0
+    is_held_out: bool = False
+
+    def count(self, rows: int) -> int:
+        """How many of so many rows belong to this part."""
+        if not self.every:
+            return rows
+        held_out = -(-rows // self.every)
+        return held_out if self.is_held_out else rows - held_out
+
+    def locate(self, index: int) -> int:
+        """Row number of the part's row with this index."""
+        if not self.every:
+            return index
+        return index * self.every if self.is_held_out else index + index // (self.every - 1) + 1
+
+    def includes(self, row: int) -> bool:
+        """Whether a row belongs to this part."""
+        return not self.every or (row % self.every == 0) == self.is_held_out
+
+
+WHOLE = Part()
+
+
+def open_documents(corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerFast) -> Documents | TokenizedShards:
+    """Open the corpus that `{section}.dataset` names, as token ids.
+
+    Raises:
+        UserError: it cannot be read, holds nothing, or was tokenized by another tokenizer.
+    """
+    if corpus.dataset == TOKENS_FORMAT:
+        origin = Origin(corpus, section)
+        option = f"{origin.option} ({section}.data_files = {corpus.data_files})"
+        return open_token_folder(corpus.data_files, option, origin.name, tokenizer)
+    source, encode = open_source(corpus, section), partial(encode_document, tokenizer)
+    return TokenizedShards(source, encode) if isinstance(source, StreamingSource) else TokenizedSource(source, encode)

@@ -1,0 +1,95 @@
+"""Losses on a fixed set of held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from flame.components.distributed import sum_over_ranks
+from flame.components.metrics import Metrics
+from flame.config import JobConfig
+from flame.data.batch import PackedBatch, build_batch
+from flame.data.mixture import Mixture
+from flame.errors import UserError
+from flame.models.future_lm import FutureLM
+from flame.objective import compute_losses, record_losses
+
+PREFIX = "validation_"
+
+
+class Validator:
+    """Packs the set once, and measures a model on it: the same sequences each time and on any number of ranks.
+
+    Args:
+        held_out: read from its beginning, in an order that does not depend on the run's seed; each document at most once.
+
+    Raises:
+        UserError: the held-out documents do not fill one sequence.
+    """
+
+    def __init__(self, config: JobConfig, held_out: Mixture, rank: int, world_size: int, device: torch.device):
+        self._config, self._device = config, device
+        self._sources = [source.name for source in held_out.sources]
+        batches = pack_once(config, held_out)
+        if not batches:
+            raise UserError(
+                f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
+                "validation.holdout_every, or give validation.dataset more"
+            )
+        self.num_sequences = len(batches)
+        self._own = batches[rank::world_size]
+        # Ranks enter each forward together: one without a sequence left runs the first again, and it does not count.
+        self._rounds = -(-len(batches) // world_size)
+        self._filler = batches[0]
+
+    def run(self, model: FutureLM, with_future: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Measure; all ranks call it.
+
+        Args:
+            with_future: compute the future loss too.
+            is_stopped: asked before each sequence; when it is true on any rank, all give up.
+
+        Returns:
+            metrics by name, or None if given up.
+        """
+        metrics = Metrics(self._device)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for turn in range(self._rounds):
+                    (votes,) = sum_over_ranks(is_stopped())
+                    if votes:
+                        return None
+                    has_own = turn < len(self._own)
+                    batch = (self._own[turn] if has_own else self._filler).to(self._device)
+                    losses = model(compute_losses, batch, self._config, with_future)
+                    record_losses(metrics, losses, batch, self._sources, PREFIX, times=int(has_own))
+        finally:
+            model.train()
+        values = metrics.collect()
+        weights = {"ce_loss": 1.0, "aux_loss": self._config.future_encoder.loss_weight}
+        found = {name: PREFIX + name for name in weights if PREFIX + name in values}
+        return values | {PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
+
+
+def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:
+    """At most `validation.num_sequences` packed sequences, each source from its beginning and not beyond its end."""
+    training = replace(config.training, seed=0)
+    streams = {index: held_out.open_stream(index, 0, 1, training) for index in range(len(held_out.sources))}
+    cursors = {index: stream.first_cursor for index, stream in streams.items()}
+    batches: list[PackedBatch] = []
+    turn = 0
+    while streams and len(batches) < config.validation.num_sequences:
+        index = held_out.choose(turn, 1)
+        turn += 1
+        if index not in streams:
+            continue
+        sequence = streams[index].next_sequence(cursors[index])
+        if sequence.documents[-1].epoch > 0:
+            del streams[index]
+            continue
+        cursors[index] = sequence.cursor
+        batches.append(build_batch(sequence, len(batches)))
+    return batches

@@ -1,0 +1,251 @@
+"""Saving and resuming over several processes: other numbers of ranks, HSDP, uneven shards, and failures of one rank."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from flame.components import random_state
+from flame.components.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.components.checkpoint_agreement import RankFailure, run_on_all, run_on_main
+from flame.components.checkpoint_storage import TensorReader, TensorWriter
+from flame.errors import UserError
+from tests.test_checkpoint_saving import Case, assert_equal, build_case, expected, read_stored
+
+# A clean process that has imported everything; the ranks are forked from it in no time.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+Scenario = Callable[..., Any]
+
+
+def run_ranks(ranks: int, folder: Path, scenario: Scenario, *arguments: object) -> list[Any]:
+    """What each rank returns from `scenario(folder, *arguments)`."""
+    results = PROCESSES.SimpleQueue()
+    rendezvous = folder.parent / f"rendezvous-{len(list(folder.parent.iterdir()))}"
+    processes = [
+        PROCESSES.Process(target=_run_rank, args=(rank, ranks, rendezvous, results, scenario, folder, *arguments))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    outcomes = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    for rank, (is_good, outcome) in outcomes.items():
+        assert is_good, f"rank {rank}:\n{outcome}"
+    return [outcomes[rank][1] for rank in range(ranks)]
+
+
+def _run_rank(rank: int, ranks: int, rendezvous: Path, results: Any, scenario: Scenario, *arguments: object) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    try:
+        results.put((rank, (True, scenario(*arguments))))
+        dist.barrier()
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+    dist.destroy_process_group()
+
+
+def go_on(folder: Path, shape: tuple[int, ...], asynchronous: bool, before: int) -> list[str]:
+    """Resume from step `before`, change everything, save the step after it. Returns the names of all checkpoints.
+
+    Random states are taken over only on as many ranks as they were saved from.
+    """
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp")[-len(shape) :])
+    case = build_case(folder, mesh, keep=0, asynchronous=asynchronous)
+    case.fill(99)
+    torch.manual_seed(77)
+    own = torch.get_rng_state()
+    assert case.load() == (before or None)
+    if before:
+        saved_ranks = json.loads((folder / f"step-{before}" / TRAINER_FILE).read_text())["world_size"]
+        saved = torch.Generator().manual_seed(1000 * before + dist.get_rank()).get_state()
+        assert torch.equal(torch.get_rng_state(), saved if saved_ranks == dist.get_world_size() else own)
+        assert_equal(case.full(), expected(before))
+    case.fill(before + 1)
+    torch.manual_seed(1000 * (before + 1) + dist.get_rank())
+    case.save(before + 1)
+    case.fill(98)
+    case.checkpointer.close()
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_any_number_of_ranks_goes_on_from_any_other(tmp_path):
+    """FSDP on 1, 2, 4 ranks, HSDP 2 x 2, FSDP on 2, one process: each time all tensors are the same, also in the files."""
+    folder = tmp_path / "run"
+    stages = [((1,), False), ((2,), True), ((4,), False), ((2, 2), True), ((2,), True), ((1,), True)]
+    for before, (shape, asynchronous) in enumerate(stages):
+        ranks = torch.Size(shape).numel()
+        visible = run_ranks(ranks, folder, go_on, shape, asynchronous, before)
+        assert visible == [[f"step-{step}" for step in range(1, before + 2)]] * ranks
+    for step, (shape, _) in enumerate(stages, start=1):
+        stored = run_ranks(1, folder, read_step, step)[0]
+        states = {name: stored.pop(name) for name in list(stored) if name.startswith("rng.")}
+        assert stored == {name: value.tolist() for name, value in expected(step).items()}
+        for rank in range(torch.Size(shape).numel()):
+            generator = torch.Generator().manual_seed(1000 * step + rank)
+            assert states[f"rng.rank-{rank:05d}.torch"] == generator.get_state().tolist()
+        assert len(states) == len(random_state.capture()) * torch.Size(shape).numel()
+
+
+def read_step(folder: Path, step: int) -> dict[str, Any]:
+    return {name: tensor.tolist() for name, tensor in read_stored(folder / f"step-{step}").items()}
+
+
+def meet_failures(folder: Path) -> dict[str, Any]:
+    """On four ranks: failures that one of them meets."""
+    rank = dist.get_rank()
+    case = build_case(folder, keep=1, asynchronous=True)
+    case.fill(1)
+    case.save(1)
+    case.checkpointer.wait()
+    seen: dict[str, Any] = {"full": fail_on(3, case, OSError(errno.ENOSPC, "No space left")), "partial": count_partial(folder)}
+    seen["broken"] = fail_on(1, case, OSError(errno.EIO, "broken"))
+    case.save(2)  # the failures are over and told
+    case.checkpointer.wait()
+    seen["afterwards"] = [path.name for path in list_checkpoints(folder)]
+
+    case.fill(3)
+    torch.manual_seed(rank)
+    case.save(3)
+    wanted = torch.rand(()).item()
+    assert case.load() == 3
+    seen["draws on"] = torch.rand(()).item() == wanted
+    return seen
+
+
+def fail_on(rank: int, case: Case, error: OSError) -> str:
+    """What `wait` raises when one rank cannot write."""
+    write = TensorWriter.write_data
+    if dist.get_rank() == rank:
+
+        def fail(*arguments):
+            raise error
+
+        TensorWriter.write_data = fail  # type: ignore[method-assign]
+    try:
+        case.save(9)
+        case.checkpointer.wait()
+    except (UserError, RankFailure) as caught:
+        return f"{type(caught).__name__}: {caught}"
+    finally:
+        TensorWriter.write_data = write  # type: ignore[method-assign]
+    return "nothing"
+
+
+def count_partial(folder: Path) -> int:
+    dist.barrier()
+    return len(list(folder.glob("*.partial")))
+
+
+def test_a_failure_of_one_rank_is_raised_on_all(tmp_path):
+    for seen in run_ranks(4, tmp_path / "run", meet_failures):
+        assert seen["full"].startswith("UserError: checkpoint.folder: the disk of") and "\n" not in seen["full"]
+        assert "was not saved: OSError: [Errno 5] broken" in seen["broken"] and seen["broken"].startswith("RankFailure")
+        assert (seen["partial"], seen["afterwards"], seen["draws on"]) == (0, ["step-2"], True)
+
+
+def pass_over(folder: Path) -> list[Any]:
+    """On two ranks, of which only the second cannot read one checkpoint's index, and refuses another."""
+    case = build_case(folder, keep=0)
+    for step in (1, 2, 3):
+        case.fill(step)
+        case.save(step)
+    if dist.get_rank() == 0:
+        os.truncate(folder / "step-3" / "__1_0.distcp", 10)
+    read = TensorReader.read_metadata
+
+    def fail(self, *arguments, **options):
+        if str(self.path).endswith("step-2"):
+            raise OSError("unreachable")
+        return read(self, *arguments, **options)
+
+    if dist.get_rank() == 1:
+        TensorReader.read_metadata = fail  # type: ignore[method-assign]
+    case.fill(9)
+    loaded = case.load()
+    assert_equal(case.full(), expected(1))
+    TensorReader.read_metadata = read  # type: ignore[method-assign]
+
+    def refuse(state: dict[str, Any]) -> None:
+        if dist.get_rank() == 1:
+            raise UserError("rank 1 has another tokenizer")
+
+    try:
+        case.checkpointer.load_latest(refuse)
+    except UserError as error:
+        return [loaded, str(error)]
+    return [loaded, "nothing"]
+
+
+def test_all_ranks_use_the_same_checkpoint(tmp_path):
+    assert run_ranks(2, tmp_path / "run", pass_over) == [[1, "rank 1 has another tokenizer"]] * 2
+
+
+def agree(folder: Path) -> list[str]:
+    rank = dist.get_rank()
+
+    def act(failing: dict[int, Exception]) -> int:
+        if rank in failing:
+            raise failing[rank]
+        return rank * 10
+
+    seen = [str(run_on_all(lambda: act({}))), str(run_on_main(lambda: act({})))]
+    for failing in ({1: KeyError("x")}, {0: OSError("first"), 1: UserError("one", "two")}):
+        try:
+            run_on_all(lambda failing=failing: act(failing))  # type: ignore[misc]
+        except (RankFailure, UserError) as error:
+            seen.append(f"{type(error).__name__} {error}")
+    try:
+        run_on_main(lambda: act({0: ValueError("a\nb"), 1: ValueError("not called")}))
+    except RankFailure as failure:
+        seen.append(str(failure))
+    return seen
+
+
+def test_ranks_agree(tmp_path):
+    shared = ["RankFailure KeyError: 'x'", "UserError one\ntwo", "ValueError: a b"]
+    assert run_ranks(2, tmp_path / "run", agree) == [["0", "0", *shared], ["10", "0", *shared]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_that_dies_while_writing_leaves_the_last_commit(tmp_path, ranks):
+    folder = tmp_path / "run"
+    run_ranks(ranks, folder, go_on, (ranks,), True, 0)
+    rendezvous = tmp_path / "death"
+    processes = [PROCESSES.Process(target=_die, args=(rank, ranks, rendezvous, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 7
+    assert [path.name for path in list_checkpoints(folder)] == ["step-1"] and (folder / "step-2.partial").exists()
+    visible = run_ranks(ranks, folder, go_on, (ranks,), True, 1)
+    assert visible == [["step-1", "step-2"]] * ranks and not list(folder.glob("*.partial"))
+
+
+def _die(rank: int, ranks: int, rendezvous: Path, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    write = TensorWriter.write_data
+
+    def write_and_die(*arguments):
+        write(*arguments)
+        os._exit(7)
+
+    TensorWriter.write_data = write_and_die  # type: ignore[method-assign]
+    case = build_case(folder, asynchronous=True)
+    case.save(2)
+    case.checkpointer.wait()

@@ -1,0 +1,149 @@
+"""Runs that are asked to stop, wherever they are: what is saved, and that the resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flame.components.checkpoint import Checkpointer, list_checkpoints
+from flame.components.distributed import set_single_process_defaults
+from flame.components.preemption import PREEMPTED_EXIT_CODE
+from flame.config_reader import read_config
+from flame.data.feed import Feed
+from flame.train import Trainer
+from flame.validation import Validator
+from tests.test_train import (  # noqa: F401 - fixtures
+    REPO,
+    final_weights,
+    leave_no_trace,
+    measured,
+    options,
+    plain_run,
+    read_metrics,
+    run_here,
+    workspace,
+)
+
+
+class Request:
+    """Stands for the signal."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def __call__(self) -> bool:
+        return self.has_come
+
+
+def train(workspace: Path, run: Path, request: Request, **changes: object) -> tuple[Trainer, bool]:  # noqa: F811
+    set_single_process_defaults()
+    trainer = Trainer(read_config(options(workspace, run, **changes), 1), request)
+    finished = trainer.train()
+    assert not dist.is_initialized()
+    return trainer, finished
+
+
+def check_resumed(workspace: Path, run: Path, plain: Path, **changes: object) -> None:  # noqa: F811
+    rows = [row for row in run_here(workspace, run, **changes) if "loss" in row]
+    assert measured(rows) == measured(read_metrics(plain))
+    found, expected = final_weights(run), final_weights(plain)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+@pytest.mark.parametrize("moment", ["step", "data wait", "save", "start"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(workspace, tmp_path, monkeypatch, plain_run, moment, async_mode):  # noqa: F811
+    """The request comes inside step 4, while waiting for the data of step 5, inside the save of step 3, or before step 1."""
+    run, request, saves = tmp_path / "run", Request(), []
+
+    def arrive(owner: type, name: str, is_now: Callable[..., bool], gives_up: bool = False) -> None:
+        real = getattr(owner, name)
+
+        def patched(self, *args):
+            if is_now(self, *args):
+                request.has_come = True
+                if gives_up:
+                    return None
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, patched)
+
+    takes: list[int] = []
+    if moment == "step":
+        arrive(Trainer, "future_weight", lambda trainer: trainer.step == 4)
+    elif moment == "data wait":
+        arrive(Feed, "take", lambda *_: takes.append(1) or len(takes) == 5, gives_up=True)  # type: ignore[func-returns-value]
+    elif moment == "save":
+        arrive(Checkpointer, "save", lambda _, step, state: saves.append(step) or True)  # type: ignore[func-returns-value]
+    else:
+        request.has_come = True
+    trainer, finished = train(workspace, run, request, checkpoint__async_mode=async_mode)
+    expected = {"step": 4, "data wait": 4, "save": 3, "start": 0}[moment]
+    assert not finished and trainer.step == expected
+    kept = [path.name for path in list_checkpoints(run / "checkpoint")]
+    assert kept == {4: ["step-3", "step-4"], 3: ["step-3"], 0: []}[expected]
+    if moment == "save":
+        assert saves == [3], "the checkpoint of this step is there already"
+    monkeypatch.undo()
+    check_resumed(workspace, run, plain_run, checkpoint__async_mode=async_mode)
+
+
+def test_a_stop_while_validating_leaves_the_validation_to_the_resumed_run(workspace, tmp_path, monkeypatch):  # noqa: F811
+    changes = {"validation__interval": 2, "validation__holdout_every": 5, "validation__num_sequences": 4}
+    expected = run_here(workspace, tmp_path / "plain", **changes)
+    run, request = tmp_path / "run", Request()
+    real = Validator.run
+
+    def interrupted(self, *args):
+        request.has_come = self.calls_left == 0
+        self.calls_left -= 1
+        return real(self, *args)
+
+    monkeypatch.setattr(Validator, "run", interrupted)
+    monkeypatch.setattr(Validator, "calls_left", 1, raising=False)
+    trainer, finished = train(workspace, run, request, **changes)
+    assert not finished and trainer.step == 4
+    assert [row["step"] for row in read_metrics(run) if "validation_loss" in row] == [2]
+    monkeypatch.undo()
+    found = run_here(workspace, run, **changes)
+    assert [row for row in found if "validation_loss" in row] == [row for row in expected if "validation_loss" in row]
+    assert measured([row for row in found if "loss" in row]) == measured([row for row in expected if "loss" in row])
+
+
+def test_without_checkpoints_a_stopped_run_says_so(workspace, tmp_path, caplog):  # noqa: F811
+    request = Request()
+    request.has_come = True
+    _, finished = train(workspace, tmp_path / "run", request, checkpoint__enable_checkpoint=False)
+    assert not finished and "nothing is saved: checkpoints are off" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_launcher_stops_both_ranks_and_the_same_command_goes_on(workspace, tmp_path, plain_run, name):  # noqa: F811
+    """Through train.sh: code 75, no report of a failure, a checkpoint of the last logged step."""
+    run = tmp_path / "run"
+    environment = os.environ | {"NGPU": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [
+        "bash",
+        str(REPO / "train.sh"),
+        *options(workspace, run, training__gradient_accumulation_steps=2, training__steps=4000),
+    ]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (PREEMPTED_EXIT_CODE, "")
+    assert "stopped on request after step" in out and "the same command goes on" in out
+    step = int(list_checkpoints(run / "checkpoint")[-1].name.removeprefix("step-"))
+    assert read_metrics(run)[-1]["step"] == step
