@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from flame.errors import UserError
-from flame.utils.plotting import read_metrics
+from flame.utils.plotting import is_validation, read_metrics
 
 SPEEDS = {"tokens_per_second": 1.0, "mfu": 100.0, "mfu_future": 100.0, "peak_memory_gib": 1.0, "data_wait_fraction": 100.0}
 LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
@@ -21,7 +21,7 @@ LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
 
 def summarize(folder: Path) -> str:
     """One table row."""
-    rows = read_metrics(folder)
+    rows = [row for row in read_metrics(folder) if not is_validation(row)]
     steady = rows[len(rows) // 4 :]
     cells = [str(folder), str(rows[-1]["step"])]
     for name, scale in SPEEDS.items():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from flame.components.distributed import sum_over_ranks
+from flame.components.loggers import VALIDATION_PREFIX
 from flame.components.metrics import Metrics
 from flame.config import JobConfig
 from flame.data.batch import PackedBatch, build_batch
@@ -15,8 +16,6 @@ from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
 from flame.objective import compute_losses, record_losses
-
-PREFIX = "validation_"
 
 
 class Validator:
@@ -65,13 +64,13 @@ class Validator:
                     has_own = turn < len(self._own)
                     batch = (self._own[turn] if has_own else self._filler).to(self._device)
                     losses = model(compute_losses, batch, self._config, with_future)
-                    record_losses(metrics, losses, batch, self._sources, PREFIX, times=int(has_own))
+                    record_losses(metrics, losses, batch, self._sources, VALIDATION_PREFIX, times=int(has_own))
         finally:
             model.train()
         values = metrics.collect()
         weights = {"ce_loss": 1.0, "aux_loss": self._config.future_encoder.loss_weight}
-        found = {name: PREFIX + name for name in weights if PREFIX + name in values}
-        return values | {PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
+        found = {name: VALIDATION_PREFIX + name for name in weights if VALIDATION_PREFIX + name in values}
+        return values | {VALIDATION_PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
 
 
 def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:

@@ -128,3 +128,17 @@ def test_command_line_tells_runs_of_the_same_name_apart(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert process.stdout == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_validation_is_a_curve_of_its_own() -> None:
+    """Its rows stand between those of the training and leave no gap in their curve."""
+    rows: list[dict[str, float | None]] = [
+        {"step": 1, "ce_loss": 3.0},
+        {"step": 2, "ce_loss": 2.0},
+        {"step": 2, "validation_ce_loss": 2.5, "validation_loss": 2.6},
+        {"step": 3, "ce_loss": 1.5},
+        {"step": 4, "validation_ce_loss": 1.75, "validation_loss": 1.9},
+    ]
+    (axes,) = draw({"run": rows}).axes
+    curves = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert curves == {"cross entropy": ([1, 2, 3], [3.0, 2.0, 1.5]), "validation": ([2, 4], [2.5, 1.75])}

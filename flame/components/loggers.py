@@ -15,6 +15,8 @@ from flame.config import JobConfig
 from flame.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_PREFIX = "validation_"
+"""Of the metrics of a validation, which have a row of their own in metrics.jsonl."""
 WANDB_ID_FILE = "wandb_id.txt"
 
 
@@ -235,9 +237,9 @@ def format_validation(step: int, total_steps: int, values: dict[str, float]) -> 
     """One console line about a validation, from its metrics `validation_*`."""
     fields = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, label in (("loss", "validation loss"), ("ce_loss", "ce"), ("aux_loss", "aux")):
-        if (value := values.get(f"validation_{name}")) is not None:
+        if (value := values.get(VALIDATION_PREFIX + name)) is not None:
             fields.append(f"{label} {value:6.3f}")
-    if (accuracy := values.get("validation_infonce_accuracy")) is not None:
+    if (accuracy := values.get(VALIDATION_PREFIX + "infonce_accuracy")) is not None:
         fields.append(f"top-1 {100 * accuracy:5.1f}%")
     return " · ".join(fields)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from flame.components.loggers import METRICS_FILE, parse_line
+from flame.components.loggers import METRICS_FILE, VALIDATION_PREFIX, parse_line
 from flame.errors import UserError
 
 Rows = list[dict[str, float | None]]
@@ -47,11 +47,19 @@ class Panel:
 
 
 PANELS = (
-    Panel("Next-token loss", "cross entropy (nats per token)", (Curve("ce_loss", "cross entropy"),)),
+    Panel(
+        "Next-token loss",
+        "cross entropy (nats per token)",
+        (Curve("ce_loss", "cross entropy"), Curve("validation_ce_loss", "validation", ":", "C1")),
+    ),
     Panel(
         "Future loss",
         "InfoNCE (nats per anchor)",
-        (Curve("aux_loss", "InfoNCE"), Curve(LN_N, "ln N (chance)", "--", "0.45")),
+        (
+            Curve("aux_loss", "InfoNCE"),
+            Curve("validation_aux_loss", "validation", ":", "C1"),
+            Curve(LN_N, "ln N (chance)", "--", "0.45"),
+        ),
     ),
     Panel(
         "Guess of the future",
@@ -132,9 +140,10 @@ def draw(runs: dict[str, Rows]) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
     drawn = []
     for index, rows in enumerate(runs.values()):
-        steps = [_get_number(row, "step") for row in rows]
         for curve in panel.curves:
-            numbers = [_get_number(row, curve.metric) for row in rows]
+            own = [row for row in rows if is_validation(row) == curve.metric.startswith(VALIDATION_PREFIX)]
+            steps = [_get_number(row, "step") for row in own]
+            numbers = [_get_number(row, curve.metric) for row in own]
             if not any(map(math.isfinite, numbers)):
                 continue
             # A lone point, as between two numbers that are not finite, has no line to be seen by.
@@ -153,6 +162,11 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
         labels = [curve.label for curve in drawn]
         spacing = {"handlelength": 1.8, "columnspacing": 0.9, "handletextpad": 0.5}
         axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(drawn), frameon=False, **spacing)
+
+
+def is_validation(row: Mapping[str, float | None]) -> bool:
+    """Whether a row of metrics.jsonl is that of a validation, which comes beside the row of its step."""
+    return any(name.startswith(VALIDATION_PREFIX) for name in row)
 
 
 def _has_numbers(rows: Rows, panel: Panel) -> bool:
