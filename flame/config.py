@@ -70,8 +70,8 @@ class Corpus:
     text_column: str = "text"
     """Column or JSON key that holds the document."""
     streaming: bool = False
-    """Read Hub datasets or local files while they arrive, shard by shard, instead of fetching and indexing them first. Each
-    stream reads its own shards, so there must be at least training.num_streams of them."""
+    """Read Hub datasets or local files while they arrive, shard by shard, instead of fetching and indexing them first. In
+    training each stream reads its own shards, so there must be at least training.num_streams of them."""
 
 
 @dataclass(kw_only=True)
@@ -80,9 +80,9 @@ class Source(Corpus):
 
     __pydantic_config__ = STRICT
 
-    weight: PositiveFloat = 1.0
+    weight: NonNegativeFloat = 1.0
     """Share of the tokens, relative to the other sources. It decides how often the source is drawn and nothing else; it may
-    be changed when a run is resumed."""
+    be changed when a run is resumed. With 0 the source rests where it is."""
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,9 @@ from flame.config import (
     Training,
 )
 
+SMALLEST_SHARE = 1e-6
+"""Of the largest weight: a smaller one would hardly ever be drawn."""
+
 
 def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
     """Yield one line for each combination of options, or option and machine, that cannot run.
@@ -95,6 +98,7 @@ def _find_data_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
                 yield f"training.{option.name} = {json.dumps(value)} beside [sources.NAME]: move it into a source of its own"
     for section, corpus in config.corpora.items():
         yield from find_corpus_conflicts(section, corpus)
+    yield from _find_weight_conflicts(config)
     readers = world_size * max(1, training.num_workers)
     if training.num_streams % readers:
         yield (
@@ -120,10 +124,30 @@ def find_corpus_conflicts(section: str, corpus: Corpus) -> Iterator[str]:
             f"{section}.data_files is set but {chosen} does not read files: "
             f"allowed with {', '.join((*LOCAL_FORMATS, TOKENS_FORMAT))}"
         )
+    from_hub = corpus.dataset not in (STANDARD_LIBRARY, TOKENS_FORMAT, *LOCAL_FORMATS)
+    for option, default, has_effect in (
+        ("dataset_name", "", from_hub),
+        ("dataset_split", "train", from_hub),
+        ("text_column", "text", from_hub or corpus.dataset in ("json", "parquet")),
+    ):
+        if getattr(corpus, option) != default and not has_effect:
+            yield f'{section}.{option} = "{getattr(corpus, option)}" has no effect with {chosen}: leave it out'
     if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT):
         yield (
             f"{section}.streaming = true but {chosen} is read in place: allowed with {', '.join(LOCAL_FORMATS)} and Hub datasets"
         )
+
+
+def _find_weight_conflicts(config: JobConfig) -> Iterator[str]:
+    heaviest = max((source.weight for source in config.sources.values()), default=1.0)
+    if heaviest == 0:
+        yield "sources.NAME.weight = 0 for all sources leaves nothing to train on: raise one"
+    for name, source in config.sources.items():
+        if 0 < source.weight < SMALLEST_SHARE * heaviest:
+            yield (
+                f"sources.{name}.weight = {source.weight:g} is less than a millionth of the largest, {heaviest:g}: raise it, or "
+                "set it to 0 to draw nothing"
+            )
 
 
 def _find_validation_conflicts(config: JobConfig) -> Iterator[str]:
@@ -135,24 +159,29 @@ def _find_validation_conflicts(config: JobConfig) -> Iterator[str]:
                 f'validation.dataset = "{validation.dataset}" and validation.holdout_every = {validation.holdout_every} '
                 "both name a held-out set: leave one of them out"
             )
-    elif validation.interval and not validation.holdout_every:
+        return
+    for option in fields(Corpus):
+        if option.name != "dataset" and (value := getattr(validation, option.name)) != option.default:
+            yield f"validation.{option.name} = {json.dumps(value)} has no effect without validation.dataset: set that too"
+    if validation.interval and not validation.holdout_every:
         yield (
             f"validation.interval = {validation.interval} without held-out documents: set validation.dataset, or "
             "validation.holdout_every to keep some of the training data for it"
         )
     if validation.holdout_every == 1:
         yield "validation.holdout_every = 1 leaves nothing to train on: allowed are 0 (off) and 2 or more"
+    for section, corpus in config.corpora.items() if validation.holdout_every else ():
+        if corpus.streaming and corpus.dataset == "text":
+            yield (
+                f'{section}.dataset = "text" with streaming has one document a shard, from which validation.holdout_every = '
+                f"{validation.holdout_every} cannot hold out some: set streaming = false, or give validation.dataset"
+            )
 
 
 def expand_glob(pattern: str) -> list[Path]:
     """Paths that a pattern from `training.data_files` stands for, sorted; `**` reaches into sub-folders."""
     # Unlike pathlib's, these and the os.path checks above take any string: one that cannot be a path matches nothing.
     return sorted(map(Path, glob.glob(os.path.expanduser(pattern.strip()), recursive=True)))
-
-
-def escape_unprintable(text: str) -> str:
-    """Text of the user or of a library as a part of one line: line ends, control characters and the like as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:

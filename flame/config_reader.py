@@ -7,6 +7,7 @@ import json
 import re
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
@@ -15,7 +16,7 @@ import tomli
 from pydantic import TypeAdapter, ValidationError
 
 from flame.config import JobConfig, Source
-from flame.config_conflicts import escape_unprintable, find_conflicts
+from flame.config_conflicts import find_conflicts
 from flame.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -78,13 +79,23 @@ def read_config(argv: list[str], world_size: int) -> JobConfig:
         is_valid[setting.key] = fault is None
         if fault:
             faults.append(fault)
+    faults.extend(_find_unnamed_sources(config, is_valid))
     if file_is_read and is_valid.get(CONFIG_FILE, True):
         wrong_keys = [key for key, valid in is_valid.items() if not valid]
         conflicts = find_conflicts(config, world_size)
         faults.extend(line for line in conflicts if not any(_mentions(line, key) for key in wrong_keys))
     if faults:
-        raise UserError(*map(escape_unprintable, faults))
+        raise UserError(*faults)
     return config
+
+
+def _find_unnamed_sources(config: JobConfig, given: dict[str, bool]) -> Iterator[str]:
+    """A source whose corpus nobody has named is a slip of the pen in another one's name."""
+    for name in config.sources:
+        if f"{SOURCES}.{name}.dataset" not in given:
+            others = difflib.get_close_matches(name, [other for other in config.sources if other != name], n=1)
+            advice = f"did you mean {SOURCES}.{others[0]}?" if others else "name the corpus of this source"
+            yield f"{SOURCES}.{name}.dataset is not set: {advice}"
 
 
 def write_config(config: JobConfig, path: Path) -> None:
@@ -244,6 +255,8 @@ def _read_file(path: str) -> list[_Setting]:
 def _apply(config: JobConfig, setting: _Setting) -> str | None:
     """Set the option in `config` and return None, or leave it as it is and return the line that says why."""
     schema = _find_schema(setting.key)
+    if setting.value == {} and _name_section(setting.key) == ANY_SOURCE:
+        return f"{setting}: an empty source, give at least its dataset"
     if schema is None:
         return f"{setting}: no such option{_suggest(setting.key)}"
     if setting.key == CONFIG_FILE and setting.source != COMMAND_LINE:

@@ -4,11 +4,16 @@
 class UserError(Exception):
     """A mistake that the user can put right: one line a mistake, printed without a traceback.
 
-    Each line names the key or file, the value, what is allowed and what to do.
+    Each line names the key or file, the value, what is allowed and what to do. What a value or a library's message holds of line
+    breaks and other characters that do not print is shown escaped.
     """
 
     EXIT_CODE = 2
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
+        self.lines = [_escape_unprintable(line) for line in lines]
+        super().__init__("\n".join(self.lines))
+
+
+def _escape_unprintable(text: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -121,10 +121,17 @@ class _SignalForwarder(SignalThread):
 
 def _find_workers(module: str) -> list[int]:
     """This process's children that run the module, and no other helpers; also those that ended and were not waited for yet."""
-    lists = [_read_if_there(path) for path in glob("/proc/self/task/*/children")]
-    commands = {int(pid): _read_if_there(f"/proc/{int(pid)}/cmdline") for line in lists for pid in line.split()}
+    states = {path: _read_if_there(path) for path in glob("/proc/[0-9]*/stat")}
+    children = [path.split("/")[2] for path, state in states.items() if _find_parent(state) == os.getpid()]
+    commands = {int(pid): _read_if_there(f"/proc/{pid}/cmdline") for pid in children}
     # A process that ended has no command line.
     return [pid for pid, command in commands.items() if not command or f"\0-m\0{module}\0".encode() in command]
+
+
+def _find_parent(state: bytes) -> int | None:
+    """The parent's process id in a line of /proc/PID/stat, where the name of the program may hold anything."""
+    fields = state.rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else None
 
 
 def _read_if_there(path: str) -> bytes:
@@ -137,6 +144,7 @@ def _read_if_there(path: str) -> bytes:
 
 def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = torchrun.parse_args(argv)
@@ -145,6 +153,8 @@ def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
         try:
             torchrun.run(options)
             return 0
+        except SignalException as error:
+            return 128 + error.sigval
         except ChildFailedError as error:
             failed = error
             # A worker that met the user's mistake decides, also when another, cut off by its end, is seen first.

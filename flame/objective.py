@@ -58,7 +58,7 @@ def record_losses(
     """
 
     def record(name: str, total: Tensor, count: Tensor | int, weight: int = times) -> None:
-        metrics.record_mean(prefix + name, total * weight, count * weight)
+        metrics.record_mean(prefix + name, total if weight else 0.0, count if weight else 0)
 
     if losses.ce_sum is not None:
         record("ce_loss", losses.ce_sum, batch.num_labels)

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,20 @@ from flame.components.distributed import (
     sum_over_ranks,
 )
 from flame.components.flops import FlopCounter
-from flame.components.loggers import METRICS_FILE, RunLog, drop_lines_after, format_line, format_validation, init_logging
+from flame.components.loggers import (
+    METRICS_FILE,
+    RunLog,
+    drop_lines_after,
+    drop_validation,
+    format_line,
+    format_validation,
+    init_logging,
+)
 from flame.components.metrics import Metrics
 from flame.components.optimizer import build_optimizer, build_schedule, seek_schedule
 from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
-from flame.components.resume_check import check_model, check_resumable, check_tokenizer, list_changes
+from flame.components.resume_check import check_model, check_resumable, check_sources, check_tokenizer, list_changes
+from flame.components.run_lock import lock_run
 from flame.components.run_record import record_run
 from flame.components.step_guard import SKIPPED_FILE, StepGuard
 from flame.components.throughput import Throughput
@@ -112,14 +122,18 @@ class Trainer:
         init_logging(self.is_main)
 
         self.tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
+        self.fingerprint = fingerprint_tokenizer(self.tokenizer)
         model_config = load_model_config(config.model.config, config.model.trust_remote_code)
         check_fits_run(model_config, len(self.tokenizer), config)
         self.mixture = open_mixture(config, self.tokenizer)
         self.source_names = [source.name for source in self.mixture.sources]
 
         self.device, mesh = start_processes(config)
-        check_same_on_all_ranks("number of documents", sum(self.mixture.count_units().values()))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for source, count in self.mixture.count_units().items():
+            check_same_on_all_ranks(f'number of documents in source "{source}"', count)
+        self._make_folder()
+        self.lock = lock_run(self.folder) if self.is_main else None
+        dist.barrier()
         self.model = build_future_lm(config, model_config, self.device.type)
         parallelize(self.model, config, mesh)
         materialize(self.model, self.device, config.training.seed)
@@ -143,6 +157,12 @@ class Trainer:
             asynchronous=config.checkpoint.async_mode == "async",
         )
 
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'job.dump_folder = "{self.folder}" cannot be made ({error.strerror}): choose another') from error
+
     # ---------------------------------------------------------------- the run
 
     def train(self) -> bool:
@@ -151,8 +171,13 @@ class Trainer:
         Returns:
             True at the end, False if asked to stop before; the same run then goes on from there.
         """
+        with closing(self.lock) if self.lock is not None else nullcontext():
+            return self._train()
+
+    def _train(self) -> bool:
         wandb_id = self._resume()
         self._open_run(wandb_id)
+        is_finished = False
         try:
             self._validate_when_due()  # a run that was stopped while validating owes that step its numbers
             while self.step < self.config.training.steps:
@@ -162,14 +187,15 @@ class Trainer:
                 self._validate_when_due()
                 self._save_when_due()
             self.checkpointer.wait()
+            is_finished = True
         except Preempted:
             self._stop_early()
-            end_processes()
-            return False
         finally:
             self._close_run()
-        self._finish()
-        return True
+        end_processes()
+        if is_finished and self.is_main:
+            self._finish()
+        return is_finished
 
     def train_step(self) -> None:
         """One optimizer step over `gradient_accumulation_steps` packed batches on each rank.
@@ -300,13 +326,13 @@ class Trainer:
         interval, is_last = self.config.validation.interval, self.step == self.config.training.steps
         if self.validator is None or self.validated_step == self.step or not (self.step % interval == 0 or is_last):
             return
-        values = self.validator.run(self.model, self.future_weight() > 0, self.is_stop_requested)
+        with self.throughput.not_counted():
+            values = self.validator.run(self.model, self.future_weight() > 0, self.is_stop_requested)
         if values is None:
             raise Preempted
         self.validated_step = self.step
         self.run_log.log(self.step, values)
         logger.info(format_validation(self.step, self.config.training.steps, values))
-        self.throughput.restart()
 
     # ---------------------------------------------------------------- checkpoints, start and end
 
@@ -329,18 +355,20 @@ class Trainer:
             "wandb_id": self.run_log.wandb_id,
             "config": dataclasses.asdict(self.config),
             "model_config": self.model.lm.config.to_dict(),
-            "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
+            "tokenizer_fingerprint": self.fingerprint,
         }
+        self.run_log.sync()
         if self.audit is not None:
             self.audit.sync()
-        self.checkpointer.save(self.step, trainer_state)
+        with self.throughput.not_counted():
+            self.checkpointer.save(self.step, trainer_state)
         self.saved_step = self.step
-        self.throughput.restart()
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
         check_resumable(state["config"], self.config)
         check_model(state["model_config"], self.model.lm.config.to_dict())
-        check_tokenizer(state["tokenizer_fingerprint"], fingerprint_tokenizer(self.tokenizer))
+        check_tokenizer(state["tokenizer_fingerprint"], self.fingerprint)
+        check_sources(list(state["data"]["sources"]), self.source_names)
 
     def _resume(self) -> str | None:
         """Take over the newest checkpoint, if there is one. Returns the identity of the run at Weights & Biases."""
@@ -364,12 +392,20 @@ class Trainer:
             self.counters.load(state["counters"])
             self.data_state.load_state_dict(state["data"])
             seek_schedule(self.schedule, self.step)
-            for change in list_changes(state["config"], config) if self.is_main else ():
-                logger.warning("option changed since the checkpoint: %s", change)
+            for change in self._list_changes(state) if self.is_main else ():
+                logger.warning("changed since the checkpoint: %s", change)
         self.data_state.check_units(self.mixture.count_units())
         if self.step < config.training.steps:
-            self.checkpointer.check_space()
+            self.checkpointer.prepare()
         return state["wandb_id"] if state is not None else None
+
+    def _list_changes(self, state: dict[str, Any]) -> list[str]:
+        changes = list_changes(state["config"], self.config)
+        new = [name for name in self.source_names if name not in state["data"]["sources"]]
+        changes += [f'source "{name}" is new and begins at its first document' for name in new]
+        if state["world_size"] != self.world_size:
+            changes.append(f"ranks: {state['world_size']} -> {self.world_size}")
+        return changes
 
     def _open_run(self, wandb_id: str | None) -> None:
         """Everything that starts at the step the run starts from."""
@@ -382,6 +418,8 @@ class Trainer:
             record_run(config, self.folder, start_step, self.world_size)
             drop_audit_after(self.folder, start_step)
             drop_lines_after(self.folder / SKIPPED_FILE, start_step)
+            if self.validated_step < start_step:  # a validation of this step, from an earlier process, is to be made again
+                drop_validation(self.folder / METRICS_FILE, start_step)
         dist.barrier()
         self.metrics = Metrics(self.device)
         self.run_log = RunLog(config, self.folder, self.is_main, start_step, dataclasses.asdict(config), wandb_id)
@@ -421,12 +459,12 @@ class Trainer:
             logger.info("resumed after step %d of %d", self.step, config.training.steps)
 
     def _stop_early(self) -> None:
-        """Save what has been done, if no checkpoint holds it yet."""
-        if self.step > self.logged_step:
-            self._log_step()
+        """Save what has been done, if no checkpoint holds it yet. Nothing else comes before that."""
         if self.config.checkpoint.enable_checkpoint and self.step > self.saved_step:
             self._save()
         self.checkpointer.wait()
+        if self.step > self.logged_step:
+            self._log_step()
         where = (
             "the same command goes on" if self.config.checkpoint.enable_checkpoint else "nothing is saved: checkpoints are off"
         )
@@ -434,21 +472,19 @@ class Trainer:
 
     def _close_run(self) -> None:
         """End what runs beside the training."""
-        self.run_log.close()
-        self.feed.close()
-        self.checkpointer.close()
-        if self.audit is not None:
-            self.audit.close()
+        with ExitStack() as ending:  # one that fails keeps none of the others from it; the last named is the first
+            ending.callback(self.run_log.close)
+            ending.callback(self.feed.close)
+            if self.audit is not None:
+                ending.callback(self.audit.close)
+            ending.callback(self.checkpointer.close)
 
     def _finish(self) -> None:
-        """Export, draw, and say where everything is. Only rank 0 has work, and nobody waits for it."""
+        """Export, draw, and say where everything is. Only on rank 0, and nobody waits for it."""
         config = self.config
-        end_processes()
-        if not self.is_main:
-            return
         logger.info("done: step %d of %d", self.step, config.training.steps)
         if config.checkpoint.enable_checkpoint:
-            newest = list_checkpoints(self.checkpointer.folder)[-1]
+            newest = self.checkpointer.folder / f"step-{self.step}"
             logger.info("  checkpoint   %s", newest)
             if config.checkpoint.export_hf:
                 exported = self.folder / "hf"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 
 import torch
 
-from flame.components.distributed import sum_over_ranks
+from flame.components.distributed import check_same_on_all_ranks, sum_over_ranks
 from flame.components.loggers import VALIDATION_PREFIX
 from flame.components.metrics import Metrics
 from flame.config import JobConfig
@@ -37,6 +38,8 @@ class Validator:
                 f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
                 "validation.holdout_every, or give validation.dataset more"
             )
+        contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
+        check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))
         self.num_sequences = len(batches)
         self._own = batches[rank::world_size]
         # Ranks enter each forward together: one without a sequence left runs the first again, and it does not count.
@@ -76,7 +79,8 @@ class Validator:
 def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:
     """At most `validation.num_sequences` packed sequences, each source from its beginning and not beyond its end."""
     training = replace(config.training, seed=0)
-    streams = {index: held_out.open_stream(index, 0, 1, training) for index in range(len(held_out.sources))}
+    drawn = [index for index, weight in enumerate(held_out.weights) if weight]
+    streams = {index: held_out.open_stream(index, 0, 1, training) for index in drawn}
     cursors = {index: stream.first_cursor for index, stream in streams.items()}
     batches: list[PackedBatch] = []
     turn = 0

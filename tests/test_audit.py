@@ -11,10 +11,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.components.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.data import audit
 from flame.data.audit import read_audit
 from flame.utils.audit import main as check
 from flame.utils.audit import take_account
@@ -33,7 +35,7 @@ CHANGES = {
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6), st.booleans()), min_size=1, max_size=8))
 def test_accounts_against_a_list_of_tokens(ranges: list[tuple[int, int, bool]]) -> None:
     lines = [
-        {"step": 1, "sequence": 0, "source": "a", "trained": trained, "pieces": [[7, start, start + length, 0]]}
+        {"step": 1, "sequence": 0, "source": "a", "trained": trained, "pieces": [[7, start, start + length, 0, False]]}
         for start, length, trained in ranges
     ]
     (account,) = take_account(lines).values()
@@ -44,10 +46,10 @@ def test_accounts_against_a_list_of_tokens(ranges: list[tuple[int, int, bool]]) 
         for token in range(start, start + length):
             times[token] += trained
         left_out += 0 if trained else length
+    assert (account.documents, account.unfinished) == (1, 1)
     assert account.tokens == sum(times.values())
     assert account.left_out == left_out
-    if any(trained for *_, trained in ranges):
-        assert account.missing == len(set(range(max(touched) + 1)) - touched)
+    assert account.missing == len(set(range(max(touched) + 1)) - touched)
     if all(trained for *_, trained in ranges):
         assert account.repeated == sum(count - 1 for count in times.values() if count > 1)
 
@@ -88,7 +90,7 @@ def test_every_token_once_over_kills_and_changed_ranks(workspace, tmp_path, caps
     for line in read_audit(run):
         assert line["source"] == "json" and line["trained"]
         sequences.append(line["sequence"])
-        for document, start, end, epoch in line["pieces"]:
+        for document, start, end, epoch, _ in line["pieces"]:
             seen[epoch, document].extend(range(start, end))
     assert sorted(sequences) == list(range(len(sequences))), "each packed sequence was trained on once"
     assert {document: sorted(tokens) for (epoch, document), tokens in seen.items() if epoch == 0} == {
@@ -97,8 +99,9 @@ def test_every_token_once_over_kills_and_changed_ranks(workspace, tmp_path, caps
     assert all(len(tokens) == len(set(tokens)) for tokens in seen.values())
 
     assert check([str(run)]) == 0
-    first = capsys.readouterr().out.splitlines()[-len({epoch for epoch, _ in seen})]
-    assert first == f"| json | 0 | {len(documents)} | {sum(lengths.values())} | 0 | 0 | 0 | 0 |"
+    out = capsys.readouterr().out.splitlines()
+    assert f"| json | 0 | {len(documents)} | {sum(lengths.values())} | 0 | 0 | 0 | 0 | 0 |" in out
+    assert out[-1] == "0 documents not seen in finished epochs; 0 bad rows passed over in all"
 
 
 def test_a_token_trained_on_twice_is_found(workspace, tmp_path, capsys):  # noqa: F811
@@ -109,6 +112,19 @@ def test_a_token_trained_on_twice_is_found(workspace, tmp_path, capsys):  # noqa
     capsys.readouterr()
     assert check([str(run)]) == 1
     assert f"| {SEQ_LEN} | 0 | 0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 5, "sour', b'{"step": 2'])
+def test_lines_of_later_steps_are_cut_off(tmp_path, monkeypatch, block, torn):
+    monkeypatch.setattr(audit, "BLOCK", block)
+    (tmp_path / "audit").mkdir()
+    path = tmp_path / "audit" / "rank-00003.jsonl"
+    lines = [b'{"step": %d, "sequence": %d}\n' % (step, sequence) for step in range(1, 7) for sequence in range(3)]
+    for step in (0, 1, 4, 6, 9):
+        path.write_bytes(b"".join(lines) + torn)
+        audit.drop_audit_after(tmp_path, step)
+        assert path.read_bytes() == b"".join(lines[: 3 * step]), (step, block)
 
 
 def test_a_folder_without_audit_is_one_line(tmp_path, capsys):

@@ -126,7 +126,8 @@ def test_a_damaged_checkpoint_is_passed_over(case, tmp_path, caplog, damage):
     inflict(tmp_path / "step-2")
     assert case.load() == 1
     assert_equal(case.full(), expected(1))
-    (record,) = caplog.records
+    record, aside = caplog.records
+    assert aside.getMessage().endswith("step-2 is set aside as step-2.damaged") and (tmp_path / "step-2.damaged").is_dir()
     message = record.getMessage()
     assert "\n" not in message and f"checkpoint {tmp_path / 'step-2'} " in message and "passed over" in message
     assert re.search(reason, message), message
@@ -173,6 +174,7 @@ def test_an_index_cannot_run_code(case, tmp_path, caplog):
         replace_index(content)(tmp_path / "step-2")
         assert case.load() == 1
         assert "it asks for" in caplog.text
+        (tmp_path / "step-2.damaged").rename(tmp_path / "step-2")
         with pytest.raises(UserError, match=r"is damaged: .metadata cannot be read: it asks for"):
             read_model_tensors(tmp_path / "step-2")
         assert not trace.exists()

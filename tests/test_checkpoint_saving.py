@@ -344,17 +344,17 @@ def test_no_save_begins_without_room_for_it(tmp_path, monkeypatch):
     case = build_case(tmp_path / "deep" / "folder", keep=3)
     case.save(1)
     needed = sum(path.stat().st_size for path in (tmp_path / "deep").rglob("*") if path.is_file())
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     free = [0]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
-    for call in (case.checkpointer.check_space, lambda: case.save(2)):
+    for call in (case.checkpointer.prepare, lambda: case.save(2)):
         with pytest.raises(UserError) as error:
             call()
         (line,) = error.value.lines
         assert "checkpoint.folder" in line and "needs 0.02 GiB" in line and "0.00 GiB are free" in line
         assert "lower checkpoint.keep_latest_k = 3" in line
-        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     tensors = sum(tensor.numel() * tensor.element_size() for tensor in read_stored(tmp_path / "deep/folder/step-1").values())
     free[0] = int(tensors * 1.01) + 16 * 2**20 - 1
     assert free[0] > needed
@@ -372,7 +372,7 @@ def test_what_an_unfinished_save_has_left_does_not_take_the_room(tmp_path, monke
     (torn / "__0_0.distcp").write_bytes(b"half")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if torn.exists() else 2**40))
-    case.checkpointer.check_space()
+    case.checkpointer.prepare()
     assert not torn.exists()
 
 

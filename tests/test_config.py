@@ -463,7 +463,7 @@ def test_every_option_has_a_help_text() -> None:
 
 def test_sources_are_tables_and_options(folder: Path) -> None:
     (folder / "mix.toml").write_text(
-        '[sources.web]\ndataset = "text"\ndata_files = "m.json"\nweight = 3\n[sources.code]\nweight = 1.5\n'
+        '[sources.web]\ndataset = "text"\ndata_files = "m.json"\nweight = 3\n[sources.code]\ndataset = "stdlib"\nweight = 1.5\n'
     )
     config = read_config([*MODEL, "--job.config_file", "mix.toml", "--sources.code.weight", "0.5"], 1)
     assert config.sources == {"web": Source(dataset="text", data_files="m.json", weight=3.0), "code": Source(weight=0.5)}
@@ -474,17 +474,23 @@ def test_sources_are_tables_and_options(folder: Path) -> None:
 
 def test_mistakes_in_sources_are_named(folder: Path) -> None:
     (folder / "mix.toml").write_text(
-        '[sources.web]\nwieght = 3\ndataset = "tokens"\n[sources.none]\n[sources."a b"]\nweight = 1\n'
+        '[sources.web]\nwieght = 3\ndataset = "tokens"\ntext_column = "body"\n[sources.none]\n[sources."a b"]\nweight = 1\n'
     )
-    options = ["--sources.x.weight", "0", "--training.dataset", "json", "--sources.code.streaming"]
+    options = ["--sources.x.weight", "-1", "--training.dataset", "json", "--sources.wbe.weight=2"]
+    options += ["--sources.code.streaming", "--sources.code.dataset=stdlib", "--sources.code.weight=1e-9"]
     assert read_mistakes([*MODEL, "--job.config_file", "mix.toml", *options]) == [
         "sources.web.wieght = 3 (mix.toml): no such option, did you mean sources.NAME.weight?",
-        "sources.none = {} (mix.toml): no such option, --help lists all",
+        "sources.none = {} (mix.toml): an empty source, give at least its dataset",
         'sources."a b".weight = 1 (mix.toml): no such option, did you mean sources.NAME.weight?',
-        "sources.x.weight = 0 (command line): allowed is a finite number > 0",
+        "sources.x.weight = -1 (command line): allowed is a finite number >= 0",
+        "sources.x.dataset is not set: name the corpus of this source",
+        "sources.wbe.dataset is not set: did you mean sources.web?",
         'training.dataset = "json" beside [sources.NAME]: move it into a source of its own',
-        'sources.code.streaming = true but sources.code.dataset = "stdlib" is read in place: allowed with text, json, parquet and Hub datasets',
+        'sources.code.streaming = true but sources.code.dataset = "stdlib" is read in place: '
+        "allowed with text, json, parquet and Hub datasets",
         'sources.web.dataset = "tokens" needs sources.web.data_files (a folder)',
+        'sources.web.text_column = "body" has no effect with sources.web.dataset = "tokens": leave it out',
+        "sources.code.weight = 1e-09 is less than a millionth of the largest, 2: raise it, or set it to 0 to draw nothing",
     ]
 
 
@@ -493,6 +499,8 @@ def test_validation_needs_held_out_documents(folder: Path) -> None:
     assert line.startswith("validation.interval = 5 without held-out documents: set validation.dataset, or")
     (line,) = read_mistakes([*MODEL, "--validation.dataset", "stdlib", "--validation.holdout_every", "9"])
     assert "both name a held-out set" in line
+    (line,) = read_mistakes([*MODEL, "--validation.text_column", "body"])
+    assert line == 'validation.text_column = "body" has no effect without validation.dataset: set that too'
     (line,) = read_mistakes([*MODEL, "--validation.holdout_every", "1"])
     assert "leaves nothing to train on" in line
     assert read_config([*MODEL, "--validation.interval", "5", "--validation.holdout_every", "9"], 1).validation.interval == 5

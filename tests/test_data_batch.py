@@ -17,7 +17,7 @@ def make_batch(lengths: list[int], tokens: list[int] | None = None) -> PackedBat
     for length in lengths:
         boundaries.append(boundaries[-1] + length)
     ids = np.asarray(tokens or range(1000, 1000 + boundaries[-1]), dtype=np.int64)
-    pieces = [Piece(10 + i, 5, 5 + length, 0) for i, length in enumerate(lengths)]
+    pieces = [Piece(10 + i, 5, 5 + length, 0, True) for i, length in enumerate(lengths)]
     return build_batch(PackedSequence(ids, np.asarray(boundaries, np.int32), "web", 3, Cursor(0, 1, 0, 2), pieces, 4), 27)
 
 

@@ -52,8 +52,9 @@ def pack_plainly(
         previous = None
         for ordinal, epoch, document, offset, _ in row:
             if ordinal != previous or pieces[-1].end - pieces[-1].start == context_len:
-                pieces.append(Piece(document, offset, offset, epoch))
-            pieces[-1] = pieces[-1]._replace(end=offset + 1)
+                pieces.append(Piece(document, offset, offset, epoch, False))
+            is_last = offset + 1 == len(documents[document] or [])
+            pieces[-1] = pieces[-1]._replace(end=offset + 1, is_last=is_last)
             previous = ordinal
         rows.append(([token for *_, token in row], pieces))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flame.models.future_lm import build_future_lm
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.parallelize import materialize
+from flame.objective import compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
 
@@ -140,3 +142,65 @@ def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, compiled: bool):  #
         assert found == pytest.approx(expected, rel=2e-2), (found, expected)
     assert read_metrics(tmp_path / "two")[-1]["mfu"] > 0
     torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=0, atol=2e-2)
+
+
+def run_deterministic(workspace: Path, run: Path, ranks: int, **changes: object) -> list[dict]:  # noqa: F811
+    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(run.parent / "model")
+    options = {"model__config": run.parent / "model", "training__deterministic": True, "checkpoint__interval": 2}
+    return run_ranks(ranks, workspace, run, **options | changes)
+
+
+def check_equal(found: Path, expected: Path) -> None:
+    assert measured(read_metrics(found)) == measured(read_metrics(expected))
+    one, other = final_weights(found), final_weights(expected)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_deterministic_runs_repeat_to_the_bit(workspace: Path, tmp_path: Path):  # noqa: F811 - a fixture
+    for name in ("one", "again"):
+        run_deterministic(workspace, tmp_path / name, ranks=1)
+    check_equal(tmp_path / "one", tmp_path / "again")
+
+
+@pytest.mark.multi_gpu
+def test_asynchronous_checkpoints_resume_to_the_bit(workspace: Path, tmp_path: Path):  # noqa: F811 - a fixture
+    """Two GPUs: saved from page-locked copies while training goes on, cut back to step 2, resumed."""
+    changes = {"training__gradient_accumulation_steps": 2}
+    run_deterministic(workspace, tmp_path / "plain", ranks=2, **changes)
+    changes |= {"checkpoint__async_mode": "async", "checkpoint__keep_latest_k": 0}
+    run_deterministic(workspace, tmp_path / "run", ranks=2, **changes)
+    check_equal(tmp_path / "run", tmp_path / "plain")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoint" / f"step-{step}")
+    run_deterministic(workspace, tmp_path / "run", ranks=2, **changes)
+    check_equal(tmp_path / "run", tmp_path / "plain")
+
+
+@pytest.mark.multi_gpu
+def test_hsdp_and_one_gpu_go_on_from_two(workspace: Path, tmp_path: Path):  # noqa: F811 - a fixture
+    """FSDP on two -> replicated on two (HSDP) -> one process: the same data, and losses to rounding."""
+    run, further = tmp_path / "run", {"training__mixed_precision_param": "float32", "checkpoint__export_hf": False}
+    plain = run_deterministic(workspace, tmp_path / "plain", ranks=2, training__gradient_accumulation_steps=2, **further)
+    run_deterministic(workspace, run, ranks=2, training__gradient_accumulation_steps=2, **further)
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoint" / f"step-{step}")
+    replicated = {"training__data_parallel_replicate_degree": 2, "training__gradient_accumulation_steps": 2}
+    run_deterministic(workspace, run, ranks=2, **replicated, **further)
+    shutil.rmtree(run / "checkpoint" / "step-6")
+    rows = run_deterministic(workspace, run, ranks=1, **further)
+    for found, expected in zip(measured(rows), measured(plain), strict=True):
+        assert found == pytest.approx(expected, rel=2e-2), (found, expected)
+    assert [row["anchors"] for row in rows] == [row["anchors"] for row in plain]
+
+
+def test_a_future_loss_that_is_not_finite_leaves_no_trace_in_the_backbone():
+    model = build_on_gpu(False, torch.float32)
+    batch = random_batch(torch.tensor([0, 100, 250], dtype=torch.int32)).to(CUDA)
+    assert model.predictor is not None
+    with torch.no_grad():
+        model.predictor.out.weight[0, 0] = math.nan
+    losses = model(compute_losses, batch, future_config(), True)
+    assert losses.contrast.failed == 1 and losses.contrast.loss_sum == 0
+    losses.contrast.loss_sum.backward()
+    for name, parameter in model.lm.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name

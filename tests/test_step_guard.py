@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_a_fault_on_one_rank_is_told_by_all(workspace, tmp_path, monkeypatch):  
     """Rank 1's sequences of step 2 (5 and 7) lose their future loss; the others keep theirs, and both ranks go on together."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "broken.py").write_text(ONE_RANK_BREAKS)
-    monkeypatch.setenv("PYTHONPATH", f"{REPO}:{tmp_path / 'lib'}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")]))
     changes = CHANGES | {"training__gradient_accumulation_steps": 2}
     rows = run_ranks(2, workspace, tmp_path / "run", module="broken", **changes)
     assert [row["skipped_futures"] for row in rows] == [0, 1, 1] and all(row["aux_loss"] > 0 for row in rows)

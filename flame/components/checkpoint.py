@@ -18,8 +18,10 @@ import copy
 import logging
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +38,7 @@ from flame.components.checkpoint_files import (
     TRAINER_FILE,
     advise,
     check_room,
+    check_written,
     commit,
     find_missing,
     list_checkpoints,
@@ -43,6 +46,7 @@ from flame.components.checkpoint_files import (
     purge_before,
     read_state,
     remove_partial,
+    set_aside,
     write_durably,
 )
 from flame.components.checkpoint_staging import HostStaging, TensorTree
@@ -60,6 +64,8 @@ HF_FOLDER = "hf"
 # What the files need beyond the tensors' bytes: their index, the tokenizer, a header for each shard.
 EXTRA_SHARE = 0.01
 EXTRA_BYTES = 16 * 2**20
+
+SLOWEST_SAVE = timedelta(hours=2)
 
 
 class Checkpointer:
@@ -87,7 +93,10 @@ class Checkpointer:
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
         self.write_assets = write_assets
+        # Its own group: what a thread writes must not mix with the training's collectives, and a slow disk is no dead rank.
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
         self._background = _Background() if asynchronous else None
+        self._has_failed = False
         self._assets: dict[str, bytes] = {}
 
     # ---------------------------------------------------------------- saving
@@ -100,11 +109,13 @@ class Checkpointer:
         Args:
             trainer_state: JSON-able, the same on all ranks. `world_size` and `files` are added to it.
 
+        Where the asynchronous save before this one has failed, this one is made all the same.
+
         Raises:
             UserError: the disk is full.
-            RankFailure: the checkpoint, or asynchronously the one before, could not be written.
+            RankFailure: the checkpoint, or asynchronously the two before, could not be written.
         """
-        self.wait()
+        self._settle_last()
         rank_state = {f"rank-{dist.get_rank():05d}.{name}": state for name, state in random_state.capture().items()}
         tensors = self._list_tensors() | {"rng": rank_state}
         run_on_main(partial(self._prepare, _count_bytes(tensors)))
@@ -113,6 +124,17 @@ class Checkpointer:
             self._write(step, tensors, state)
         else:
             self._background.start(self._write, step, self._background.staging.copy(tensors), state)
+
+    def _settle_last(self) -> None:
+        try:
+            self.wait()
+            self._has_failed = False
+        except (UserError, RankFailure) as error:
+            if self._has_failed:
+                raise
+            self._has_failed = True
+            if dist.get_rank() == 0:
+                logger.error("%s; trying again with this one", error)
 
     def wait(self) -> None:
         """Return when the last save is committed on all ranks.
@@ -128,14 +150,35 @@ class Checkpointer:
         if self._background is not None:
             self._background.close()
 
-    def check_space(self) -> None:
-        """Make sure that the next checkpoint will fit on the disk; unfinished saves of earlier runs are removed.
+    def prepare(self) -> None:
+        """Make sure, before any work, that checkpoints can be written; what unfinished saves of earlier runs left is removed.
 
         Raises:
-            UserError: it will not.
+            UserError: the folder cannot be written, is not the same for all ranks, or the next checkpoint will not fit.
         """
         self.wait()
-        run_on_main(partial(self._make_room, _count_bytes(self._list_tensors())))
+        token = run_on_main(self._leave_token)
+        try:
+            run_on_all(partial(self._find_token, token))
+        finally:
+            (self.folder / token).unlink(missing_ok=True)
+        run_on_main(partial(self._prepare, _count_bytes(self._list_tensors())))
+
+    def _leave_token(self) -> str:
+        token = f".shared-{uuid.uuid4().hex}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / token).touch()
+        except OSError as error:
+            raise UserError(f'checkpoint.folder: "{self.folder}" cannot be written to ({error.strerror})') from error
+        return token
+
+    def _find_token(self, token: str) -> None:
+        if not (self.folder / token).exists():
+            raise UserError(
+                f'checkpoint.folder: "{self.folder}" is not the same folder for rank {dist.get_rank()} as for rank 0: '
+                "job.dump_folder must be on a disk that all machines share"
+            )
 
     def _prepare(self, size: int) -> None:
         self._make_room(size)
@@ -151,10 +194,9 @@ class Checkpointer:
     def _write(self, step: int, tensors: TensorTree, state: dict[str, Any]) -> None:
         """Write and commit; asynchronously, this is what the thread does."""
         unfinished = self.folder / f"step-{step}.partial"
-        group = self._background.group if self._background is not None else None
         try:
-            run_on_all(partial(self._explain_full_disk, partial(self._write_tensors, unfinished, tensors, group)), group)
-            run_on_main(partial(self._explain_full_disk, partial(self._commit, unfinished, state)), group)
+            run_on_all(partial(self._explain_full_disk, partial(self._write_tensors, unfinished, tensors)), self._group)
+            run_on_main(partial(self._explain_full_disk, partial(self._commit, unfinished, state)), self._group)
         except (UserError, RankFailure) as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -162,12 +204,13 @@ class Checkpointer:
                 raise RankFailure(f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}') from error
             raise
 
-    def _write_tensors(self, folder: Path, tensors: TensorTree, group: dist.ProcessGroup | None) -> None:
+    def _write_tensors(self, folder: Path, tensors: TensorTree) -> None:
         # Reading ahead is for tensors on a GPU, and would wait for the training's kernels.
         writer = TensorWriter(folder) if self._background is None else TensorWriter(folder, per_thread_copy_ahead=0)
-        dcp.save(tensors, storage_writer=writer, process_group=group)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group)
 
     def _commit(self, unfinished: Path, state: dict[str, Any]) -> None:
+        check_written(unfinished, TensorReader(unfinished).read_metadata())
         for name, content in self._assets.items():
             write_durably(unfinished / HF_FOLDER / name, content)
         final = unfinished.with_suffix("")
@@ -187,7 +230,8 @@ class Checkpointer:
     def load_latest(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
         """Load the newest readable checkpoint into model, optimizer and, on as many ranks as it was saved from, random states.
 
-        A damaged one is passed over with a warning: the one before it is used.
+        A damaged one is passed over with a warning: the one before it is used, and the damaged one set aside as
+        `step-N.damaged`, so that no later start takes up what this one has left behind. Older ones than are to be kept go.
 
         Args:
             check: raises a UserError if the run with this trainer state cannot be gone on with; called on all ranks.
@@ -197,23 +241,34 @@ class Checkpointer:
 
         Raises:
             UserError: from `check`, or there are checkpoints but none can be read.
+            RankFailure: the machine, not the checkpoint, is at fault.
         """
         self.wait()
         complete, damaged = run_on_main(self._survey)
+        passed = damaged
         for checkpoint in reversed(complete):
             try:
                 state = run_on_main(partial(read_state, checkpoint))
                 run_on_all(partial(check, state))
                 self._load(checkpoint, state["world_size"])
             except RankFailure as failure:
+                if not failure.is_damage:
+                    raise
                 if dist.get_rank() == 0:
                     logger.warning("checkpoint %s cannot be read and is passed over: %s", checkpoint, failure)
+                passed = [*passed, checkpoint]
                 continue
+            run_on_main(partial(self._tidy, checkpoint, passed))
             return state
         if complete or damaged:
             total = len(complete) + len(damaged)
             raise UserError(f'none of the {total} checkpoints in "{self.folder}" can be read: move them away to start over')
         return None
+
+    def _tidy(self, used: Path, passed: list[Path]) -> None:
+        for damaged in passed:
+            logger.warning("checkpoint %s is set aside as %s", damaged, set_aside(damaged).name)
+        purge_before(used, self.keep_latest_k)
 
     def _survey(self) -> tuple[list[Path], list[Path]]:
         """Complete and incomplete checkpoints, oldest first."""
@@ -251,11 +306,10 @@ class Checkpointer:
 
 
 class _Background:
-    """What writing beside the training takes: host copies, a thread, and collectives that cannot mix with the training's."""
+    """What writing beside the training takes: host copies and a thread."""
 
     def __init__(self) -> None:
         self.staging = HostStaging()
-        self.group = dist.new_group(backend="gloo")
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", _use_device, (device,))
         self._running: Future[None] | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -12,9 +14,19 @@ from flame.errors import UserError
 
 T = TypeVar("T")
 
+DAMAGE, FAULT, MISTAKE = range(3)
+
 
 class RankFailure(Exception):
-    """What went wrong on one rank, in one line, raised on every rank."""
+    """What went wrong on one rank, in one line, raised on every rank.
+
+    Args:
+        is_damage: a file is not what it should be, as far as can be told; otherwise the machine is at fault.
+    """
+
+    def __init__(self, line: str, is_damage: bool = False):
+        super().__init__(line)
+        self.is_damage = is_damage
 
 
 def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -36,12 +48,12 @@ def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) 
         result = action()
     except (Exception, CheckpointException) as caught:
         error = caught
-    outcomes: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, None if error is None else (isinstance(error, UserError), describe(error)), group=group)
+    outcomes: list[tuple[int, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, None if error is None else (_weigh(error), describe(error)), group=group)
     failures = [outcome for outcome in outcomes if outcome is not None]
     if failures:
-        is_mistake, line = max(failures, key=lambda failure: failure[0])  # the user's mistake, if there is one, explains the rest
-        raise UserError(*line.splitlines()) if is_mistake else RankFailure(line) from error
+        weight, line = max(failures, key=lambda failure: failure[0])  # the user's mistake, if there is one, explains the rest
+        raise UserError(*line.splitlines()) if weight == MISTAKE else RankFailure(line, weight == DAMAGE) from error
     return result  # type: ignore[return-value]
 
 
@@ -61,6 +73,20 @@ def run_on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None)
     box = [result]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]  # type: ignore[return-value]
+
+
+def _weigh(error: BaseException) -> int:
+    """Tell damage to a file from a machine that has run out of memory, handles or connections, and both from a mistake."""
+    if isinstance(error, UserError):
+        return MISTAKE
+    if isinstance(error, RankFailure):
+        return DAMAGE if error.is_damage else FAULT
+    if isinstance(error, CheckpointException) and error.failures:
+        return max(_weigh(failure) for failure, _ in error.failures.values())
+    if isinstance(error, OSError):
+        return DAMAGE if error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EIO) else FAULT
+    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return FAULT if is_out_of_memory or not isinstance(error, (ValueError, LookupError, RuntimeError)) else DAMAGE
 
 
 def describe(error: BaseException) -> str:

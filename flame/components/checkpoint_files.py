@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from flame.components.checkpoint_storage import METADATA_FILE
 from flame.errors import UserError
 
@@ -33,6 +35,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_missing(checkpoint: Path) -> list[str]:
     """Names of the files that a complete checkpoint has and this one lacks."""
     return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).exists()]
+
+
+def check_written(partial: Path, metadata: Metadata) -> None:
+    """Make sure that what the index lists is there: another machine's files are missing where the folder is not shared.
+
+    Raises:
+        OSError: a file is missing or too short.
+    """
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        if not (partial / name).exists() or (partial / name).stat().st_size < end:
+            raise OSError(f"{name} is missing or too short: is {partial.parent} one folder for all machines?")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint that cannot be used out of the row, without removing it."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    return aside
 
 
 def commit(partial: Path, final: Path, state: dict[str, Any]) -> None:
@@ -126,8 +150,8 @@ def check_room(folder: Path, needed: int, keep_latest_k: int) -> None:
         UserError: it does not.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    total, _, free = shutil.disk_usage(existing)
+    if total and free < needed:  # some file systems do not say
         raise UserError(
             f'checkpoint.folder: "{folder}" needs {needed / GIB:.2f} GiB for the next checkpoint, but {free / GIB:.2f} GiB are '
             f"free: {advise(keep_latest_k)}"

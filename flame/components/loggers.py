@@ -8,11 +8,16 @@ import math
 import os
 import sys
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from flame.components.preemption import signals_blocked
 from flame.config import JobConfig
 from flame.errors import UserError
+
+logger = logging.getLogger("flame")
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_PREFIX = "validation_"
@@ -63,40 +68,75 @@ class RunLog:
         if not self._is_main:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-            # Steps before a checkpoint are not run again: unwritten at a crash, they would be a hole in the curve.
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+        try:
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f'"{self._file.name}" cannot be written ({error.strerror}): put that right, and the same command goes on from '
+                "the last checkpoint"
+            ) from error
+        with self._outliving("tensorboard"):
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                # Steps before a checkpoint are not run again: unwritten at a crash, they would be a hole in the curve.
+                self._tensorboard.flush()
+        with self._outliving("wandb"):
+            if self._wandb is not None:
+                self._wandb.log({"step": step, **values})
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl onto the disk; called before the checkpoint that its lines belong to is committed."""
+        if self._is_main:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish writing. With Weights & Biases online, waits for the upload."""
         if not self._is_main:
             return
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with suppress(OSError):  # a full disk has been told of
+            self._file.close()
+        with self._outliving("tensorboard"):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        with self._outliving("wandb"):
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    @contextmanager
+    def _outliving(self, service: str) -> Iterator[None]:
+        """A service that fails is done without: the run matters more, and metrics.jsonl has all numbers."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, f"_{service}", None)
+            logger.warning("%s has failed and is switched off for this process: %s", service, " ".join(str(error).split())[:300])
 
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Remove from a metrics file, all at once, the lines of later steps and those a crash has torn. No file is no lines."""
+    _rewrite(path, lambda row: row["step"] <= step)
+
+
+def _rewrite(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave the lines of a file that are whole and to be kept, all at once."""
     if not path.exists():
         return
     aside = path.with_name(path.name + ".tmp")
     with path.open("rb") as old, aside.open("wb") as new:
         for line in old:
             row = parse_line(line)
-            if row is not None and row["step"] <= step:
+            if row is not None and is_kept(row):
                 new.write(line.removesuffix(b"\n") + b"\n")
         new.flush()
         os.fsync(new.fileno())
     os.replace(aside, path)
+
+
+def drop_validation(path: Path, step: int) -> None:
+    """Remove from a metrics file the validation of one step."""
+    _rewrite(path, lambda row: row["step"] != step or not any(name.startswith(VALIDATION_PREFIX) for name in row))
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -129,16 +169,17 @@ def _start_wandb(config: JobConfig, folder: Path, resolved_config: dict[str, Any
     stdin = sys.stdin
     with open(os.devnull) as sys.stdin:
         try:
-            run = wandb.init(
-                id=wandb_id,
-                resume="allow",
-                project=os.environ.get("WANDB_PROJECT") or "flame",
-                name=os.environ.get("WANDB_RUN_NAME") or folder.resolve().name,
-                notes=config.job.description or None,
-                config=resolved_config,
-                dir=str(folder),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            with signals_blocked():  # its process must outlive the request to stop that all processes of a job get
+                run = wandb.init(
+                    id=wandb_id,
+                    resume="allow",
+                    project=os.environ.get("WANDB_PROJECT") or "flame",
+                    name=os.environ.get("WANDB_RUN_NAME") or folder.resolve().name,
+                    notes=config.job.description or None,
+                    config=resolved_config,
+                    dir=str(folder),
+                    settings=wandb.Settings(silent=True, console="off"),
+                )
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UserError(

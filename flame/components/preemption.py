@@ -10,6 +10,9 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -22,8 +25,19 @@ PREEMPTED_EXIT_CODE = 75
 LAUNCHER_PID = "FLAME_LAUNCHER_PID"
 
 # A scheduler may signal all processes of a job, and the launcher passes its own signal on to the workers.
-SAME_REQUEST_SECONDS = 0.5
+SAME_REQUEST_SECONDS = 1.0
 LOOK_SECONDS = 1.0
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started here never see Ctrl-C and STOP_SIGNALS, which may go to a whole job; this one sees them afterwards."""
+    resource_tracker.ensure_running()  # started later, inside the block, it would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOP_SIGNALS))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SignalThread:

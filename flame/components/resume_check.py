@@ -20,6 +20,7 @@ FIXED_OPTIONS = (
     "training.streaming",
     "training.num_streams",
     "training.seed",
+    "validation.holdout_every",
     "future_encoder.estimator_type",
     "future_encoder.learnable_temperature",
     "future_predictor.head_type",
@@ -90,6 +91,22 @@ def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:
             f"model.config: {', '.join(differences)}: the checkpoint is of another model; set it back, or start a new run in "
             "another job.dump_folder"
         )
+
+
+def check_sources(saved: list[str], names: list[str]) -> None:
+    """Refuse to go on without a source of the checkpoint: under another name it would begin again.
+
+    Raises:
+        UserError: one line for each source that is missing.
+    """
+    missing = [
+        f'source "{name}" of the checkpoint is not trained on any more (now: {", ".join(names)}): give it back under its name, '
+        f"with sources.{name}.weight = 0 to draw from it no more, or start a new run in another job.dump_folder"
+        for name in saved
+        if name not in names
+    ]
+    if missing:
+        raise UserError(*missing)
 
 
 def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:

@@ -36,7 +36,8 @@ class Suspect(NamedTuple):
 
 
 class StepGuard:
-    """Decides what becomes of each step. Where only the future loss has failed, the backbone is trained without it.
+    """Decides what becomes of each step. Where only the future loss has failed, the backbone is trained without it, and predictor
+    and estimator not at all.
 
     Args:
         folder: the run's; `skipped.jsonl` in it lists each step left out, in whole or in part, with all documents.
@@ -104,9 +105,8 @@ class StepGuard:
         is_bad = [losses.contrast is not None and bool(losses.contrast.failed) for losses in outcomes]
         found = "the future loss, or a gradient of it, is not finite"
         self._report(step, "future loss", found, _name_bad(batches, is_bad), counters.skipped_futures_in_a_row)
-        if failed_gradients:
-            for parameter in self._future_parameters:
-                parameter.grad = None  # the optimizer leaves alone what has no gradient
+        for parameter in self._future_parameters:
+            parameter.grad = None  # the optimizer leaves alone what has no gradient: predictor and estimator skip this step
         return True
 
     def _report(self, step: int, what: str, found: str, suspects: list[Suspect], in_a_row: int) -> None:

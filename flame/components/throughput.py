@@ -47,13 +47,20 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Start the next interval. Called again after a checkpoint, so that the time to save it does not count."""
+        """Start the next interval."""
         self.data_wait = 0.0
         self.tokens = 0
         self.steps = 0
         self.started = time.perf_counter()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Time spent inside, on something else than training, does not count."""
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

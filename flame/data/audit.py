@@ -6,26 +6,55 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from flame.components.loggers import drop_lines_after, parse_line
+from flame.components.loggers import parse_line
 from flame.data.batch import PackedBatch
 
 AUDIT_FOLDER = "audit"
+BLOCK = 1 << 16
 
 
 def drop_audit_after(folder: Path, step: int) -> None:
     """Remove what an earlier process of the run, which has not been resumed from, wrote about later steps. On one rank, before
     any `AuditLog` is opened."""
     for path in sorted((folder / AUDIT_FOLDER).glob("rank-*.jsonl")):  # earlier starts may have had more ranks
-        drop_lines_after(path, step)
+        _truncate_after(path, step)
+
+
+def _truncate_after(path: Path, step: int) -> None:
+    """Cut off the last lines that are torn or of later steps. Steps only grow, so what lies before is not read."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end and not _is_kept(last := _read_last_line(file, end), step):
+            end -= len(last)
+        file.truncate(end)
+
+
+def _read_last_line(file: BinaryIO, end: int) -> bytes:
+    """The last line in the first `end` bytes, with its line end if it has one."""
+    tail, start = b"", end
+    while start:
+        size = min(BLOCK, start)
+        start -= size
+        file.seek(start)
+        tail = file.read(size) + tail
+        line_end = tail.rfind(b"\n", 0, len(tail) - 1)
+        if line_end >= 0:
+            return tail[line_end + 1 :]
+    return tail
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    row = parse_line(line) if line.endswith(b"\n") else None
+    return row is not None and row["step"] <= step
 
 
 class AuditLog:
     """Writes this rank's lines to `audit/rank-R.jsonl`.
 
     A line holds step, sequence, source, whether the step was applied (`trained`: a skipped step was not), and the pieces:
-    document, first token, last token + 1, epoch.
+    document, first token, last token + 1, epoch, whether the document ends there.
 
     Args:
         folder: the run's folder.

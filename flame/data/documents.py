@@ -34,38 +34,6 @@ class Documents(Protocol):
         ...
 
 
-class TokenizedSource:
-    """`Documents` of a text source."""
-
-    def __init__(self, source: Source, encode: Encode):
-        self.name, self.option = source.name, source.option
-        self._source, self._encode = source, encode
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, index: int) -> np.ndarray | None:
-        text = self._source.read(index)
-        return None if text is None else self._encode(text)
-
-
-class TokenizedShards:
-    """Documents of a streaming source, which can only be read in order, shard by shard."""
-
-    def __init__(self, source: StreamingSource, encode: Encode):
-        self.name, self.option, self.num_shards = source.name, source.option, source.num_shards
-        self._source, self._encode = source, encode
-
-    def read_shard(self, shard: int, row: int) -> Iterator[np.ndarray | None]:
-        """Yield the documents of a shard from a row on, as `Documents.read` returns them.
-
-        Raises:
-            UserError: the shard cannot be read.
-        """
-        for text in self._source.read_shard(shard, row):
-            yield None if text is None else self._encode(text)
-
-
 class Part(NamedTuple):
     """Which rows of a source, or of each of its shards, are read: all, all but each `every`-th, or only those."""
 
@@ -91,6 +59,39 @@ class Part(NamedTuple):
 
 
 WHOLE = Part()
+
+
+class TokenizedSource:
+    """`Documents` of a text source."""
+
+    def __init__(self, source: Source, encode: Encode):
+        self.name, self.option = source.name, source.option
+        self._source, self._encode = source, encode
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> np.ndarray | None:
+        text = self._source.read(index)
+        return None if text is None else self._encode(text)
+
+
+class TokenizedShards:
+    """Documents of a streaming source, which can only be read in order, shard by shard."""
+
+    def __init__(self, source: StreamingSource, encode: Encode):
+        self.name, self.option, self.num_shards = source.name, source.option, source.num_shards
+        self._source, self._encode = source, encode
+
+    def read_shard(self, shard: int, row: int, part: Part = WHOLE) -> Iterator[tuple[int, np.ndarray | None]]:
+        """Yield row and document, as `Documents.read` returns it, of the rows in a part of a shard, from a row on.
+
+        Raises:
+            UserError: the shard cannot be read.
+        """
+        for place, text in enumerate(self._source.read_shard(shard, row), start=row):
+            if part.includes(place):
+                yield place, None if text is None else self._encode(text)
 
 
 def open_documents(corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerFast) -> Documents | TokenizedShards:

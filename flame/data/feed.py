@@ -42,15 +42,16 @@ class Feed:
             UserError: from the loader, or the source has stalled.
         """
         batches: list[PackedBatch] = []
+        started = time.monotonic()
         while len(batches) < count:
-            batch = self._take_one(is_stopped)
+            batch = self._take_one(is_stopped, started)
             if batch is None:
                 return None
             batches.append(batch)
         return batches
 
-    def _take_one(self, is_stopped: Callable[[], bool]) -> PackedBatch | None:
-        started, has_warned = time.monotonic(), False
+    def _take_one(self, is_stopped: Callable[[], bool], started: float) -> PackedBatch | None:
+        has_warned = False
         while True:
             try:
                 item = self._ready.get(timeout=POLL_SECONDS)

@@ -106,7 +106,7 @@ class ShardLine:
         self._stream, self._num_streams, self._seed = stream, num_streams, seed
         self.first = self._point_at(stream, 0)
         self._next: Cursor | None = None
-        self._rows: Iterator[np.ndarray | None] = iter(())
+        self._rows: Iterator[tuple[int, np.ndarray | None]] = iter(())
         self._dry_shards = -1  # ended in a row without any text in them; where reading starts in the middle, the first is not one
         self._has_text = False
 
@@ -116,12 +116,10 @@ class ShardLine:
             self._open(epoch, position, row)
         ordinal = epoch * self._shards.num_shards + position
         while True:
-            for tokens in self._rows:
-                row += 1
-                if self._part.includes(row - 1):
-                    self._dry_shards = self._dry_shards if tokens is None else -1
-                    self._next = self._point_at(ordinal, row)
-                    return Entry(f"{self._locate(epoch, position)}/{row - 1}", tokens, epoch, self._next)
+            for row, tokens in self._rows:
+                self._dry_shards = self._dry_shards if tokens is None else -1
+                self._next = self._point_at(ordinal, row + 1)
+                return Entry(f"{self._locate(epoch, position)}/{row}", tokens, epoch, self._next)
             self._dry_shards += 1
             if self._dry_shards > self._shards.num_shards:
                 self._require_text()
@@ -141,12 +139,14 @@ class ShardLine:
         """Look at all shards. That this stream has met only dry ones can be chance: each epoch deals the shards anew."""
         count = self._shards.num_shards
         if not self._has_text:
-            self._has_text = any(tokens is not None for shard in range(count) for tokens in self._shards.read_shard(shard, 0))
+            self._has_text = any(
+                tokens is not None for shard in range(count) for _, tokens in self._shards.read_shard(shard, 0, self._part)
+            )
         if not self._has_text:
             raise UserError(_explain_no_text(self.option, f"{count} shards"))
 
     def _open(self, epoch: int, position: int, row: int) -> None:
-        self._rows = self._shards.read_shard(self._locate(epoch, position), row)
+        self._rows = self._shards.read_shard(self._locate(epoch, position), row, self._part)
 
 
 def _explain_no_text(option: str, read: str) -> str:

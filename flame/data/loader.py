@@ -13,13 +13,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from flame.components.preemption import signals_blocked
 from flame.config import Training
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.lines import Cursor
@@ -28,8 +27,6 @@ from flame.data.state import DataState
 from flame.data.streams import PackedSequence, Stream
 from flame.errors import UserError
 
-# Sent to the whole process group by Ctrl-C, by schedulers and by torchrun. The training process decides what they mean.
-SIGNALS_FOR_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PARENT_CHECK_SECONDS = 1.0
 
 
@@ -126,23 +123,12 @@ def start_workers(share: RankShare, num_workers: int, prefetch_factor: int) -> I
         worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # the global one would be advanced, and with it the run's dropout
     )
-    with _signals_blocked():
+    with signals_blocked():
         return iter(loader)
 
 
 def _pass_through(sequence: Any) -> Any:
     return sequence
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started here never see SIGNALS_FOR_PARENT; this one sees them afterwards."""
-    resource_tracker.ensure_running()  # started later, inside the block, it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_PARENT)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(_worker: int) -> None:

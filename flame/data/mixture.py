@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,13 +39,14 @@ class Mixture:
         """
         turn, stream = divmod(sequence_index, num_streams)
         point = (stream * GOLDEN_RATIO + _reverse_bits(turn)) % ONE
-        return next(index for index, limit in enumerate(self._limits) if point < limit)
+        return bisect_right(self._limits, point)
 
     @cached_property
     def _limits(self) -> list[int]:
-        total = sum(self.weights)
-        limits = [int(sum(self.weights[: index + 1]) / total * ONE) for index in range(len(self.weights))]
-        return [*limits[:-1], ONE]
+        scaled = [weight / max(self.weights) for weight in self.weights]
+        last = max(index for index, weight in enumerate(scaled) if weight)
+        limits = [int(sum(scaled[: index + 1]) / sum(scaled) * ONE) for index in range(len(scaled))]
+        return [*limits[:last], *[ONE] * (len(scaled) - last)]
 
     def open_stream(self, source: int, stream: int, num_streams: int, training: Training) -> Stream:
         """One logical stream of one source."""
@@ -53,14 +55,21 @@ class Mixture:
         return Stream(line, documents.name, stream, training.seq_len, training.context_len)
 
     def count_units(self) -> dict[str, int]:
-        """Documents, or shards, in each source, by name."""
-        return {source.name: _count_units(source) for source in self.sources}
+        """Documents of this part, or shards, in each source, by name."""
+        return {source.name: self._count(source) for source in self.sources}
+
+    def _count(self, source: Documents | TokenizedShards) -> int:
+        return source.num_shards if isinstance(source, TokenizedShards) else self.part.count(len(source))
 
     def describe(self) -> list[str]:
         """A line for each source: its size, its share, and what a resumed run finds again."""
         lines = []
         for source, weight in zip(self.sources, self.weights, strict=True):
-            share = f", {weight / sum(self.weights):.1%} of the tokens" if len(self.sources) > 1 else ""
+            share = (
+                f", {weight / max(self.weights) / sum(w / max(self.weights) for w in self.weights):.1%} of the tokens"
+                if len(self.sources) > 1
+                else ""
+            )
             if isinstance(source, TokenizedShards):
                 size = f"{source.num_shards} shards, streamed"
                 share += (
@@ -70,10 +79,6 @@ class Mixture:
                 size = f"{len(source)} documents"
             lines.append(f"{source.name}: {size}{share}")
         return lines
-
-
-def _count_units(source: Documents | TokenizedShards) -> int:
-    return source.num_shards if isinstance(source, TokenizedShards) else len(source)
 
 
 def _reverse_bits(number: int) -> int:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from flame.config import LOCAL_FORMATS, Corpus
-from flame.config_conflicts import escape_unprintable, expand_glob
+from flame.config_conflicts import expand_glob
 from flame.errors import UserError
 
 ROWS_AT_ONCE = 256  # of a streaming source
@@ -54,11 +54,11 @@ class Origin:
 
     @property
     def option(self) -> str:
-        return f'{self.section}.dataset = "{escape_unprintable(self.corpus.dataset)}"'
+        return f'{self.section}.dataset = "{self.corpus.dataset}"'
 
     @property
     def files_option(self) -> str:
-        return f"{self.section}.data_files = {escape_unprintable(self.corpus.data_files)}"
+        return f"{self.section}.data_files = {self.corpus.data_files}"
 
 
 def open_source(corpus: Corpus, section: str) -> Source | StreamingSource:
@@ -267,7 +267,7 @@ def _check_column(origin: Origin, features: datasets.Features, column: str) -> N
         found = f"is a column of {_describe_feature(feature)}, not of strings" if feature is not None else "is not a column"
         columns = ", ".join(f"{name} ({_describe_feature(kind)})" for name, kind in features.items())
         fault = f'{origin.section}.text_column = "{column}" {found} of {origin.option}, which has: {columns}'
-        raise UserError(escape_unprintable(fault))
+        raise UserError(fault)
 
 
 def _describe_feature(feature: object) -> str:
@@ -294,7 +294,7 @@ def _explain_emptiness(origin: Origin) -> str:
 def _find_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _explain_failure(origin: Origin, error: BaseException) -> str:

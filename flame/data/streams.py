@@ -19,6 +19,8 @@ class Piece(NamedTuple):
     start: int
     end: int
     epoch: int
+    is_last: bool
+    """Whether the document ends with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Stream:
             input_ids[filled : filled + end - offset] = tokens[offset:end]
             filled += end - offset
             boundaries.append(filled)
-            pieces.append(Piece(document, offset, end, epoch))
+            pieces.append(Piece(document, offset, end, epoch, end == len(tokens)))
             cursor = following if end == len(tokens) else cursor._replace(offset=end)
         cu_seqlens = np.asarray(boundaries, dtype=np.int32)
         return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows)

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flame.config import BYTES_TOKENIZER
-from flame.config_conflicts import escape_unprintable
 from flame.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,11 +26,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     if path == BYTES_TOKENIZER:
         return build_bytes_tokenizer()
-    option = f'model.tokenizer_path = "{escape_unprintable(path)}"'
+    option = f'model.tokenizer_path = "{path}"'
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers each raise kinds of their own
-        reason = escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
         raise UserError(

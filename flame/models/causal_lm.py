@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flame.config import JobConfig
-from flame.config_conflicts import escape_unprintable
 from flame.errors import UserError
 from flame.models.future_encoder import is_recurrent
 
@@ -25,7 +24,7 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedC
     Raises:
         UserError: it cannot be read, or the model cannot be trained with a future loss yet.
     """
-    option = f'model.config = "{escape_unprintable(path)}"'
+    option = f'model.config = "{path}"'
     try:
         path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
@@ -39,14 +38,14 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedC
         raise UserError(f"{option} cannot be loaded by transformers: {reason}") from error
     if not trust_remote_code and hasattr(config, "auto_map"):
         del config.auto_map
-    faults = [f"{option}: {escape_unprintable(fault)}" for fault in _find_unsupported(config)]
+    faults = [f"{option}: {fault}" for fault in _find_unsupported(config)]
     if faults:
         raise UserError(*faults)
     return config
 
 
 def _find_reason(error: Exception) -> str:
-    return escape_unprintable(" ".join(str(error).split()))[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _has_own_code(config: PretrainedConfig) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.components.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.components.checkpoint import TRAINER_FILE
 from flame.data.audit import read_audit
 from flame.errors import UserError
 
@@ -32,28 +32,39 @@ class Account:
     repeated: int = 0
     """Of them, those trained on before in this epoch."""
     missing: int = 0
-    """Tokens before the last one seen of their document that were not trained on."""
+    """Tokens before the last one seen of their document that were neither trained on nor skipped."""
+    unfinished: int = 0
+    """Documents whose end has not been seen. There are none once the epoch is over."""
     left_out: int = 0
     """Tokens of skipped steps."""
     unseen: int | None = None
-    """Documents that were due but not seen: bad rows and held-out ones. None while the epoch lasts."""
+    """Documents of which nothing was seen: bad rows, or lost. None while the epoch lasts, and for streamed sources."""
+
+    @property
+    def is_faulty(self) -> bool:
+        """Whether a token was repeated or lost."""
+        return bool(self.repeated or self.missing or (self.unseen is not None and self.unfinished))
 
 
 def take_account(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Account]:
     """Sum the lines of an audit up, by source and epoch."""
     trained: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
     skipped: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
+    finished: dict[tuple[str, int], set[int | str]] = defaultdict(set)
     accounts: dict[tuple[str, int], Account] = defaultdict(Account)
     for line in lines:
-        for key in {(line["source"], epoch) for *_, epoch in line["pieces"]}:
+        for key in {(line["source"], epoch) for _, _, _, epoch, _ in line["pieces"]}:
             accounts[key].sequences += 1
-        for document, start, end, epoch in line["pieces"]:
+        for document, start, end, epoch, is_last in line["pieces"]:
             (trained if line["trained"] else skipped)[line["source"], epoch][document].append((start, end))
+            if is_last:
+                finished[line["source"], epoch].add(document)
     for key, account in accounts.items():
         account.left_out = sum(end - start for ranges in skipped[key].values() for start, end in ranges)
-        account.documents = len(trained[key])
-        for document, ranges in trained[key].items():
-            tokens, repeated, missing = _walk(ranges, skipped[key].get(document, []))
+        account.documents = len(trained[key].keys() | skipped[key].keys())
+        account.unfinished = account.documents - len(finished[key])
+        for document in trained[key].keys() | skipped[key].keys():
+            tokens, repeated, missing = _walk(trained[key].get(document, []), skipped[key].get(document, []))
             account.tokens += tokens
             account.repeated += repeated
             account.missing += missing
@@ -79,7 +90,8 @@ def count_unseen(accounts: dict[tuple[str, int], Account], data_state: dict[str,
         is_all = len(begun) == data_state["num_streams"]
         for (name, epoch), account in accounts.items():
             if name == source and is_all and epoch < min(begun) and saved["num_units"] is not None:
-                account.unseen = saved["num_units"] - account.documents
+                is_streamed = any(row for _, _, row, _ in saved["cursors"].values())
+                account.unseen = None if is_streamed else saved["num_units"] - account.documents
 
 
 def main(argv: list[str]) -> int:
@@ -93,14 +105,22 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.EXIT_CODE
-    for checkpoint in list_checkpoints(folder / "checkpoint")[-1:]:
-        count_unseen(accounts, json.loads((checkpoint / TRAINER_FILE).read_text())["data"])
-    print("| source | epoch | documents | tokens | repeated | missing | left out | documents not seen |")
-    print("|---|---|---|---|---|---|---|---|")
+    bad_rows = None
+    for checkpoint in sorted(folder.glob("*/step-*"), key=lambda path: path.stat().st_mtime)[-1:]:
+        state = json.loads((checkpoint / TRAINER_FILE).read_text())
+        count_unseen(accounts, state["data"])
+        bad_rows = state["counters"]["bad_rows"]
+    print("| source | epoch | documents | tokens | repeated | missing | left out | unfinished | documents not seen |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for (source, epoch), a in accounts.items():
-        unseen = "(epoch not over)" if a.unseen is None else a.unseen
-        print(f"| {source} | {epoch} | {a.documents} | {a.tokens} | {a.repeated} | {a.missing} | {a.left_out} | {unseen} |")
-    return int(any(account.repeated or account.missing for account in accounts.values()))
+        unseen = "-" if a.unseen is None else a.unseen
+        cells = (source, epoch, a.documents, a.tokens, a.repeated, a.missing, a.left_out, a.unfinished, unseen)
+        print("| " + " | ".join(map(str, cells)) + " |")
+    unseen_in_all = sum(account.unseen or 0 for account in accounts.values())
+    if bad_rows is not None:
+        print(f"{unseen_in_all} documents not seen in finished epochs; {bad_rows} bad rows passed over in all")
+    is_lost = bad_rows is not None and unseen_in_all > bad_rows
+    return int(is_lost or any(account.is_faulty for account in accounts.values()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ One process on the CPU; no GPU and no process group. Predictor and estimator, wh
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from flame.components.checkpoint import HF_FOLDER
-from flame.components.checkpoint_storage import TensorReader
+from flame.components.checkpoint import HF_FOLDER, TRAINER_FILE
+from flame.components.checkpoint_files import find_missing, read_state
+from flame.components.checkpoint_storage import TensorReader, verify_tensors
 from flame.errors import UserError
 from flame.models.causal_lm import load_model_config
 
@@ -46,8 +48,8 @@ def convert(checkpoint: Path, out: Path) -> None:
     model.load_state_dict({k.removeprefix(LM_PREFIX): v for k, v in weights.items() if k.startswith(LM_PREFIX)}, assign=True)
     model.tie_weights()
     disable_progress_bar()  # of the one file being written, in the middle of a run's log
+    shutil.copytree(checkpoint / HF_FOLDER, out, dirs_exist_ok=True)  # the tokenizer
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(checkpoint / HF_FOLDER).save_pretrained(out)
     future = {k: v for k, v in weights.items() if not k.startswith(LM_PREFIX)}
     if future:
         save_file(future, out / FUTURE_FILE)
@@ -57,18 +59,20 @@ def read_model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of the model, whole, by name within `FutureLM`.
 
     Raises:
-        UserError: the folder is no complete checkpoint, or its index is damaged.
+        UserError: the folder is no complete checkpoint, or is damaged.
     """
-    if not (checkpoint / ".metadata").exists():
-        raise UserError(f'checkpoint "{checkpoint}" is not a complete checkpoint folder (step-N, with .metadata in it)')
+    if checkpoint.suffix or find_missing(checkpoint):
+        raise UserError(f'checkpoint "{checkpoint}" is not a complete checkpoint folder (step-N, with {TRAINER_FILE} in it)')
     reader = TensorReader(checkpoint)
     try:
-        stored = reader.read_metadata().state_dict_metadata
-    except ValueError as error:
+        read_state(checkpoint)
+        metadata = reader.read_metadata()
+        verify_tensors(checkpoint, metadata, share=0, shares=1)
+    except (OSError, ValueError) as error:
         raise UserError(f'checkpoint "{checkpoint}" is damaged: {error}; convert another one') from error
     tensors = {
         name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
+        for name, entry in metadata.state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():

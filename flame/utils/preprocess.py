@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from flame.components.preemption import signals_blocked
 from flame.config import STRICT, Corpus
 from flame.config_conflicts import find_corpus_conflicts
 from flame.data.sources import Source, open_source
@@ -256,7 +256,7 @@ def encode_in_order(
     pending: deque[tuple[Span, Future[EncodedSpan]]] = deque()
     try:
         for span in spans:
-            with _interrupts_blocked():  # which starts workers as needed
+            with signals_blocked():  # which starts workers as needed
                 pending.append((span, pool.submit(_encode_in_worker, span)))
             if len(pending) == SPANS_AHEAD * num_workers:
                 first, future = pending.popleft()
@@ -297,17 +297,6 @@ def _start_worker(encoder: SpanEncoder) -> None:
 
 def _encode_in_worker(span: Span) -> EncodedSpan:
     return _worker_encoder.encode(span)
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, which goes to all; this one sees it afterwards."""
-    resource_tracker.ensure_running()  # started later, inside the block, it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class FolderWriter:
