@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flame.components import checkpoint
 from flame.components.checkpoint import TRAINER_FILE
+from flame.components.checkpoint_agreement import RankFailure
 from flame.components.checkpoint_storage import TensorReader
 from flame.errors import UserError
 from flame.utils.convert_dcp_to_hf import read_model_tensors
@@ -191,3 +194,18 @@ def test_only_single_names_of_torch_are_allowed(tmp_path, name):
     (tmp_path / INDEX).write_bytes(pickled)
     with pytest.raises(ValueError, match="it asks for"):
         TensorReader(tmp_path).read_metadata()
+
+
+@pytest.mark.parametrize("fault", [MemoryError("no memory"), OSError(errno.EMFILE, "Too many open files")])
+def test_a_fault_of_the_machine_is_no_damage(case, tmp_path, monkeypatch, fault):
+    """The checkpoint may be good: going back to the one before would drop it, and take it up again at the next start."""
+
+    def fail(*args, **kwargs):
+        raise fault
+
+    monkeypatch.setattr(checkpoint, "verify_tensors", fail)
+    with pytest.raises(RankFailure, match=r"no memory|Too many open files"):
+        case.load()
+    assert (tmp_path / "step-2").is_dir() and not (tmp_path / "step-2.damaged").exists()
+    monkeypatch.undo()
+    assert case.load() == 2

@@ -447,3 +447,41 @@ def test_random_states_come_back(seed, calls):
     wanted = [draw() for draw in DRAWS.values() for _ in range(3)]
     random_state.restore(state)
     assert [draw() for draw in DRAWS.values() for _ in range(3)] == wanted
+
+
+def test_a_checkpoint_whose_shard_is_not_there_is_not_committed(tmp_path, monkeypatch):
+    """As where another machine writes into a folder of its own: the last good one is kept."""
+    case = build_case(tmp_path, keep=1)
+    case.save(1)
+    real = checkpoint.check_written
+
+    def lose(unfinished, metadata):
+        next(unfinished.glob("*.distcp")).unlink()
+        real(unfinished, metadata)
+
+    monkeypatch.setattr(checkpoint, "check_written", lose)
+    with pytest.raises(RankFailure, match=r"is missing or too short: is .* one folder for all machines"):
+        case.save(2)
+    assert names(tmp_path) == ["step-1"]
+
+
+def test_a_failed_background_save_does_not_keep_the_next_from_being_made(tmp_path, monkeypatch, caplog):
+    case = build_case(tmp_path, asynchronous=True)
+    real, failures = checkpoint.commit, [1]
+
+    def commit(*arguments) -> None:
+        if failures and failures.pop():
+            raise OSError(errno.EIO, "Input/output error")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    case.save(1)
+    case.save(2)
+    case.checkpointer.wait()
+    assert names(tmp_path) == ["step-2"]
+    assert "was not saved" in caplog.text and "trying again with this one" in caplog.text
+    failures += [1, 1]
+    case.save(3)
+    case.save(4)
+    with pytest.raises(RankFailure):
+        case.save(5)

@@ -412,3 +412,23 @@ def test_who_prints_what(is_main, capsys, monkeypatch, restore_logging):
     times, messages = zip(*(line.split(" ", 1) for line in printed), strict=True)
     assert all(len(time) == 8 and time.count(":") == 2 for time in times)
     assert list(messages) == ["from flame.train"] * is_main + ["warning (rank 3): careful"] * 2
+
+
+@pytest.mark.parametrize("moment", ["log", "finish"])
+def test_a_service_that_fails_does_not_end_the_run(tmp_path, caplog, moment):
+    class Broken:
+        def log(self, values):
+            if moment == "log":
+                raise ConnectionResetError("gone")
+
+        def finish(self):
+            raise ConnectionResetError("gone")
+
+    log = RunLog(JobConfig(), tmp_path, True, 0, {})
+    log._wandb = Broken()
+    log.log(1, {"loss": 2.0})
+    log.log(2, {"loss": 1.0})
+    log.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["wandb has failed and is switched off for this process: gone"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flame.components import run_lock
 from flame.components.checkpoint import Checkpointer, list_checkpoints
 from flame.components.distributed import set_single_process_defaults
 from flame.components.preemption import PREEMPTED_EXIT_CODE
 from flame.config_reader import read_config
 from flame.data.feed import Feed
+from flame.errors import UserError
 from flame.train import Trainer
 from flame.validation import Validator
 from tests.test_train import (  # noqa: F401 - fixtures
@@ -147,3 +149,116 @@ def test_a_signal_to_the_launcher_stops_both_ranks_and_the_same_command_goes_on(
     assert "stopped on request after step" in out and "the same command goes on" in out
     step = int(list_checkpoints(run / "checkpoint")[-1].name.removeprefix("step-"))
     assert read_metrics(run)[-1]["step"] == step
+
+
+def test_a_stop_right_after_a_validation_saves(workspace, tmp_path, monkeypatch, plain_run):  # noqa: F811
+    """Between two log lines, where a step has been validated but not logged."""
+    run, request = tmp_path / "run", Request()
+    changes = {"validation__interval": 2, "validation__dataset": "json", "validation__data_files": workspace / "corpus.jsonl"}
+    changes |= {"metrics__log_freq": 5, "checkpoint__interval": 5, "validation__num_sequences": 3}
+    real = Validator.run
+
+    def validate(self, *args):
+        values = real(self, *args)
+        request.has_come = True
+        return values
+
+    monkeypatch.setattr(Validator, "run", validate)
+    trainer, finished = train(workspace, run, request, **changes)
+    assert not finished and trainer.step == 2
+    assert [path.name for path in list_checkpoints(run / "checkpoint")] == ["step-2"]
+    assert [row["step"] for row in read_metrics(run)] == [2, 2]
+    monkeypatch.undo()
+    run_here(workspace, run, **changes)
+    found, expected = final_weights(run), final_weights(plain_run)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_validation_that_is_owed_twice_is_logged_once(workspace, tmp_path, monkeypatch):  # noqa: F811
+    """Killed after the owed validation of a resumed run and before its next checkpoint."""
+    run, request = tmp_path / "run", Request()
+    changes = {"validation__interval": 2, "validation__dataset": "json", "validation__data_files": workspace / "corpus.jsonl"}
+    changes |= {"checkpoint__interval": 100, "validation__num_sequences": 3, "training__steps": 4, "checkpoint__export_hf": False}
+    real_run, real_step = Validator.run, Trainer.train_step
+
+    def stop(self, *args):
+        request.has_come = True
+        return real_run(self, *args)
+
+    monkeypatch.setattr(Validator, "run", stop)
+    trainer, _ = train(workspace, run, request, **changes)
+    assert trainer.step == 2
+    monkeypatch.undo()
+
+    class PowerCut(Exception):
+        pass
+
+    def fail(self):
+        raise PowerCut
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    with pytest.raises(PowerCut):
+        train(workspace, run, Request(), **changes)
+    dist.destroy_process_group()
+    monkeypatch.setattr(Trainer, "train_step", real_step)
+    rows = run_here(workspace, run, **changes)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4]
+
+
+def test_two_starts_of_one_run_at_once(workspace, tmp_path, monkeypatch):  # noqa: F811
+    """The second is refused before it touches anything; when the first has ended, the folder is free."""
+    holder = tmp_path / "run"
+    holder.mkdir()
+    code = f"""
+import pathlib, sys
+from flame.components.run_lock import lock_run
+lock = lock_run(pathlib.Path({str(holder)!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=rf"is in use by another run \(process {process.pid} on .*\)"):
+        train(workspace, holder, Request())
+    assert [path.name for path in holder.iterdir()] == ["run.lock"]
+    dist.destroy_process_group()
+    process.kill()
+    process.wait()
+    _, finished = train(workspace, holder, Request(), training__steps=1, checkpoint__export_hf=False)
+    assert finished
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({"validation__holdout_every": 5}, {}, "validation.holdout_every = 0, but the run in"),
+        ({"sources": ("a", "b")}, {"sources": ("a", "c")}, 'source "b" of the checkpoint is not trained on any more (now: a, c)'),
+        ({"sources": ("a",)}, {}, 'training.dataset = "json", but the run in'),
+    ],
+)
+def test_what_would_shift_the_data_is_refused(workspace, tmp_path, capsys, before, after, expected):  # noqa: F811
+    def expand(changes: dict) -> dict:
+        if "sources" not in changes:
+            return changes
+        named = {f"sources__{name}__dataset": "json" for name in changes["sources"]}
+        named |= {f"sources__{name}__data_files": workspace / "corpus.jsonl" for name in changes["sources"]}
+        return named | {"training__dataset": None, "training__data_files": None}
+
+    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    run_here(workspace, tmp_path / "run", **expand(before), **quick)
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **expand(after), **quick | {"training__steps": 2})
+    assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_harmless_changes_are_listed(workspace, tmp_path, caplog):  # noqa: F811
+    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    run_here(workspace, tmp_path / "run", **quick)
+    caplog.clear()
+    run_here(workspace, tmp_path / "run", **quick | {"training__steps": 2, "optimizer__lr": 0.5})
+    told = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
+    assert told == [
+        "changed since the checkpoint: training.steps: 1 -> 2",
+        "changed since the checkpoint: optimizer.lr: 0.01 -> 0.5",
+    ]
