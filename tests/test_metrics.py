@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.components.loggers import METRICS_FILE, RunLog, format_line, init_logging
+from flame.components.loggers import METRICS_FILE, RunLog, _keep_wandb_id, format_line, init_logging
 from flame.components.metrics import Metrics
 from flame.config import JobConfig
 from flame.errors import UserError
@@ -432,3 +432,10 @@ def test_a_service_that_fails_does_not_end_the_run(tmp_path, caplog, moment):
     told = [record.getMessage() for record in caplog.records]
     assert told == ["wandb has failed and is switched off for this process: gone"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_wandb_identity_is_the_folders_else_the_checkpoints_else_new(tmp_path):
+    assert _keep_wandb_id(tmp_path, "saved") == "saved" == _keep_wandb_id(tmp_path, None) == _keep_wandb_id(tmp_path, "other")
+    (tmp_path / "moved").mkdir()
+    new = _keep_wandb_id(tmp_path / "moved", None)
+    assert len(new) == 12 and _keep_wandb_id(tmp_path / "moved", "saved") == new
