@@ -51,6 +51,7 @@ from flame.components.checkpoint_files import (
 )
 from flame.components.checkpoint_staging import HostStaging, TensorTree
 from flame.components.checkpoint_storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
+from flame.components.distributed import get_gpu, use_gpu
 from flame.components.titan import OptimizersContainer
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
@@ -310,8 +311,7 @@ class _Background:
 
     def __init__(self) -> None:
         self.staging = HostStaging()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _use_device, (device,))
+        self._thread = ThreadPoolExecutor(1, "checkpoint", use_gpu, (get_gpu(),))
         self._running: Future[None] | None = None
 
     def start(self, action: Callable[..., None], *arguments: Any) -> None:
@@ -328,12 +328,6 @@ class _Background:
             self.wait()
         except Exception as error:
             logger.error("%s", error)
-
-
-def _use_device(device: int | None) -> None:
-    """A new thread would use the first GPU, whichever one is this rank's."""
-    if device is not None:
-        torch.cuda.set_device(device)
 
 
 def _count_bytes(tensors: TensorTree) -> int:

@@ -65,6 +65,17 @@ def start_processes(config: JobConfig) -> tuple[torch.device, DeviceMesh]:
     return device, dims.get_mesh(axes)
 
 
+def get_gpu() -> int | None:
+    """The GPU that this thread uses; None without one."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def use_gpu(gpu: int | None) -> None:
+    """Called first in a new thread, with what `get_gpu` says in the main one: else it would use the first GPU, whosever it is."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+
+
 def end_processes() -> None:
     """Leave the process group together: the launcher ends all ranks as soon as one has ended before the others."""
     dist.barrier()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from flame.components.distributed import get_gpu, use_gpu
 from flame.data.batch import PackedBatch
 from flame.data.loader import PackedLoader
 from flame.errors import UserError
@@ -32,6 +33,7 @@ class Feed:
         self._loader, self._timeout, self._rank = loader, timeout, rank
         self._ready: queue.Queue[PackedBatch | BaseException] = queue.Queue(DEPTH)
         self._is_closed = threading.Event()
+        self._gpu = get_gpu()
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
         self._thread.start()
 
@@ -83,6 +85,7 @@ class Feed:
         self._loader.close()
 
     def _fill(self) -> None:
+        use_gpu(self._gpu)  # batches are put into page-locked memory here
         while not self._is_closed.is_set():
             try:
                 item: PackedBatch | BaseException = next(self._loader)
