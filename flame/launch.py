@@ -154,6 +154,7 @@ def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
             torchrun.run(options)
             return 0
         except SignalException as error:
+            held.clear()
             return 128 + error.sigval
         except ChildFailedError as error:
             failed = error

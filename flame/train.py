@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
@@ -503,7 +504,8 @@ class Trainer:
 
 
 def main(argv: list[str]) -> None:
-    """Read the options and train. Ends the process with `PREEMPTED_EXIT_CODE` when the run was stopped on request.
+    """Read the options and train. Ends the process with `PREEMPTED_EXIT_CODE` when the run was stopped on request, and at once,
+    unsaved, on Ctrl-C.
 
     Args:
         argv: command-line arguments; see `bash train.sh --help`.
@@ -516,6 +518,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         report_mistake(error)
         sys.exit(error.EXIT_CODE)
+    except KeyboardInterrupt:
+        logger.info("interrupted: the same command goes on from the last checkpoint")
+        sys.exit(128 + signal.SIGINT)
     if not is_finished:
         sys.exit(PREEMPTED_EXIT_CODE)
 

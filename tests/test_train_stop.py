@@ -262,3 +262,19 @@ def test_harmless_changes_are_listed(workspace, tmp_path, caplog):  # noqa: F811
         "changed since the checkpoint: training.steps: 1 -> 2",
         "changed since the checkpoint: optimizer.lr: 0.01 -> 0.5",
     ]
+
+
+def test_ctrl_c_ends_at_once_without_a_traceback(workspace, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(REPO / "train.sh"), *options(workspace, run, training__steps=40000)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in out + err
+    assert out.endswith("interrupted: the same command goes on from the last checkpoint\n")
