@@ -151,3 +151,19 @@ def test_half_precision_inputs_are_summed_in_float32():
     found = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["x", "y", "temperature"])
+def test_a_contrast_that_is_not_finite_is_exactly_zero(bad, where):
+    x, y = torch.randn(6, 4).requires_grad_(), torch.randn(6, 4)
+    estimator = InfoNCEEstimator(4, 0.1, learnable_temperature=True)
+    with torch.no_grad():
+        {"x": x[2], "y": y[2], "temperature": estimator.log_temperature}[where][0] = bad
+    outcome = estimator.contrast(x, y, torch.ones(6, dtype=torch.bool))
+    outcome.loss_sum.backward()
+    assert outcome.failed == 1
+    assert all(number == 0 for number in outcome[:-1])
+    # What was not finite itself still turns the zeros that reach it into NaN; the step guard deals with that.
+    assert where == "temperature" or not estimator.log_temperature.grad.any()
+    assert where == "x" or not x.grad.any()
