@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata as metadata_module
 
 from flame.components import checkpoint
 from flame.components.checkpoint import TRAINER_FILE
@@ -209,3 +210,32 @@ def test_a_fault_of_the_machine_is_no_damage(case, tmp_path, monkeypatch, fault)
     assert (tmp_path / "step-2").is_dir() and not (tmp_path / "step-2.damaged").exists()
     monkeypatch.undo()
     assert case.load() == 2
+
+
+class Reached:
+    """An index that reaches for an attribute, as an enumeration's member is named by some releases of Python."""
+
+    def __init__(self, owner: object, name: str):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_attributes_are_only_members_of_an_enumeration(tmp_path):
+    index = TensorReader(build_case_with_checkpoint(tmp_path)).read_metadata()
+    member = metadata_module._MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    index.planner_data = Reached(type(member), member.name)
+    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(index))
+    assert TensorReader(tmp_path / "step-1").read_metadata().planner_data is member
+    for owner, name in ((type(member), "__init__"), (torch.Size, "__subclasses__"), (type(index), "__init__")):
+        index.planner_data = Reached(owner, name)
+        (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(index))
+        with pytest.raises(ValueError, match="it asks for an attribute"):
+            TensorReader(tmp_path / "step-1").read_metadata()
+
+
+def build_case_with_checkpoint(folder: Path) -> Path:
+    case = build_case(folder)
+    case.save(1)
+    return folder / "step-1"
