@@ -258,13 +258,8 @@ def fork_workers() -> None:
     multiprocessing.get_context = lambda method: FORK  # type: ignore[assignment]
 
 
-def test_workers_end_with_a_killed_process_and_their_death_is_one_line(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    preprocess.main(options(corpus, tmp_path / "whole"))
+def test_workers_end_with_a_killed_process(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    capfd.readouterr()
-
     process = run_forked(options(corpus, out, num_workers=2), fork_workers)
     wait_for_rows(out, 5)
     workers = list_children(process.pid)
@@ -273,6 +268,12 @@ def test_workers_end_with_a_killed_process_and_their_death_is_one_line(
     process.join()
     wait_for_end(workers)
 
+
+@pytest.mark.skipif(sys.version_info < (3, 11, 7), reason="there a pool may wait forever for a dead worker (CPython gh-94777)")
+def test_the_death_of_a_worker_is_one_line(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    preprocess.main(options(corpus, tmp_path / "whole"))
+    out = tmp_path / "out"
+    capfd.readouterr()
     process = run_forked(options(corpus, out, num_workers=2), fork_workers)
     wait_for_rows(out, 20)
     workers = list_children(process.pid)  # and Python's resource tracker, which was first
