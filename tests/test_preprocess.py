@@ -269,26 +269,6 @@ def test_workers_end_with_a_killed_process(corpus: Path, tmp_path: Path) -> None
     wait_for_end(workers)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11, 7), reason="there a pool may wait forever for a dead worker (CPython gh-94777)")
-def test_the_death_of_a_worker_is_one_line(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    preprocess.main(options(corpus, tmp_path / "whole"))
-    out = tmp_path / "out"
-    capfd.readouterr()
-    process = run_forked(options(corpus, out, num_workers=2), fork_workers)
-    wait_for_rows(out, 20)
-    workers = list_children(process.pid)  # and Python's resource tracker, which was first
-    os.kill(workers[-1], signal.SIGKILL)
-    process.join(30)
-    assert process.exitcode == 2
-    wait_for_end(workers)
-    output = capfd.readouterr()
-    assert output.err.count("\n") == 1 and "a worker process died" in output.err and "same command" in output.err
-
-    assert not (out / "manifest.json").exists()
-    preprocess.main(options(corpus, out))
-    assert read_files(out) == read_files(tmp_path / "whole")
-
-
 def test_ctrl_c_is_one_line_and_spawned_workers_write_the_same(corpus: Path, tmp_path: Path) -> None:
     preprocess.main(options(corpus, tmp_path / "whole"))
     out = tmp_path / "out"
