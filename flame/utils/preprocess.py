@@ -244,7 +244,7 @@ def encode_in_order(
     """Yield each span with its documents, encoded ahead by `num_workers` processes, or here when 0.
 
     Raises:
-        UserError: a worker process died. The pool may also wait for it forever (CPython gh-94777): killed, the same command goes on.
+        UserError: a worker process died. The pool may also wait for it forever (CPython gh-94777); killed, a restart goes on.
     """
     if not num_workers:
         for span in spans:
