@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import gc
 import gzip
 import io
 import itertools
@@ -28,7 +27,6 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch.distributed as dist
 import transformers.dynamic_module_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +42,7 @@ from flame.models.causal_lm import build_on_meta, check_fits_run, load_model_con
 from flame.train import main
 from flame.utils.preprocess import main as preprocess
 from tests.helpers import tiny_llama
+from tests.test_train import leave_no_trace  # noqa: F401 - a fixture
 
 REPO = Path(__file__).parent.parent
 
@@ -55,18 +54,6 @@ def no_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         yield
-
-
-@pytest.fixture(autouse=True)
-def leave_no_trace() -> Iterator[None]:
-    """A run changes its process: group, environment, garbage collection."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-    gc.enable()
 
 
 def expect_one_line(error: UserError, *parts: str) -> None:
