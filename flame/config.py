@@ -131,7 +131,8 @@ class Training(Corpus):
     data_parallel_shard_degree: Annotated[int, Field(ge=-1)] = -1
     """Ranks over which the weights are sharded. -1 takes all that training.data_parallel_replicate_degree leaves."""
     fsdp_reshard_after_forward: bool = True
-    """Free each layer's gathered weights after its forward. False trades memory for communication."""
+    """Free each layer's gathered weights after each of its two forwards. False gathers once a step for both forwards and the
+    backward, for two more bytes a parameter. One GPU, which holds all weights anyway, always does the latter."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, made on all ranks at once so that none waits for another."""
 
@@ -178,6 +179,18 @@ class FutureEncoder:
     target_shift: NonNegativeInt = 1
     """Position t predicts the summary of position t + target_shift. 0 is the method as first published: there the summary
     still holds token t itself, which the hidden state has already seen."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Arithmetic of the anti-causal forward on GPUs. "bf16" is that of the causal one (training.mixed_precision_param); "fp8"
+    scales the rows of activations and weights to 8-bit floats in the matrix products of the decoder layers: faster, and the
+    summaries are no longer exact."""
+    projection_dim: NonNegativeInt = 0
+    """Compare guesses and summaries in this many dimensions, to which a fixed random matrix takes the summaries; 0 compares
+    them in the model's width."""
+    max_anchors: NonNegativeInt = 0
+    """Anchors per packed sequence, drawn at random; the others are neither guessed for nor negatives. 0 takes all."""
+    exclude_neighbors: NonNegativeInt = 0
+    """Summaries at most this many tokens from an anchor's own, in its document, are no negatives of it: much of their future
+    is the same."""
     loss_weight: NonNegativeFloat = 0.1
     """Factor of the future loss beside the cross entropy. 0 is the same run as enable = false."""
     start_step: NonNegativeInt = 0

@@ -37,6 +37,7 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
     yield from _find_data_conflicts(config, world_size)
     yield from _find_validation_conflicts(config)
     yield from _find_schedule_conflicts(config)
+    yield from _find_future_conflicts(config)
     yield from _find_parallel_conflicts(config.training, world_size)
 
 
@@ -191,16 +192,6 @@ def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
             f"future_encoder.start_step = {config.future_encoder.start_step} is after the last step, training.steps = {steps}: "
             "start earlier or set future_encoder.enable = false"
         )
-    if config.future_encoder.target_shift >= config.training.context_len:
-        yield (
-            f"future_encoder.target_shift = {config.future_encoder.target_shift} leaves no position with a target: "
-            f"it must be less than training.context_len = {config.training.context_len}"
-        )
-    if config.future_encoder.learnable_temperature and config.future_encoder.temperature < LOWEST_LEARNED_TEMPERATURE:
-        yield (
-            f"future_encoder.temperature = {config.future_encoder.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
-            "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
-        )
     if config.experimental.freeze_lm_for_infonce:
         if not config.uses_future:
             yield (
@@ -212,6 +203,30 @@ def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
                 f"experimental.freeze_lm_for_infonce = true leaves nothing to train before "
                 f"future_encoder.start_step = {config.future_encoder.start_step}: set it to 0"
             )
+
+
+def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
+    future, training = config.future_encoder, config.training
+    if future.target_shift >= training.context_len:
+        yield (
+            f"future_encoder.target_shift = {future.target_shift} leaves no position with a target: "
+            f"it must be less than training.context_len = {training.context_len}"
+        )
+    if future.learnable_temperature and future.temperature < LOWEST_LEARNED_TEMPERATURE:
+        yield (
+            f"future_encoder.temperature = {future.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
+            "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
+        )
+    if future.max_anchors >= training.seq_len:
+        yield (
+            f"future_encoder.max_anchors = {future.max_anchors} is no less than training.seq_len = {training.seq_len}: "
+            "set it to 0 to take all anchors"
+        )
+    if future.precision == "fp8" and training.mixed_precision_param != "bfloat16":
+        yield (
+            f'future_encoder.precision = "fp8" beside training.mixed_precision_param = "{training.mixed_precision_param}": '
+            'set the one to "bf16" or the other to "bfloat16"'
+        )
 
 
 def _find_parallel_conflicts(training: Training, world_size: int) -> Iterator[str]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flame.components.metrics import Metrics
-from flame.config import JobConfig
+from flame.config import FutureEncoder, JobConfig
 from flame.data.batch import PackedBatch
 from flame.models.future_lm import FutureLM
-from flame.models.future_mask import find_anchors
+from flame.models.future_mask import draw_anchors, find_anchors, find_neighbors
 from flame.models.gradient_guard import guard_gradient
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import Contrast
@@ -28,22 +28,41 @@ def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_
     """Both forwards and both losses of one packed batch of T tokens. Run it as `model(compute_losses, ...)`."""
     future, frozen = config.future_encoder, config.experimental.freeze_lm_for_infonce
 
-    # 1. Causal forward: hidden states h [T, d], and next-token cross entropy from them.
+    # 1. Anti-causal forward: summaries F [T, d] of each position's future. Labels: no gradient, no logits. It comes before the
+    #    causal forward, so that its working memory is free again before that one's activations are kept.
+    summaries = None
+    if with_future:
+        with torch.no_grad():
+            summaries = model.encode_future(batch, future.future_k).detach()
+
+    # 2. Causal forward of the same network: hidden states h [T, d], and next-token cross entropy from them.
     hidden_states = model.encode_past(batch)
     ce_sum = None if frozen else linear_cross_entropy(hidden_states, model.output_embedding, batch.labels[0])
-    if not with_future:
+    if summaries is None:
         return Losses(ce_sum, None)
 
-    # 2. Anti-causal forward of the same network: summaries F [T, d] of each position's future. Labels: no gradient, no logits.
-    with torch.no_grad():
-        summaries = model.encode_future(batch, future.future_k).detach()
-
     # 3. Position t guesses F at t + target_shift; the summaries of all other anchors are the negatives.
+    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, future))
+
+
+def _contrast_with_future(
+    model: FutureLM, hidden_states: Tensor, summaries: Tensor, batch: PackedBatch, future: FutureEncoder
+) -> Contrast:
+    """Compare guesses from hidden_states [T, d] with summaries [T, d], at all anchors or at `max_anchors` of them."""
     assert model.predictor is not None and model.estimator is not None
-    anchors = find_anchors(batch.segment_ids[0], future.target_shift)
-    targets = summaries.roll(-future.target_shift, dims=0)
-    contrast = model.estimator.contrast(model.predictor(guard_gradient(hidden_states)), targets, anchors)
-    return Losses(ce_sum, contrast)
+    shift = future.target_shift
+    segment_ids = batch.segment_ids[0]
+    valid = find_anchors(segment_ids, shift)
+    excluded = find_neighbors(segment_ids, future.exclude_neighbors) if future.exclude_neighbors else None
+    if future.max_anchors and future.max_anchors < len(valid):
+        positions, valid = draw_anchors(valid, future.max_anchors, batch.sequence_index)
+        hidden_states, targets = hidden_states[positions], summaries[(positions + shift) % len(summaries)]
+        if excluded is not None:
+            first, last = (edge[positions] for edge in excluded)
+            excluded = torch.searchsorted(positions, first), torch.searchsorted(positions, last, side="right") - 1
+    else:
+        targets = torch.cat([summaries[shift:], summaries[:shift]])
+    return model.estimator.contrast(model.predictor(hidden_states), targets, valid, excluded)
 
 
 def record_losses(

@@ -265,12 +265,12 @@ class Trainer:
         Raises:
             Preempted: a rank is asked to stop. Nothing has been counted.
         """
-        shift = self.config.future_encoder.target_shift
+        future = self.config.future_encoder
         by_source = [sum(batch.input_ids.numel() for batch in batches if batch.source == name) for name in self.source_names]
         stop_votes, labels, anchors, bad_rows, *tokens = sum_over_ranks(
             self.is_stop_requested(),
             sum(batch.num_labels for batch in batches),
-            sum(count_anchors(batch.cu_seqlens, shift) for batch in batches),
+            sum(count_anchors(batch.cu_seqlens, future.target_shift, future.max_anchors) for batch in batches),
             sum(batch.bad_rows for batch in batches),
             *by_source,
         )
@@ -438,11 +438,12 @@ class Trainer:
         if config.job.description:
             logger.info(config.job.description)
         logger.info(
-            "%s with %.1fM parameters on %d x %s",
+            "%s with %.1fM parameters on %d x %s, attention by %s",
             self.model.lm.config.model_type,
             parameters / 1e6,
             self.world_size,
             self.device.type,
+            self.model.describe_attention(),
         )
         tokens = config.training.seq_len * config.training.gradient_accumulation_steps * self.world_size
         logger.info("%d tokens a step, from", tokens)

@@ -334,7 +334,7 @@ def build_from(folder: Path, **changes: object) -> None:
     (folder / "m.json").write_text(json.dumps(SMALL_LLAMA | changes))
     model_config = load_model_config(str(folder / "m.json"))
     check_fits_run(model_config, 258, job)
-    build_on_meta(model_config, "cpu")
+    build_on_meta(model_config, "cpu", "sdpa")
 
 
 @pytest.mark.parametrize(
@@ -672,7 +672,7 @@ def test_code_of_a_known_model_is_ignored_unless_trusted(folder: Path, questions
     main(run_options(folder, checkpoint__enable_checkpoint=True))
     assert not marker.exists() and not questions
     assert "auto_map" not in json.loads((folder / "run" / "hf" / "config.json").read_text())
-    model = build_on_meta(load_model_config(str(folder / "model"), trust_remote_code=True), "cpu")
+    model = build_on_meta(load_model_config(str(folder / "model"), trust_remote_code=True), "cpu", "sdpa")
     assert marker.exists() and type(model).__name__ == "CodeLlamaModel" and not questions
 
 
@@ -681,7 +681,7 @@ def test_code_of_a_model_that_fails_is_one_line(folder: Path, questions: list[st
     code = folder / "model" / "its_code.py"
     code.write_text(code.read_text() + "    def __init__(self, config):\n        raise SyntaxWarning('a\\nb')\n")
     with pytest.raises(UserError) as caught:
-        build_on_meta(load_model_config(str(folder / "model"), trust_remote_code=True), "cpu")
+        build_on_meta(load_model_config(str(folder / "model"), trust_remote_code=True), "cpu", "sdpa")
     expect_one_line(caught.value, "model.config", "SyntaxWarning: a b")
     code.write_text("raise KeyError('c\\nd')")
     with pytest.raises(UserError) as caught:

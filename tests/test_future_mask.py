@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from flame.models.attention_mask import BLOCK_SIZE, _mask_mod, build_attention_mask, build_block_mask, build_boolean_mask
+from flame.models.attention_mask import (
+    BLOCK_SIZE,
+    _list_blocks,
+    _mask_mod,
+    build_attention_mask,
+    build_block_mask,
+    build_boolean_mask,
+)
 from flame.models.future_mask import count_anchors, find_anchors, render_future_mask
 from flame.train import _future_valid_from_cu, _segment_ids_from_cu_seqlens, build_future_mask_from_cu
 
@@ -111,10 +118,20 @@ def test_the_mask_the_model_runs_on_is_the_reference(lengths, window):
 @pytest.mark.parametrize("direction", ["causal", "future"])
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(100, 400)), min_size=1, max_size=8),
-    window=st.sampled_from([0, 1, 64, 127, 128, 129, 255, 300]),
+    window=st.sampled_from([0, 1, 64, 127, 128, 129, 255, 256, 300]),
 )
+@example(lengths=[1], window=0)
+@example(lengths=[1] * 300, window=0)
+@example(lengths=[7, *[1] * 249, 128], window=1)
+@example(lengths=[640], window=0)
+@example(lengths=[640], window=255)
+@example(lengths=[641], window=256)
+@example(lengths=[639], window=0)
+@example(lengths=[639], window=2**40)
+@example(lengths=[128, 256, 128], window=0)
+@example(lengths=[127, 257, 300], window=129)
 def test_closed_form_blocks_equal_those_of_create_block_mask(direction, lengths, window):
-    segment_ids = torch.tensor(document_of(lengths))
+    segment_ids = torch.tensor(document_of(lengths), dtype=torch.int32)
     window = 0 if direction == "causal" else window
     total = len(segment_ids)
     ours = build_block_mask(segment_ids, direction, window)
@@ -124,16 +141,36 @@ def test_closed_form_blocks_equal_those_of_create_block_mask(direction, lengths,
     padded = torch.zeros(blocks * BLOCK_SIZE, blocks * BLOCK_SIZE, dtype=torch.bool)
     padded[:total, :total] = build_boolean_mask(segment_ids, direction, window)[0, 0]
     pairs = padded.view(blocks, BLOCK_SIZE, blocks, BLOCK_SIZE).sum((1, 3))
+    full = pairs == BLOCK_SIZE**2
+    partial = (pairs > 0) & ~full
     # The diagonal is always visited: the closed form does not ask whether a block of single-token documents is empty.
-    visited = (pairs > 0) | torch.eye(blocks, dtype=torch.bool)
+    visited = partial | torch.eye(blocks, dtype=torch.bool)
 
-    assert torch.equal(ours.to_dense()[0, 0].bool(), visited)
-    assert torch.equal(theirs.to_dense()[0, 0].bool() | torch.eye(blocks, dtype=torch.bool), visited)
-    assert (
-        _full_blocks(ours, blocks) == _full_blocks(theirs, blocks) == set(map(tuple, (pairs == BLOCK_SIZE**2).nonzero().tolist()))
-    )
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for mask, expected in ((ours, visited), (theirs, partial)):
+        assert _listed(mask.kv_num_blocks, mask.kv_indices) == expected.nonzero().tolist()
+        assert _listed(mask.q_num_blocks, mask.q_indices) == expected.t().nonzero().tolist()
+        assert _listed(mask.full_kv_num_blocks, mask.full_kv_indices) == full.nonzero().tolist()
+        assert _listed(mask.full_q_num_blocks, mask.full_q_indices) == full.t().nonzero().tolist()
+    for mine, reference in zip(_tensors(ours, "num_blocks"), _tensors(theirs, "num_blocks"), strict=True):
+        assert mine.shape == reference.shape and mine.dtype == reference.dtype and mine.is_contiguous()
+    for mine, reference in zip(_tensors(ours, "indices"), _tensors(theirs, "indices"), strict=True):
+        assert mine.shape == reference.shape and mine.dtype == reference.dtype and mine.is_contiguous()
+        assert mine.min() >= 0 and mine.max() < blocks  # unused entries too: kernels read the first one of an empty row
 
 
-def _full_blocks(mask, blocks: int) -> set[tuple[int, int]]:
-    counts, indices = mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0]
-    return {(q, kv) for q in range(blocks) for kv in indices[q, : counts[q]].tolist()}
+def _listed(counts: torch.Tensor, indices: torch.Tensor) -> list[list[int]]:
+    """The (row, block) pairs of a list, by row, in the order of the list."""
+    return [[row, block] for row, count in enumerate(counts[0, 0]) for block in indices[0, 0, row, :count].tolist()]
+
+
+def _tensors(mask: BlockMask, suffix: str) -> list[torch.Tensor]:
+    return [getattr(mask, f"{kind}_{suffix}") for kind in ("kv", "full_kv", "q", "full_q")]
+
+
+@pytest.mark.parametrize("lengths, window", [([60, 300, 1, 279], 640), ([60, 300, 1, 300], 661), ([60, 300, 1, 300], 200)])
+def test_compiled_lists_equal_eager_ones(lengths, window):
+    segment_ids = torch.tensor(document_of(lengths), dtype=torch.int32)
+    compiled = torch.compile(_list_blocks, dynamic=False, fullgraph=True, backend="aot_eager")
+    for lists, reference in zip(compiled(segment_ids, window), _list_blocks(segment_ids, window), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(lists, reference, strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from transformers import AutoConfig
 
 from flame.models.causal_lm import find_decoder_layers
@@ -16,6 +17,8 @@ from flame.models.future_lm import build_future_lm
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.parallelize import materialize
+from flame.models.softmax_rows import softmax_rows_
+from flame.models.varlen_attention import DocumentLayout, attend
 from flame.objective import compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
@@ -25,8 +28,11 @@ CUDA = torch.device("cuda")
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
 
 
-def build_on_gpu(compiled: bool, dtype: torch.dtype):
-    model = build_future_lm(future_config(), tiny_llama(**SHAPE), "cuda")
+def build_on_gpu(compiled: bool, dtype: torch.dtype, **changes):
+    """bfloat16 takes the flash kernels, float32 FlexAttention."""
+    config = future_config(**changes)
+    config.training.mixed_precision_param = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    model = build_future_lm(config, tiny_llama(**SHAPE), "cuda")
     materialize(model, CUDA, seed=0)
     model.to(dtype)
     if compiled:
@@ -43,9 +49,11 @@ def encode(model, batch, direction: str, window_k: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("window_k", [0, 5, 130])
-def test_no_leak(compiled, window_k):
+@pytest.mark.parametrize("path", ["flash", "flash in fp8", "flex"])
+def test_no_leak(compiled, window_k, path):
     cu = torch.tensor([0, 100, 101, 256, 390, 391, 640], dtype=torch.int32)
-    model = build_on_gpu(compiled, torch.bfloat16)
+    dtype = torch.float32 if path == "flex" else torch.bfloat16
+    model = build_on_gpu(compiled, dtype, precision="fp8" if path == "flash in fp8" else "bf16")
     batch = random_batch(cu)
     base = encode(model, batch, "future", window_k)
     for j in (0, 50, 99, 100, 101, 180, 255, 256, 300, 389, 390, 391, 500, 639):
@@ -71,7 +79,94 @@ def test_flex_attention_equals_sdpa(compiled, direction):
     torch.testing.assert_close(encode(on_gpu, batch, direction).cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_compiled_infonce_equals_float64():
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window_k", [0, 100])
+def test_flash_equals_its_definition(head_dim, window_k):
+    """Both passes and the gradient, in bfloat16, against all T^2 scores in float64."""
+    cu = random_cu_seqlens(700, 9, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, 700, head_dim, generator=generator) for heads in (4, 2, 2)]
+    for is_strict in (False, True):
+        layout = DocumentLayout(cu, 700, is_strict, window_k)
+        exact = [s.bfloat16().double().requires_grad_() for s in states]
+        found = [s.to(CUDA, torch.bfloat16).requires_grad_() for s in states]
+        expected = attend(None, *exact, None, documents=layout)[0]
+        out = attend(None, *found, None, documents=layout._replace(cu_seqlens=cu.to(CUDA)))[0]
+        check_close(out, expected)
+        if not is_strict:
+            direction = torch.randn(out.shape, generator=generator)
+            for ours, theirs in zip(
+                torch.autograd.grad(out, found, direction.to(out)),
+                torch.autograd.grad(expected, exact, direction.double()),
+                strict=True,
+            ):
+                check_close(ours, theirs)
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To bfloat16 rounding, in the Euclidean norm."""
+    assert (found.double().cpu() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_flash_passes_equal_flex_passes():
+    """The whole model in bfloat16, compiled, against FlexAttention in float32."""
+    flash, flex = build_on_gpu(True, torch.bfloat16), build_on_gpu(False, torch.float32)
+    batch = random_batch(random_cu_seqlens(600, 9, seed=1))
+    for direction in ("causal", "future"):
+        found, expected = encode(flash, batch, direction), encode(flex, batch, direction)
+        assert (found.float() - expected).norm() / expected.norm() < 2e-2
+
+
+def test_new_layouts_compile_nothing_new():
+    model = build_on_gpu(True, torch.bfloat16)
+    for seed in range(3):
+        encode_both(model, seed)
+    before = dict(counters["stats"])
+    for seed in range(3, 30):
+        encode_both(model, seed)
+    assert dict(counters["stats"])["unique_graphs"] == before["unique_graphs"]
+
+
+def encode_both(model, seed: int) -> None:
+    batch = random_batch(random_cu_seqlens(640, 1 + seed % 12, seed=seed), seed=seed).to(CUDA)
+    model.encode_past(batch).sum().backward()
+    encode(model, batch, "future")
+
+
+def test_fp8_summaries_are_close():
+    batch = random_batch(random_cu_seqlens(600, 9, seed=1))
+    exact = encode(build_on_gpu(False, torch.bfloat16), batch, "future")
+    for compiled in (False, True):
+        model = build_on_gpu(compiled, torch.bfloat16, precision="fp8")
+        rounded = encode(model, batch, "future")
+        assert F.cosine_similarity(rounded.float(), exact.float(), dim=-1).mean() > 0.98
+        assert not torch.equal(rounded, exact)
+        torch.testing.assert_close(
+            encode(model, batch, "causal"), encode(build_on_gpu(False, torch.bfloat16), batch, "causal"), rtol=5e-2, atol=5e-2
+        )
+
+
+def test_row_kernel_equals_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    for dtype, columns in ((torch.bfloat16, 5000), (torch.float32, 4097)):
+        scores = torch.randn(300, columns, generator=generator).to(dtype)
+        own = torch.randint(0, columns - 100, (300,), generator=generator)
+        excluded = (own - 3).clamp(min=0), own + 5
+        own[::7] = -1
+        scale, count = torch.tensor(10.0), torch.tensor(columns - 50)
+        for options in ((None, None), (count, None), (count, excluded)):
+            exact, found = scores.double(), scores.to(CUDA)
+            expected = softmax_rows_(exact, own, scale.double(), *options)
+            on_gpu = [
+                tuple(e.to(CUDA) for e in o) if isinstance(o, tuple) else None if o is None else o.to(CUDA) for o in options
+            ]
+            sums = softmax_rows_(found, own.to(CUDA), scale.to(CUDA), *on_gpu)
+            assert (found.double().cpu() - exact).norm() / exact.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+            for ours, theirs in zip(sums, expected, strict=True):
+                torch.testing.assert_close(ours.double().cpu(), theirs.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_infonce_equals_float64():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(5000, 64, generator=generator), torch.randn(5000, 64, generator=generator)
     valid = torch.rand(5000, generator=generator) < 0.9
@@ -89,7 +184,7 @@ def test_compiled_infonce_equals_float64():
     assert outcome.mi_sum.item() / len(a) == pytest.approx(math.log(len(a)) - loss.item(), abs=1e-2)
 
 
-def test_compiled_cross_entropy_equals_float64():
+def test_cross_entropy_equals_float64():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(5000, 64, generator=generator), torch.randn(1000, 64, generator=generator) * 0.1
     labels = torch.randint(0, 1000, (5000,), generator=generator)

@@ -142,7 +142,7 @@ def test_summaries_are_labels():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_the_second_pass_builds_no_graph_and_no_logits(monkeypatch):
+def test_the_anti_causal_pass_builds_no_graph_and_no_logits(monkeypatch):
     config = future_config()
     model = build_unsharded(config)
     seen = []
@@ -158,7 +158,7 @@ def test_the_second_pass_builds_no_graph_and_no_logits(monkeypatch):
     monkeypatch.setattr(model, "encode_future", spy(model.encode_future))
     monkeypatch.setattr(model.lm.lm_head, "forward", lambda *_: pytest.fail("logits were computed"))
     model(compute_losses, random_batch(random_cu_seqlens(20, 2, seed=3)), config, True)
-    (causal_grad, hidden), (future_grad, summaries) = seen
+    (future_grad, summaries), (causal_grad, hidden) = seen
     assert causal_grad and hidden.requires_grad
     assert not future_grad and summaries.grad_fn is None and not summaries.requires_grad
 

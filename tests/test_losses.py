@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.config import LOWEST_LEARNED_TEMPERATURE
-from flame.models import losses, mi_estimator
+from flame.models import softmax_rows
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import InfoNCEEstimator, build_mi_estimator
+
+
+@contextmanager
+def chunks_of(rows: int):
+    with patch.object(softmax_rows, "ROW_TILE", rows), patch.object(softmax_rows, "CHUNK_BYTES", 8 if rows < 100 else 2**30):
+        yield
 
 
 def infonce_by_loop(x, y, valid, temperature):
@@ -39,11 +47,8 @@ def test_infonce_is_its_definition(rows_per_chunk, n, seed, temperature, learnab
     valid = torch.rand(n, generator=generator) < 0.7
     estimator = build_mi_estimator("infonce", 4, temperature=temperature, learnable_temperature=learnable).double()
     estimator.init_weights()  # the logarithm again, now in float64
-    mi_estimator.ROWS_PER_CHUNK, chunk = rows_per_chunk, mi_estimator.ROWS_PER_CHUNK
-    try:
+    with chunks_of(rows_per_chunk):
         found = estimator.contrast(x, y, valid)
-    finally:
-        mi_estimator.ROWS_PER_CHUNK = chunk
     (3.0 * found.loss_sum).backward()
 
     x_loop = x.detach().clone().requires_grad_()
@@ -128,11 +133,8 @@ def test_cross_entropy_is_its_definition(rows_per_chunk, tokens, seed):
     weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < 0.3] = -100
-    losses.ROWS_PER_CHUNK, chunk = rows_per_chunk, losses.ROWS_PER_CHUNK
-    try:
+    with chunks_of(rows_per_chunk):
         found = linear_cross_entropy(hidden, weight, labels)
-    finally:
-        losses.ROWS_PER_CHUNK = chunk
     (0.5 * found).backward()
 
     h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()

@@ -57,6 +57,6 @@ class FlopCounter:
             return Flops(next_token, 0.0)
         reach = (lengths - 1).clamp(max=self.future.future_k or float("inf"))
         future_pairs = float((lengths * reach - reach * (reach + 1) / 2).sum())
-        anchors = count_anchors(cu_seqlens, self.future.target_shift)
+        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors)
         future = 2 * self.body * tokens + 4 * self.attention * future_pairs
         return Flops(next_token, future + 6 * self.predictor * tokens + 4 * anchors**2 * self.hidden_size)

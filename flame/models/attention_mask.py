@@ -6,7 +6,7 @@ boolean masks in SDPA and FlexAttention's BlockMask give that, an additive mask 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,46 +59,88 @@ def _mask_mod(segment_ids: Tensor, direction: Direction, window_k: int):
 
 
 def build_block_mask(segment_ids: Tensor, direction: Direction, window_k: int = 0) -> BlockMask:
-    """BlockMask in closed form from the first and last document of each block of `BLOCK_SIZE` tokens.
+    """BlockMask from the first and last document of each block of `BLOCK_SIZE` tokens, without asking the device.
 
-    `create_block_mask` evaluates the rule at all T^2 pairs. Documents are contiguous, so a block off the diagonal holds an
-    allowed pair exactly when the document at its near edge reaches into the query block, and is full exactly when that one
-    document covers both blocks: O((T / BLOCK_SIZE)^2) work.
+    `create_block_mask` evaluates the rule at all T^2 pairs. But documents are contiguous, so the blocks that a block reaches on
+    one side are a range, and so are the full ones among them. "future" exchanges the queries and keys of "causal" in all
+    blocks but those on the diagonal, which are never full: what is behind a query of the one is ahead of a query of the other.
 
     Args: as `build_attention_mask`; any device.
     """
     total = segment_ids.numel()
-    blocks = -(-total // BLOCK_SIZE)
-    edge = torch.arange(blocks, device=segment_ids.device)
-    first = segment_ids[edge * BLOCK_SIZE]
-    last = segment_ids[(edge * BLOCK_SIZE + BLOCK_SIZE - 1).clamp(max=total - 1)]
-    ahead = edge[None, :] - edge[:, None]  # in blocks; row = query block, column = key block
-
-    if direction == "causal":
-        reached = (ahead < 0) & (last[None, :] == first[:, None])
-        full = reached & (first[None, :] == last[:, None])
-    else:
-        reached = (ahead > 0) & (first[None, :] == last[:, None])
-        full = reached & (last[None, :] == first[:, None])
-        if window_k:
-            reached &= ahead * BLOCK_SIZE - (BLOCK_SIZE - 1) <= window_k
-            full &= ahead * BLOCK_SIZE + (BLOCK_SIZE - 1) <= window_k
-    if total % BLOCK_SIZE:  # the last block is cut short, and FlexAttention does not apply the rule inside full blocks
-        full[-1, :] = False
-        full[:, -1] = False
-
-    partial = (reached & ~full) | (ahead == 0)
-    return BlockMask.from_kv_blocks(
-        *_list_blocks(partial),
-        *_list_blocks(full),
-        BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=_mask_mod(segment_ids, direction, window_k),
+    window = min(window_k, total) if direction == "future" and window_k else total
+    list_blocks = _list_blocks_compiled if segment_ids.is_cuda else _list_blocks
+    behind, ahead = list_blocks(segment_ids, window)
+    keys, queries = (behind, ahead) if direction == "causal" else (ahead, behind)
+    return BlockMask(
         seq_lengths=(total, total),
+        kv_num_blocks=keys.partial_counts,
+        kv_indices=keys.partial,
+        full_kv_num_blocks=keys.full_counts,
+        full_kv_indices=keys.full,
+        q_num_blocks=queries.partial_counts,
+        q_indices=queries.partial,
+        full_q_num_blocks=queries.full_counts,
+        full_q_indices=queries.full,
+        BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+        mask_mod=_mask_mod(segment_ids, direction, window_k),
     )
 
 
-def _list_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of chosen key blocks [1, 1, rows] and their indices, chosen ones first [1, 1, rows, columns]."""
-    counts = chosen.sum(dim=-1, dtype=torch.int32)
-    indices = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None], indices[None, None]
+class _BlockLists(NamedTuple):
+    """The blocks that each of B blocks reaches on one side. All int32; entries of a row past its count mean nothing.
+
+    FlexAttention applies the rule inside partial blocks, and takes it to allow every pair inside full ones.
+    """
+
+    partial_counts: Tensor  # [1, 1, B]
+    partial: Tensor  # [1, 1, B, B], ascending
+    full_counts: Tensor  # [1, 1, B]
+    full: Tensor  # [1, 1, B, B], ascending
+
+
+def _list_blocks(segment_ids: Tensor, window: int) -> tuple[_BlockLists, _BlockLists]:
+    """What each block reaches behind it and ahead of it, itself in both, if no pair is more than `window` tokens apart."""
+    total = segment_ids.numel()
+    block = torch.arange(-(-total // BLOCK_SIZE), dtype=torch.int32, device=segment_ids.device)
+    first = segment_ids[block * BLOCK_SIZE]
+    last = segment_ids[(block * BLOCK_SIZE + BLOCK_SIZE - 1).clamp(max=total - 1)]
+    if total % BLOCK_SIZE:
+        last[-1] += 1  # a block cut short is never full: let it end in a document of its own
+
+    touched = (window + BLOCK_SIZE - 1) // BLOCK_SIZE  # blocks further on that hold a pair within the window
+    covered = (window + 1) // BLOCK_SIZE - 1  # blocks further on whose pairs are all within it; -1 if not even the block's own
+    # Documents ascend, so a binary search finds the first block that meets, or lies inside, the document at a block's edge.
+    behind = _list_ranges(
+        torch.maximum(torch.searchsorted(last, first, out_int32=True), block - touched),
+        block + 1,
+        torch.maximum(torch.searchsorted(first, last, out_int32=True), block - covered),
+        block,
+    )
+    # ... and here, the first block that no longer does.
+    ahead = _list_ranges(
+        block,
+        torch.minimum(torch.searchsorted(first, last, out_int32=True, right=True), block + 1 + touched),
+        block + 1,
+        torch.minimum(torch.searchsorted(last, first, out_int32=True, right=True), block + 1 + covered),
+    )
+    return behind, ahead
+
+
+def _list_ranges(begin: Tensor, end: Tensor, full_begin: Tensor, full_end: Tensor) -> _BlockLists:
+    """Lists of B rows that reach blocks begin .. end, full_begin .. full_end of them full (none if that is no range)."""
+    place = torch.arange(len(begin), dtype=torch.int32, device=begin.device)
+    full_counts = (full_end - full_begin).clamp(min=0)
+    full = full_begin[:, None] + place
+    reached = begin[:, None] + place
+    partial = torch.where(reached < full_begin[:, None], reached, reached + full_counts[:, None])
+    inside = len(begin) - 1  # a kernel may read the first entry of an empty row
+    return _BlockLists(
+        (end - begin - full_counts)[None, None],
+        partial.clamp(max=inside)[None, None],
+        full_counts[None, None],
+        full.clamp(max=inside)[None, None],
+    )
+
+
+_list_blocks_compiled = torch.compile(_list_blocks, dynamic=False)

@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from flame.config import JobConfig
 from flame.errors import UserError
-from flame.models.future_encoder import is_recurrent
+from flame.models import varlen_attention
+from flame.models.future_encoder import Attention, is_recurrent
 
 
 def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -110,6 +111,11 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
             "checkpoint.export_hf = true, but a model that comes with Python code of its own (model.trust_remote_code = true) "
             "cannot be exported: set it to false"
         )
+    if future.projection_dim and future.projection_dim >= config.hidden_size:
+        faults.append(
+            f"future_encoder.projection_dim = {future.projection_dim} is no less than the model's hidden_size = "
+            f"{config.hidden_size}: set it to 0 to compare in the model's width"
+        )
     if job.uses_future and is_recurrent(config):
         what = f'model_type "{config.model_type}" reads reversed documents'
         if future.target_shift == 0:
@@ -120,19 +126,20 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
         raise UserError(*faults)
 
 
-def build_on_meta(config: PretrainedConfig, device_type: str) -> PreTrainedModel:
-    """The model without storage, in float32, with the attention that suits the device: FlexAttention on CUDA, SDPA elsewhere.
+def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attention) -> PreTrainedModel:
+    """The model without storage, in float32.
 
     Raises:
         UserError: the architecture cannot be built, cannot run with a given mask, or its head is not one plain matrix.
     """
     if is_recurrent(config) and device_type != "cuda":
         raise UserError(f'model_type "{config.model_type}" runs on GPUs only, and this machine has none')
-    attention = {} if is_recurrent(config) else {"attn_implementation": "flex_attention" if device_type == "cuda" else "sdpa"}
+    names = {"varlen": varlen_attention.IMPLEMENTATION, "flex": "flex_attention", "sdpa": "sdpa"}
+    implementation = {} if attention == "none" else {"attn_implementation": names[attention]}
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=_has_own_code(config), **attention
+                config, dtype=torch.float32, trust_remote_code=_has_own_code(config), **implementation
             )
     except Exception as error:  # whatever a bad value in the configuration leads to, or a kernel that is missing here
         raise UserError(

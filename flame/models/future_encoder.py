@@ -1,22 +1,26 @@
 """The two passes of one network over a packed batch: hidden states from the past, summaries of the future.
 
-`MaskedPasses`: where attention takes a mask, the anti-causal pass is the same forward under an anti-causal mask.
-`ReversedPasses`: where it cannot (linear attention, state-space models), each document is reversed, run forward, and reversed
-back. There a summary holds its own token by construction.
+`VarlenPasses`: softmax attention in half precision on GPUs. Flash kernels that skip whole documents; the anti-causal pass reads
+the pack backwards, under strictly causal attention.
+`MaskedPasses`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask.
+`ReversedPasses`: recurrent layers (linear attention, state-space models) take neither. Each document is reversed, run forward,
+and reversed back. There a summary holds its own token by construction.
 
-Either way summary t depends on tokens t .. end of its document, and on nothing else.
+In every case summary t depends on tokens t .. end of its document, and on nothing else.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import PackedBatch
+from flame.models import flash_kernels
 from flame.models.attention_mask import build_attention_mask
+from flame.models.varlen_attention import WIDEST_HEAD, DocumentLayout
 
 
 class Passes(Protocol):
@@ -30,9 +34,50 @@ class Passes(Protocol):
         """Final hidden states [T, d] of the anti-causal forward; window_k is `future_encoder.future_k`."""
         ...
 
+    def describe(self) -> str:
+        """What attends, for the log."""
+        ...
+
+
+class VarlenPasses:
+    """Softmax attention by `flame.models.varlen_attention`.
+
+    Args:
+        max_length: no document of any batch is longer.
+    """
+
+    def __init__(self, max_length: int):
+        self._max_length = max_length
+
+    def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
+        return self._run(model, batch.input_ids, batch.position_ids, layout)
+
+    def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
+        backwards = batch.input_ids.shape[1] - batch.cu_seqlens.flip(0)
+        layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
+        return self._run(model, batch.input_ids.flip(1), batch.position_ids.flip(1), layout).flip(0)
+
+    def describe(self) -> str:
+        return flash_kernels.describe()
+
+    def _lay_out(self, cu_seqlens: Tensor, is_strict: bool, window_k: int) -> DocumentLayout:
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # the number of documents changes from batch to batch
+        return DocumentLayout(cu_seqlens, self._max_length, is_strict, window_k)
+
+    def _run(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: DocumentLayout) -> Tensor:
+        outputs = model.base_model(input_ids=input_ids, position_ids=position_ids, documents=layout, use_cache=False)
+        return outputs.last_hidden_state[0]
+
 
 class MaskedPasses:
     """Softmax attention: FlexAttention or SDPA under our masks."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def describe(self) -> str:
+        return self._name
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         return self._run(model, batch, build_attention_mask(batch.segment_ids[0], "causal"))
@@ -49,6 +94,9 @@ class MaskedPasses:
 
 class ReversedPasses:
     """Recurrent layers of flash-linear-attention, which reset their state at `cu_seqlens`."""
+
+    def describe(self) -> str:
+        return "flash-linear-attention"
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         return self._run(model, batch.input_ids, batch.cu_seqlens)
@@ -77,9 +125,33 @@ def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
     return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
 
 
-def choose_passes(config: PretrainedConfig) -> Passes:
-    """The passes of a family. All others than flash-linear-attention's must take a mask, which `build_on_meta` makes sure of."""
-    return ReversedPasses() if is_recurrent(config) else MaskedPasses()
+Attention = Literal["varlen", "flex", "sdpa", "none"]
+
+
+def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dtype) -> Attention:
+    """How a family attends on a device, with activations of a dtype: "none" is flash-linear-attention's own layers.
+
+    The flash kernels know half precision and heads of up to `WIDEST_HEAD`, and the model's code must hand on what they need;
+    FlexAttention has none of these limits.
+    """
+    if is_recurrent(config):
+        return "none"
+    if device_type != "cuda":
+        return "sdpa"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    native = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    hands_on = getattr(native, "_supports_attention_backend", False)
+    fits = dtype == torch.bfloat16 and head_dim <= WIDEST_HEAD and head_dim % 8 == 0
+    return "varlen" if hands_on and fits else "flex"
+
+
+def build_passes(attention: Attention, max_length: int) -> Passes:
+    """The passes that go with a choice of `choose_attention`; no document is longer than max_length."""
+    if attention == "varlen":
+        return VarlenPasses(max_length)
+    if attention == "none":
+        return ReversedPasses()
+    return MaskedPasses("FlexAttention" if attention == "flex" else "PyTorch's SDPA")
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:

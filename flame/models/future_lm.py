@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -11,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.config import JobConfig
 from flame.data.batch import PackedBatch
-from flame.models.causal_lm import build_on_meta
-from flame.models.future_encoder import choose_passes
+from flame.models.causal_lm import build_on_meta, find_decoder_layers
+from flame.models.fp8 import Fp8Switch, check_fp8, install_fp8
+from flame.models.future_encoder import Passes, build_passes, choose_attention
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import InfoNCEEstimator, build_mi_estimator
 
@@ -25,12 +27,20 @@ class FutureLM(nn.Module):
     `predictor` and `estimator` are None in a run without future loss.
     """
 
-    def __init__(self, lm: PreTrainedModel, predictor: FuturePredictorHead | None, estimator: InfoNCEEstimator | None):
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        passes: Passes,
+        predictor: FuturePredictorHead | None = None,
+        estimator: InfoNCEEstimator | None = None,
+        fp8: Fp8Switch | None = None,
+    ):
         super().__init__()
         self.lm = lm
         self.predictor = predictor
         self.estimator = estimator
-        self._passes = choose_passes(lm.config)
+        self._passes = passes
+        self._fp8 = fp8
 
     def forward(self, step: Callable[..., T], *args) -> T:
         """Run `step(self, *args)` with the root's weights gathered.
@@ -46,7 +56,12 @@ class FutureLM(nn.Module):
 
     def encode_future(self, batch: PackedBatch, window_k: int) -> Tensor:
         """Anti-causal forward: summaries [T, d] of each position's future, with `future_encoder.future_k` as window."""
-        return self._passes.encode_future(self.lm, batch, window_k)
+        with self._fp8.on() if self._fp8 is not None else nullcontext():
+            return self._passes.encode_future(self.lm, batch, window_k)
+
+    def describe_attention(self) -> str:
+        """What attends, for the log."""
+        return self._passes.describe()
 
     @property
     def output_embedding(self) -> Tensor:
@@ -58,15 +73,23 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
     """The modules of a run, on meta.
 
     Args:
-        device_type: "cuda" or "cpu", which decides the attention implementation.
+        device_type: "cuda" or "cpu", which with the dtype decides the attention implementation.
     """
-    lm = build_on_meta(model_config, device_type)
+    attention = choose_attention(model_config, device_type, getattr(torch, config.training.mixed_precision_param))
+    lm = build_on_meta(model_config, device_type, attention)
+    passes = build_passes(attention, config.training.context_len)
     if config.experimental.freeze_lm_for_infonce:
         lm.requires_grad_(False)
     if not config.uses_future:
-        return FutureLM(lm, None, None)
-    hidden_size, future = model_config.hidden_size, config.future_encoder
+        return FutureLM(lm, passes)
+    hidden_size, future, head = model_config.hidden_size, config.future_encoder, config.future_predictor
+    fp8 = None
+    if future.precision == "fp8":
+        check_fp8(device_type)
+        fp8 = install_fp8(find_decoder_layers(lm))
     with torch.device("meta"):
-        predictor = FuturePredictorHead(hidden_size, config.future_predictor.head_type, config.future_predictor.dropout)
-        estimator = build_mi_estimator(future.estimator_type, hidden_size, future.temperature, future.learnable_temperature)
-    return FutureLM(lm, predictor, estimator)
+        predictor = FuturePredictorHead(hidden_size, head.head_type, head.dropout, future.projection_dim or hidden_size)
+        estimator = build_mi_estimator(
+            future.estimator_type, hidden_size, future.temperature, future.learnable_temperature, future.projection_dim
+        )
+    return FutureLM(lm, passes, predictor, estimator, fp8)

@@ -90,10 +90,41 @@ def find_anchors(segment_ids: Tensor, target_shift: int) -> Tensor:
     return anchors
 
 
-def count_anchors(cu_seqlens: Tensor, target_shift: int) -> int:
-    """Number of true entries of `find_anchors`, from the document lengths alone."""
+def count_anchors(cu_seqlens: Tensor, target_shift: int, at_most: int = 0) -> int:
+    """Number of true entries of `find_anchors`, from the document lengths alone, or `at_most` (where not 0) if that is less."""
     cu = cu_seqlens.reshape(-1)
-    return int((cu[1:] - cu[:-1] - max(target_shift, 1)).clamp(min=0).sum())
+    count = int((cu[1:] - cu[:-1] - max(target_shift, 1)).clamp(min=0).sum())
+    return min(count, at_most) if at_most else count
+
+
+def draw_anchors(anchors: Tensor, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A random choice among the anchors, without asking the device how many there are.
+
+    Args:
+        anchors: bool [T].
+        at_most: K, at most T.
+        seed: decides the choice.
+
+    Returns:
+        positions int64 [K] in ascending order, and bool [K]: which of them are anchors. Where there are fewer than K, others
+        fill up.
+    """
+    generator = torch.Generator(anchors.device).manual_seed(seed)
+    priority = torch.rand(anchors.shape, generator=generator, device=anchors.device) + anchors
+    positions = priority.topk(at_most).indices.sort().values
+    return positions, anchors[positions]
+
+
+def find_neighbors(segment_ids: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """For each position the first and the last one of its document that are at most `reach` away: int64 [T] each.
+
+    Args:
+        segment_ids: [T] document number of each token, non-decreasing.
+    """
+    index = torch.arange(segment_ids.numel(), device=segment_ids.device)
+    first = torch.searchsorted(segment_ids, segment_ids, side="left")
+    last = torch.searchsorted(segment_ids, segment_ids, side="right") - 1
+    return torch.maximum(first, index - reach), torch.minimum(last, index + reach)
 
 
 def render_future_mask(cu_seqlens: Tensor, window_k: int | None = None) -> str:

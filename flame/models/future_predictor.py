@@ -27,12 +27,19 @@ class FuturePredictorHead(nn.Module):
         hidden_size: width d of hidden states and summaries.
         head_type: "linear" (norm, linear), "mlp" (norm, linear, GELU, linear) or "gated" (norm, SwiGLU, linear).
         dropout: probability, before the last linear layer.
+        output_size: width of the guesses; 0 is hidden_size.
 
     Raises:
         ValueError: for another head_type.
     """
 
-    def __init__(self, hidden_size: int, head_type: Literal["linear", "mlp", "gated"] = "linear", dropout: float = 0.0):
+    def __init__(
+        self,
+        hidden_size: int,
+        head_type: Literal["linear", "mlp", "gated"] = "linear",
+        dropout: float = 0.0,
+        output_size: int = 0,
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         if head_type == "linear":
@@ -44,7 +51,7 @@ class FuturePredictorHead(nn.Module):
         else:
             raise ValueError(f'head_type = "{head_type}": allowed are "linear", "mlp" and "gated"')
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, output_size or hidden_size)
 
     def init_weights(self) -> None:
         """Draw the weights anew; needed after building on the meta device."""
@@ -53,6 +60,6 @@ class FuturePredictorHead(nn.Module):
                 module.reset_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] -> [..., d], each vector of Euclidean norm 1."""
+        """[..., d] -> [..., output_size], each vector of Euclidean norm 1."""
         guess = self.out(self.dropout(self.body(self.norm(hidden_states))))
         return F.normalize(guess, dim=-1)

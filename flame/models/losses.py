@@ -1,6 +1,7 @@
 """Next-token cross entropy straight from hidden states.
 
-The logits of a whole pack (T x V) are never held: like InfoNCE, the gradients are formed in the forward, chunk by chunk.
+The logits of a whole pack (T x V) are never held: like InfoNCE, the gradients are formed in the forward, chunk by chunk, so
+that forward and backward are the three matrix products of 6 T d V FLOPs and one pass of `softmax_rows_` over the logits.
 Shape legend: T tokens, d width, V vocabulary, c rows of a chunk.
 """
 
@@ -9,39 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
+
 IGNORED_LABEL = -100
-ROWS_PER_CHUNK = 4096
-
-
-def _cross_entropy_rows(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss sum (0-d) and its gradient by the logits [c, V] of a chunk: [c, d], [V, d], [c]."""
-    logits = hidden_states @ weight.t()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted = labels != IGNORED_LABEL
-    own = torch.arange(weight.shape[0], device=labels.device)[None, :] == labels[:, None]
-    lse = logits.logsumexp(dim=-1)
-    loss = torch.where(counted, lse - torch.where(own, logits, 0.0).sum(dim=-1), 0.0).sum()
-    grad = torch.where(counted[:, None], torch.exp(logits - lse[:, None]) - own.to(logits.dtype), 0.0)
-    return loss, grad.to(hidden_states.dtype)
-
-
-_cross_entropy_rows_compiled = torch.compile(_cross_entropy_rows, dynamic=False)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        cross_entropy_rows = _cross_entropy_rows_compiled if hidden_states.is_cuda else _cross_entropy_rows
+        rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=weight.device)
         grad_hidden = torch.empty_like(hidden_states)
         grad_weight = torch.zeros_like(weight, dtype=wide)
+        logits_buffer = hidden_states.new_empty(rows, len(weight))
         losses = []
-        chunks = (t.split(ROWS_PER_CHUNK) for t in (hidden_states, labels, grad_hidden))
-        for hidden_chunk, label_chunk, grad_chunk in zip(*chunks, strict=True):
-            loss, grad_logits = cross_entropy_rows(hidden_chunk, weight, label_chunk)
-            torch.mm(grad_logits, weight, out=grad_chunk)
-            grad_weight += grad_logits.t() @ hidden_chunk
-            losses.append(loss)
+        for start in range(0, len(hidden_states), rows):
+            chunk = slice(start, start + rows)
+            logits = torch.mm(hidden_states[chunk], weight.t(), out=logits_buffer[: len(hidden_states[chunk])])
+            losses.append(softmax_rows_(logits, labels[chunk], one).loss.sum())
+            torch.mm(logits, weight, out=grad_hidden[chunk])
+            _add_product_(grad_weight, logits.t(), hidden_states[chunk])
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return torch.stack(losses).sum()
 
@@ -49,6 +38,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be wider than a and b: on CUDA the product then is never rounded to their dtype."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ InfoNCE (van den Oord et al. 2018, arXiv:1807.03748, eq. 4): with N valid pairs 
     loss = -1/N sum_i log( exp(s_ii / t) / sum_j exp(s_ij / t) ),      I(x; y) >= ln N - loss.
 
 The summaries y are labels, so only the gradient of x (and of the temperature t) is ever needed, and what arrives from above is
-a scalar. It is therefore formed in the forward, one chunk of rows after another: 4 N^2 d FLOPs and O(chunk x N) memory.
+a scalar. It is therefore formed in the forward, one chunk of rows after another: 4 N^2 d FLOPs in two matrix products, and one
+pass of `softmax_rows_` over the chunk's scores, with O(chunk x N) memory.
 
 Shape legend: N candidates, d width, c rows of a chunk.
 """
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flame.config import LOWEST_LEARNED_TEMPERATURE
-
-ROWS_PER_CHUNK = 4096
+from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
 
 
 class Contrast(NamedTuple):
@@ -31,7 +31,8 @@ class Contrast(NamedTuple):
     loss_sum: Tensor
     num_anchors: Tensor
     mi_sum: Tensor
-    """ln N - loss, summed: divided by num_anchors it bounds the mutual information from below, in nats."""
+    """ln N - loss, summed, with N the candidates of each anchor: divided by num_anchors it bounds the mutual information from
+    below, in nats."""
     correct: Tensor
     """Anchors whose own summary scores strictly above every other: ties are misses, so collapsed summaries score 0."""
     positive_cosine_sum: Tensor
@@ -41,86 +42,93 @@ class Contrast(NamedTuple):
     """1 if loss or gradient came out infinite or NaN, else 0. Then all of the above, and every gradient, is exactly 0."""
 
 
-def _contrast_rows(x: Tensor, y: Tensor, valid: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """Loss and gradient of a chunk of rows.
+class _Columns(NamedTuple):
+    """Which candidate is in which column: only valid ones, in their order, then arbitrary ones to fill up N."""
 
-    Args:
-        x: [c, d] guesses of the chunk. y: [N, d]. valid: bool [N]. rows: int64 [c], the chunk's indices in y.
-        scale: 0-d, 1 / temperature.
-
-    Returns:
-        loss sum, number of correct rows, sum of positive cosines, gradient of the sum by scale (all 0-d), and by x [c, d].
-    """
-    cosine = x @ y.t()
-    cosine = cosine.to(_at_least_float32(cosine))
-    logits = torch.where(valid[None, :], cosine * scale, -math.inf)
-    own = torch.arange(y.shape[0], device=y.device)[None, :] == rows[:, None]
-    positive = torch.where(own, logits, 0.0).sum(dim=-1)
-    lse = logits.logsumexp(dim=-1)
-    anchor = valid[rows]
-    probs = torch.exp(logits - lse[:, None])
-    probs_minus_own = torch.where(anchor[:, None], probs - own.to(probs.dtype), 0.0)
-
-    loss = torch.where(anchor, lse - positive, 0.0).sum()
-    correct = (anchor & (positive > torch.where(own, -math.inf, logits).amax(dim=-1))).sum()
-    positive_cosine = torch.where(anchor, positive, 0.0).sum() / scale
-    grad_scale = (probs_minus_own * cosine).sum()
-    grad_x = (probs_minus_own.to(x.dtype) @ y) * scale
-    return loss, correct.to(loss.dtype), positive_cosine, grad_scale, grad_x
+    order: Tensor
+    """int64 [N]: candidate of each column."""
+    own: Tensor
+    """int64 [N]: column of each row's own candidate; -1 for rows that are not valid."""
+    total: Tensor
+    """int64 0-d: columns that count."""
+    excluded: tuple[Tensor, Tensor] | None
+    """int64 [N] and [N]: first and last column that do not count for a row."""
 
 
-_contrast_rows_compiled = torch.compile(_contrast_rows, dynamic=False)
+def _arrange_columns(valid: Tensor, excluded: tuple[Tensor, Tensor] | None) -> _Columns:
+    """Columns for valid: bool [N]; excluded: first and last candidate, int64 [N] each. Never waits for the device."""
+    up_to = valid.cumsum(0)  # valid ones up to and with each
+    before = up_to - valid.long()
+    total = valid.numel()
+    order = torch.zeros(total + 1, dtype=torch.long, device=valid.device)
+    order.scatter_(0, torch.where(valid, before, total), torch.arange(total, device=valid.device))
+    ranges = None if excluded is None else (before[excluded[0]], up_to[excluded[1]] - 1)
+    return _Columns(order[:total], torch.where(valid, before, -1), up_to[-1], ranges)
 
 
 class _InfoNCESum(torch.autograd.Function):
-    """(x [N, d], y [N, d], valid [N], scale 0-d) -> loss sum, correct, positive cosine sum, whether all is finite."""
+    """(x [N, d], y [N, d], columns, scale 0-d) -> loss sum, correct, positive cosine sum, whether all is finite."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, valid: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        contrast_rows = _contrast_rows_compiled if x.is_cuda else _contrast_rows
+    def forward(ctx, x: Tensor, y: Tensor, columns: _Columns, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = len(x)
+        rows = count_chunk_rows(total, total, x.dtype)
+        candidates = y[columns.order]
         grad_x = torch.empty_like(x)
-        totals = []
-        all_rows = torch.arange(x.shape[0], device=x.device)
-        for x_chunk, rows, grad_chunk in zip(*(t.split(ROWS_PER_CHUNK) for t in (x, all_rows, grad_x)), strict=True):
-            *sums, grad = contrast_rows(x_chunk, y, valid, rows, scale)
-            grad_chunk.copy_(grad)
-            totals.append(torch.stack(sums))
-        # Cloned, since views must not leave an FSDP module.
-        total = torch.stack(totals).sum(dim=0)
-        is_finite = total.isfinite().all() & grad_x.isfinite().all()
+        scores_buffer = x.new_empty(min(rows, total), total)
+        sums = []
+        for start in range(0, total, rows):
+            chunk = slice(start, start + rows)
+            scores = torch.mm(x[chunk], candidates.t(), out=scores_buffer[: len(x[chunk])])
+            excluded = None if columns.excluded is None else (columns.excluded[0][chunk], columns.excluded[1][chunk])
+            parts = softmax_rows_(scores, columns.own[chunk], scale, columns.total, excluded)
+            torch.mm(scores, candidates, out=grad_x[chunk])
+            sums.append(torch.stack([part.sum() for part in parts]))
+        numbers = torch.stack(sums).sum(dim=0)
+        # Candidates that do not count have weight 0, but 0 times what is not finite is not 0.
+        is_finite = numbers.isfinite().all() & grad_x.isfinite().all() & (scale > 0)
         grad_x.masked_fill_(~is_finite, 0.0)
-        loss, correct, positive_cosine, grad_scale = (number.clone() for number in torch.where(is_finite, total, 0.0))
-        ctx.save_for_backward(grad_x, grad_scale)
+        # Cloned, since views must not leave an FSDP module.
+        loss, positive_cosine, correct, grad_scale = (n.clone() for n in torch.where(is_finite, numbers, 0.0))
+        ctx.save_for_backward(grad_x, torch.where(is_finite, scale, 0.0), grad_scale)
         ctx.mark_non_differentiable(correct, positive_cosine, is_finite)
         return loss, correct, positive_cosine, is_finite
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_scale = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), None, None, grad_scale * grad_loss
+        grad_x, scale, grad_scale = ctx.saved_tensors
+        return grad_x * (grad_loss * scale).to(grad_x.dtype), None, None, grad_scale * grad_loss
 
 
 class InfoNCEEstimator(nn.Module):
     """InfoNCE over the valid pairs of one packed batch, with cosine similarity.
 
     Args:
-        hidden_size: width d of guesses and summaries.
+        hidden_size: width d of the summaries, and of the guesses.
         temperature: divides the cosines.
         learnable_temperature: make it a parameter (its logarithm, so that it stays positive), starting at `temperature`.
+        projection_dim: if not 0, guesses have this width, and a fixed random matrix takes the summaries to it. Random projections
+            to p dimensions change cosines by about 1 / sqrt(p) (Johnson and Lindenstrauss 1984).
     """
 
-    def __init__(self, hidden_size: int, temperature: float = 0.1, learnable_temperature: bool = False):
+    projection: Tensor | None
+
+    def __init__(self, hidden_size: int, temperature: float = 0.1, learnable_temperature: bool = False, projection_dim: int = 0):
         super().__init__()
         self.hidden_size = hidden_size
+        self.width = projection_dim or hidden_size
         self.initial_temperature = temperature
         self.log_temperature = nn.Parameter(torch.empty(1)) if learnable_temperature else None
+        self.register_buffer("projection", torch.empty(hidden_size, projection_dim) if projection_dim else None)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set the temperature; needed after building on the meta device."""
+        """Set the temperature and draw the projection; needed after building on the meta device."""
         if self.log_temperature is not None:
             self.log_temperature.fill_(math.log(self.initial_temperature))
+        if self.projection is not None:
+            self.projection.normal_(std=self.width**-0.5)
 
     def temperature(self, like: Tensor) -> Tensor:
         """0-d tensor on the device of `like`, in float32 or wider."""
@@ -138,25 +146,33 @@ class InfoNCEEstimator(nn.Module):
         if self.log_temperature is not None:
             self.log_temperature.clamp_(min=math.log(LOWEST_LEARNED_TEMPERATURE))
 
-    def contrast(self, x: Tensor, y: Tensor, valid_mask: Tensor) -> Contrast:
+    def contrast(self, x: Tensor, y: Tensor, valid_mask: Tensor, excluded: tuple[Tensor, Tensor] | None = None) -> Contrast:
         """Compare every valid guess with every valid summary.
 
         Args:
-            x: [..., d] guesses. y: [..., d] summaries, detached; row i of y is the positive of row i of x.
+            x: [..., d] guesses ([..., projection_dim] with a projection). y: [..., d] summaries, detached; row i of y is the
+                positive of row i of x.
             valid_mask: bool [...]; an invalid row is neither anchor nor candidate. It may be all false: then every sum is
                 exactly 0 and the backward still runs.
+            excluded: int64 [N] and [N], for each row the first and the last row that are no negatives of it, itself between
+                them.
         """
         assert not y.requires_grad, "summaries are labels: detach them"
-        x, y = x.reshape(-1, self.hidden_size), y.reshape(-1, self.hidden_size)
+        x, y = x.reshape(-1, self.width), y.reshape(-1, self.hidden_size)
         valid = valid_mask.reshape(-1)
-        x, y = _normalize(x), _normalize(y)
-        loss_sum, correct, positive_cosine, is_finite = _InfoNCESum.apply(x, y, valid, 1.0 / self.temperature(like=x))
+        if self.projection is not None:
+            y = y @ self.projection.to(y.dtype)
+        normalize = _normalize_compiled if x.is_cuda else _normalize
+        x, y = normalize(x), normalize(y)
+        columns = _arrange_columns(valid, excluded)
+        loss_sum, correct, positive_cosine, is_finite = _InfoNCESum.apply(x, y, columns, 1.0 / self.temperature(like=x))
 
         with torch.no_grad():
-            count = torch.where(is_finite, valid.sum(), 0).to(loss_sum.dtype)
-            all_cosines = torch.where(is_finite, (_sum_valid(x, valid) * _sum_valid(y, valid)).sum(), 0.0)
+            sum_valid = _sum_valid_compiled if x.is_cuda else _sum_valid
+            count = torch.where(is_finite, columns.total, 0).to(loss_sum.dtype)
+            all_cosines = torch.where(is_finite, (sum_valid(x, valid) * sum_valid(y, valid)).sum(), 0.0)
             negative_cosine = (all_cosines - positive_cosine) / (count - 1).clamp(min=1)
-            mi = count * count.clamp(min=1).log() - loss_sum
+            mi = torch.where(is_finite, _sum_log_candidates(valid, columns, loss_sum.dtype), 0.0) - loss_sum
             failed = 1.0 - is_finite.to(loss_sum.dtype)
         return Contrast(loss_sum, count, mi, correct, positive_cosine, negative_cosine, failed)
 
@@ -186,6 +202,19 @@ def _sum_valid(vectors: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid[:, None], vectors, 0.0).sum(dim=0, dtype=_at_least_float32(vectors))
 
 
+_normalize_compiled = torch.compile(_normalize, dynamic=False)
+_sum_valid_compiled = torch.compile(_sum_valid, dynamic=False)
+
+
+def _sum_log_candidates(valid: Tensor, columns: _Columns, dtype: torch.dtype) -> Tensor:
+    """Sum over anchors of the logarithm of the number of candidates, the own one included."""
+    if columns.excluded is None:
+        return columns.total * columns.total.clamp(min=1).to(dtype).log()
+    first, last = columns.excluded
+    candidates = columns.total - (last - first)
+    return torch.where(valid, candidates.clamp(min=1).to(dtype).log(), 0.0).sum()
+
+
 @torch.no_grad()
 def read_temperature(estimator: InfoNCEEstimator) -> Tensor:
     """The learned temperature, 0-d, outside a forward: there FSDP holds the parameter in shards. A collective call."""
@@ -196,7 +225,11 @@ def read_temperature(estimator: InfoNCEEstimator) -> Tensor:
 
 
 def build_mi_estimator(
-    estimator_type: Literal["infonce"], hidden_size: int, temperature: float = 0.1, learnable_temperature: bool = False
+    estimator_type: Literal["infonce"],
+    hidden_size: int,
+    temperature: float = 0.1,
+    learnable_temperature: bool = False,
+    projection_dim: int = 0,
 ) -> InfoNCEEstimator:
     """The estimator of a name.
 
@@ -205,4 +238,4 @@ def build_mi_estimator(
     """
     if estimator_type != "infonce":
         raise ValueError(f'estimator_type = "{estimator_type}": allowed is "infonce"')
-    return InfoNCEEstimator(hidden_size, temperature, learnable_temperature)
+    return InfoNCEEstimator(hidden_size, temperature, learnable_temperature, projection_dim)

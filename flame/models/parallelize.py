@@ -22,13 +22,28 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     layers = find_decoder_layers(model.lm)
     _checkpoint_activations(layers, config)
     if config.training.compile:
-        for layer in layers:
-            layer.compile(dynamic=False)
+        _compile(model, layers)
     _shard(model, layers, config, mesh)
 
 
+def _compile(model: FutureLM, layers: nn.ModuleList) -> None:
+    """Compile each decoder layer, once for all of them, and what stands beside them: the last norm and the predictor."""
+    beside = [
+        module
+        for module in model.lm.base_model.children()
+        if module is not layers and not isinstance(module, nn.Embedding) and any(True for _ in module.parameters())
+    ]
+    for module in (*layers, *beside, *([model.predictor] if model.predictor is not None else [])):
+        module.compile(dynamic=False)
+
+
+class _SelectiveAC(SelectiveAC):
+    def get_save_ops(self) -> set:
+        return super().get_save_ops() | {torch.ops.flame.varlen_attention.default}
+
+
 def _checkpoint_activations(layers: nn.ModuleList, config: JobConfig) -> None:
-    policies = {"full": FullAC, "selective": SelectiveAC}
+    policies = {"full": FullAC, "selective": _SelectiveAC}
     if config.activation_checkpoint.mode in policies:
         policy = policies[config.activation_checkpoint.mode]
         holder = nn.Module()  # the library wraps, in place, what it finds under the name `layers`
@@ -43,10 +58,11 @@ def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: Devi
         param_dtype=getattr(torch, training.mixed_precision_param) if on_gpu else torch.float32,
         reduce_dtype=torch.float32,
     )
+    reshard = training.fsdp_reshard_after_forward and mesh.size(mesh.ndim - 1) > 1
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=training.fsdp_reshard_after_forward)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
+    for module in model.modules() if mesh.size() > 1 else ():  # alone, FSDP would divide by 1.0, in a pass over all gradients
         if isinstance(module, FSDPModule):
             # Losses are divided by global counts, so gradients are summed over ranks. Gloo cannot divide and needs plain sums.
             module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,431 @@
+"""Training steps at the shape of Llama-3.2-1B on one GPU, beside those of a peer and of two plain implementations. Prints tables.
+
+    python -m benchmarks.peers OUT [--titan-site DIR] [--lengths 16384,32768,65536]
+
+Ours is what `flame.train` runs: the modules under FSDP2 on a mesh of one rank, float32 weights, bfloat16 arithmetic, compiled
+layers, `compute_losses`, clipping and AdamW. Others: `benchmarks.prototypes`, and torchtitan 0.2.2's own Llama (next-token only,
+untied head), which needs DIR, a folder that `pip install --no-deps --target DIR torchtitan==0.2.2` filled. It runs in a process
+of its own, since ours imports another version; both sit on the GPU and take turns, step by step. The others have no optimizer.
+
+All at a length take turns, except that the dense recipe takes them with ours alone, and where it is not expected to fit it has
+the GPU to itself. Times are medians with the range. Peak memory is what a process with nothing else in it would need, without
+the allocator's reserve. The same FLOPs are taken for all: those of `flame.components.flops`, against 989 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PretrainedConfig
+
+from benchmarks.packs import LONGEST, draw_batch
+from benchmarks.prototypes import Dense, Planned
+from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns, measure_side_by_side, sample
+from flame.components.distributed import end_processes, set_single_process_defaults, start_processes
+from flame.components.flops import FlopCounter
+from flame.components.optimizer import build_optimizer
+from flame.components.titan import clip_grad_norm_
+from flame.config import FutureEncoder, JobConfig, Training
+from flame.data.batch import PackedBatch
+from flame.models import flash_kernels
+from flame.models.causal_lm import load_model_config
+from flame.models.future_lm import build_future_lm
+from flame.models.parallelize import materialize, parallelize
+from flame.models.softmax_rows import count_chunk_rows
+from flame.objective import compute_losses
+
+REPO = Path(__file__).parent.parent
+MODEL = REPO / "configs" / "models" / "llama_1B.json"
+START = time.perf_counter()
+PEAK_FLOPS = 989e12
+WARMUP = 2
+LONGEST_OF_PEER = 32_768
+LONGEST_OF_DENSE = 16_384
+
+Prototype = TypeVar("Prototype", Planned, Dense)
+
+OURS_NEXT_TOKEN = "ours, next-token"
+OURS_FUTURE = "ours, future"
+OURS_NEXT_TOKEN_BARE = "ours, next-token, no optimizer"
+OURS_FUTURE_BARE = "ours, future, no optimizer"
+OURS_FP8 = "ours, future in fp8"
+BODY = "ours, decoder layers of the causal pass alone, no optimizer"
+PRODUCTS = "the two matrix products of InfoNCE alone"
+OURS_FUTURE_BY_DENSE = "ours, future (in turns with dense)"
+PLANNED_NEXT_TOKEN = "planned prototype, next-token, no optimizer"
+PLANNED_FUTURE = "planned prototype, future, no optimizer"
+DENSE = "dense recipe, future, no optimizer"
+PEER = "torchtitan 0.2.2, next-token, no optimizer"
+
+
+@dataclass
+class Step:
+    """One row of the table of a length."""
+
+    timing: Timing
+    peak_gib: float
+    tokens_per_second: float
+    mfu: float
+
+
+@dataclass
+class Outcome:
+    """Everything measured at one length."""
+
+    length: int
+    documents: int
+    steps: dict[str, Step | None] = field(default_factory=dict)
+    """None: out of memory."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    future_extra_gib: float | None = None
+
+
+def note(text: str) -> None:
+    print(f"[{time.perf_counter() - START:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def count_repeats(length: int) -> int:
+    """7 at 16,384 tokens, 5 at 32,768, 3 at 65,536: longer steps vary less."""
+    return min(7, max(3, 163_840 // length))
+
+
+# ---------------------------------------------------------------- who takes part
+
+
+class Ours:
+    """A step of the trainer, without what surrounds it. Next-token steps leave the predictor of the same model unused."""
+
+    def __init__(self, model_config: PretrainedConfig, config: JobConfig, batch: PackedBatch, mesh: DeviceMesh):
+        self.config, self.batch = config, batch
+        device = batch.input_ids.device
+        self.model = build_future_lm(config, model_config, device.type)
+        parallelize(self.model, config, mesh)
+        materialize(self.model, device, config.training.seed)
+        self.optimizer = build_optimizer(config, self.model)
+        self.flop_counter = FlopCounter(self.model, config)
+
+        self._fp8 = self.model._fp8
+
+    def step(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> None:
+        self.model._fp8 = self._fp8 if in_fp8 else None
+        losses = self.model(compute_losses, self.batch, self.config, with_future)
+        loss = losses.ce_sum / self.batch.num_labels
+        if losses.contrast is not None:
+            loss = loss + self.config.future_encoder.loss_weight * losses.contrast.loss_sum / losses.contrast.num_anchors
+        loss.backward()
+        if with_optimizer:
+            clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            self.model.zero_grad()
+
+    def step_body(self) -> None:
+        """Forward and backward of the causal pass up to the hidden states."""
+        self.model(lambda model: model.encode_past(self.batch).sum()).backward()
+        self.model.zero_grad()
+
+    def count_held_gib(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> float:
+        """Weights, and the two moments of AdamW: what a run of this kind holds between steps."""
+        parameters = (self.model if with_future else self.model.lm).parameters()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return weights * (3 if with_optimizer else 1) / 2**30
+
+
+class Peer:
+    """torchtitan's Llama in its own process (`benchmarks.peer_titan`), which begins to build and compile it at once."""
+
+    def __init__(self, site: Path, batch: PackedBatch, folder: Path):
+        pack, self._log = folder / "pack.pt", folder / "peer_titan.log"
+        torch.save({"input_ids": batch.input_ids, "labels": batch.labels, "cu_seqlens": batch.cu_seqlens}, pack)
+        paths = [str(site.resolve()), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack)],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=REPO,
+            )
+        self.has_failed = False
+        self._ask()
+
+    def _ask(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("run 1\n")
+        self._process.stdin.flush()
+        self._is_asked = True
+
+    def sample(self) -> Sample:
+        """One step.
+
+        Raises:
+            torch.OutOfMemoryError: the peer's.
+            CannotRun: it has ended by itself.
+        """
+        assert self._process.stdout is not None
+        if not self._is_asked:
+            with suppress(BrokenPipeError):
+                self._ask()
+        self._is_asked = False
+        reply = self._process.stdout.readline()
+        if not reply:
+            self.has_failed = True
+            note("the peer has ended, and is left out; its last words:\n" + self._log.read_text()[-3000:])
+            raise CannotRun
+        steps = json.loads(reply)
+        if steps is None:
+            raise torch.OutOfMemoryError("in the peer")
+        return Sample(*steps[0])
+
+    def close(self) -> None:
+        """End it, and wait until the GPU is free of it."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+# ---------------------------------------------------------------- one length
+
+
+class Measurement:
+    """Measures all steps at one length into an `Outcome`."""
+
+    def __init__(self, length: int, model_config: PretrainedConfig, mesh: DeviceMesh, titan_site: Path | None, folder: Path):
+        self.length, self.model_config, self.mesh = length, model_config, mesh
+        self.titan_site, self.folder = titan_site, folder
+        self.batch = draw_batch(length, model_config.vocab_size)
+        self.batch_on_gpu = self.batch.to("cuda")
+        self.outcome = Outcome(length, len(self.batch.cu_seqlens) - 1)
+        self.config = JobConfig(
+            training=Training(compile=True, seq_len=length, context_len=min(LONGEST, length)),
+            future_encoder=FutureEncoder(enable=True, precision="fp8"),  # which a step can leave out
+        )
+        self.flops_next_token = self.flops_future = 0.0
+
+    def run(self) -> Outcome:
+        self._measure_ours_and_others()
+        free_memory()
+        if self.length > LONGEST_OF_DENSE:
+            self._try_dense_alone()
+            free_memory()
+        self._compare()
+        return self.outcome
+
+    def _measure_ours_and_others(self) -> None:
+        peer = None
+        if self.titan_site is not None and self.length <= LONGEST_OF_PEER:
+            peer = Peer(self.titan_site, self.batch, self.folder)
+        try:
+            note(f"{self.length}: building")
+            ours = Ours(self.model_config, self.config, self.batch_on_gpu, self.mesh)
+            counted = ours.flop_counter.count(self.batch.cu_seqlens, with_future=True)
+            self.flops_next_token, self.flops_future = counted.next_token, counted.next_token + counted.future
+            planned, planned_gib = self._build_held(Planned)
+
+            kinds = {
+                OURS_NEXT_TOKEN_BARE: (False, False),
+                OURS_FUTURE_BARE: (True, False),
+                OURS_NEXT_TOKEN: (False, True),
+                OURS_FUTURE: (True, True),
+                OURS_FP8: (True, True, True),
+            }
+            held = {name: ours.count_held_gib(*kind) for name, kind in kinds.items()}
+            held |= dict.fromkeys((PLANNED_NEXT_TOKEN, PLANNED_FUTURE), planned_gib)
+            steps: dict[str, Callable[[], None]] = {name: partial(ours.step, *kind) for name, kind in kinds.items()}
+            steps |= {BODY: ours.step_body, PRODUCTS: self._multiply_as_infonce()}
+            steps |= {PLANNED_NEXT_TOKEN: planned.step_next_token, PLANNED_FUTURE: planned.step}
+            samplers: dict[str, Callable[[], Sample]] = {
+                name: partial(sample, announce_first(name, step)) for name, step in steps.items()
+            }
+            if peer is not None:
+                samplers[PEER] = peer.sample
+            timings = measure_in_turns(samplers, count_repeats(self.length), WARMUP)
+            allocated, expected = torch.cuda.memory_allocated() / 2**30, held[OURS_FUTURE] + planned_gib
+            note(f"held between steps: {allocated:.1f} GiB, of which ours and the prototype's weights are {expected:.1f}")
+        finally:
+            if peer is not None:
+                peer.close()
+        if peer is not None and peer.has_failed:
+            del timings[PEER]
+        for name, timing in timings.items():
+            self._add(name, timing, held.get(name))
+
+        if self.length <= LONGEST_OF_DENSE:
+            dense, dense_gib = self._build_held(Dense)
+            steps = {OURS_FUTURE_BY_DENSE: partial(ours.step, True, True), DENSE: announce_first(DENSE, dense.step)}
+            timings = measure_side_by_side(steps, repeats=3, warmup=1)
+            self._add(OURS_FUTURE_BY_DENSE, timings[OURS_FUTURE_BY_DENSE], held[OURS_FUTURE])
+            self._add(DENSE, timings[DENSE], dense_gib)
+
+    def _multiply_as_infonce(self) -> Callable[[], None]:
+        """4 N^2 d FLOPs, in the chunks of the estimator."""
+        width = self.model_config.hidden_size
+        guesses, summaries = (torch.randn(self.length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        rows = min(count_chunk_rows(self.length, self.length, torch.bfloat16), self.length)
+        scores = torch.empty(rows, self.length, device="cuda", dtype=torch.bfloat16)
+        gradient = torch.empty_like(guesses)
+
+        def multiply() -> None:
+            for start in range(0, self.length, rows):
+                chunk = slice(start, start + rows)
+                out = scores[: len(guesses[chunk])]
+                torch.mm(guesses[chunk], summaries.t(), out=out)
+                torch.mm(out, summaries, out=gradient[chunk])
+
+        return multiply
+
+    def _build_held(self, kind: type[Prototype]) -> tuple[Prototype, float]:
+        """Build, and say how many GiB of weights and masks came to stay."""
+        before = torch.cuda.memory_allocated()
+        built = kind(self.model_config, self.batch_on_gpu)
+        return built, (torch.cuda.memory_allocated() - before) / 2**30
+
+    def _try_dense_alone(self) -> None:
+        def build_and_step() -> None:
+            Dense(self.model_config, self.batch_on_gpu).step()
+
+        note(f"{self.length}: {DENSE}, alone; {torch.cuda.memory_allocated() / 2**30:.1f} GiB held by anything else")
+        self._add(DENSE, measure_side_by_side({DENSE: build_and_step}, repeats=1, warmup=1)[DENSE], held_gib=0.0)
+
+    def _add(self, name: str, timing: Timing | None, held_gib: float | None) -> None:
+        """Take a row in. Without held_gib it is of a process that holds nothing else."""
+        if timing is None:
+            self.outcome.steps[name] = None
+            return
+        peak = timing.peak_gib if held_gib is None else held_gib + timing.added_gib
+        seconds = timing.median_ms / 1000
+        flops = self.flops_future if "future" in name else self.flops_next_token if name not in (BODY, PRODUCTS) else 0.0
+        self.outcome.steps[name] = Step(timing, peak, self.length / seconds, flops / seconds / PEAK_FLOPS)
+
+    def _compare(self) -> None:
+        """Ratios of medians; above 1 the first is better, except where it says otherwise."""
+        pairs = {
+            "tokens/s, ours next-token without optimizer / torchtitan": (PEER, OURS_NEXT_TOKEN_BARE),
+            "tokens/s, ours next-token with optimizer / torchtitan without": (PEER, OURS_NEXT_TOKEN),
+            "tokens/s, ours next-token / planned, both without optimizer": (PLANNED_NEXT_TOKEN, OURS_NEXT_TOKEN_BARE),
+            "tokens/s, ours future / planned, both without optimizer": (PLANNED_FUTURE, OURS_FUTURE_BARE),
+            "tokens/s, ours future with optimizer / planned without": (PLANNED_FUTURE, OURS_FUTURE),
+            "tokens/s, ours future with optimizer / dense without": (DENSE, OURS_FUTURE_BY_DENSE),
+            "time, ours future / ours next-token, both with optimizer (cost of the future loss)": (OURS_FUTURE, OURS_NEXT_TOKEN),
+            "time, ours future in fp8 / ours next-token, both with optimizer": (OURS_FP8, OURS_NEXT_TOKEN),
+            "time, ours future / ours next-token, both without optimizer": (OURS_FUTURE_BARE, OURS_NEXT_TOKEN_BARE),
+            "time, planned future / planned next-token": (PLANNED_FUTURE, PLANNED_NEXT_TOKEN),
+        }
+        for title, names in pairs.items():
+            upper, lower = map(self.outcome.steps.get, names)
+            if upper and lower:
+                self.outcome.ratios[title] = upper.timing.median_ms / lower.timing.median_ms
+        plain, body, products = map(self.outcome.steps.get, (OURS_NEXT_TOKEN_BARE, BODY, PRODUCTS))
+        if plain and body and products:
+            floor = 1 + (body.timing.median_ms / 3 + products.timing.median_ms) / plain.timing.median_ms
+            self.outcome.ratios["time, floor of it: (body + CE + body / 3 + 4 N^2 d) / (body + CE)"] = floor
+        with_future, without = map(self.outcome.steps.get, (OURS_FUTURE, OURS_NEXT_TOKEN))
+        if with_future and without:
+            self.outcome.future_extra_gib = with_future.peak_gib - without.peak_gib
+
+
+def announce_first(name: str, step: Callable[[], None]) -> Callable[[], None]:
+    """The same step, with a note before its first call, which compiles."""
+    pending = [name]
+
+    def announced() -> None:
+        if pending:
+            note(f"first step of: {pending.pop()}")
+        step()
+
+    return announced
+
+
+def free_memory() -> None:
+    """Drop what was compiled for, and cached from, models that are gone."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def show(outcome: Outcome, report: Report) -> None:
+    rows = []
+    for name, step in outcome.steps.items():
+        if step is None:
+            rows.append([name, "out of memory", "-", "-", "-"])
+        else:
+            rows.append(
+                [name, step.timing.show(), f"{step.peak_gib:.1f}", f"{step.tokens_per_second:,.0f}", f"{100 * step.mfu:.1f}"]
+            )
+    title = f"### {outcome.length:,} tokens in {outcome.documents} documents"
+    report.table(title, ["step", "ms [low, high]", "peak GiB", "tokens/s", "MFU %"], rows)
+    comparisons = [[title, f"{ratio:.3f}"] for title, ratio in outcome.ratios.items()]
+    if outcome.future_extra_gib is not None:
+        comparisons.append(["peak memory that the future loss adds, GiB", f"{outcome.future_extra_gib:.1f}"])
+    report.table(f"Compared, {outcome.length:,} tokens:", ["what", "ratio"], comparisons)
+
+
+def read_lengths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Training steps beside those of others.", allow_abbrev=False)
+    parser.add_argument("out", type=Path, help="folder for peers.md and peers.json")
+    parser.add_argument("--titan-site", type=Path, help="folder that holds torchtitan 0.2.2; without it the peer is left out")
+    parser.add_argument("--lengths", type=read_lengths, default="16384,32768,65536", help="tokens in a step, separated by commas")
+    arguments = parser.parse_args(argv)
+    if arguments.titan_site is not None and not (arguments.titan_site / "torchtitan").is_dir():
+        parser.error(f"--titan-site = {arguments.titan_site} holds no torchtitan")
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU")
+
+    # More than one model runs the same layers' code here, and beyond the limit it would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    set_single_process_defaults()
+    _, mesh = start_processes(JobConfig())
+    model_config = load_model_config(str(MODEL))
+    report = Report(arguments.out / "peers.md")
+    report.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MODEL.stem}, {flash_kernels.describe()}")
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for length in arguments.lengths:
+            outcomes.append(Measurement(length, model_config, mesh, arguments.titan_site, Path(folder)).run())
+            show(outcomes[-1], report)
+            (arguments.out / "peers.json").write_text(json.dumps([as_json(outcome) for outcome in outcomes], indent=1))
+    note("done")
+    end_processes()
+
+
+def as_json(outcome: Outcome) -> dict:
+    """As fields by name, timings too."""
+    numbers = asdict(outcome)
+    for name, step in outcome.steps.items():
+        if step is not None:
+            numbers["steps"][name]["timing"] = step.timing._asdict()
+    return numbers
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,158 @@
+"""Softmax attention inside the documents of a packed batch, by a variable-length flash kernel: on GPUs in half precision.
+
+The kernels know one order, causal. Reading a pack backwards turns "strictly later" into "strictly earlier", and strictness is a
+matter of one token: with `query[1:]` and `key[:-1]` the causal rule "not after me" says "before me". Only the first token of each
+document then looks at what it must not, the document before, or has no key; its output is set to zero, as for any empty row.
+
+Shape legend: T tokens, H query heads, K key heads (H a multiple of K), D head width, S documents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from flame.models import flash_kernels
+
+IMPLEMENTATION = "flame_varlen"
+"""Name under which transformers' models find `attend`."""
+WIDEST_HEAD = 256
+
+
+class DocumentLayout(NamedTuple):
+    """Who attends to whom in one pass over a packed batch; travels through a model's forward as the keyword `documents`."""
+
+    cu_seqlens: Tensor
+    """int32 [S+1]"""
+    max_length: int
+    """No document is longer. The same for all batches of a run: it is compiled in."""
+    is_strict: bool
+    """A token does not attend to itself."""
+    window_k: int = 0
+    """Keys at most this far back; 0 means no window."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    documents: DocumentLayout,
+    scaling: float | None = None,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Attention in transformers' form: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
+
+    A token attends to earlier tokens of its document and, unless `documents.is_strict`, to itself.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    cu_seqlens, max_length, is_strict, window_k = documents
+    if not is_strict:
+        window = window_k if window_k else -1
+        return varlen_attention(q, k, v, cu_seqlens, max_length, window, scale)[0][None], None
+    shifted = varlen_attention(
+        q[1:], k[:-1], v[:-1], cu_seqlens.clamp(max=len(q) - 1), max_length, window_k - 1 if window_k else -1, scale
+    )[0]
+    out = torch.cat([shifted.new_zeros(1, *shifted.shape[1:]), shifted])
+    return out.index_fill(0, cu_seqlens[:-1].long(), 0.0)[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@torch.library.custom_op("flame::varlen_attention", mutates_args=())
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each document.
+
+    Args:
+        query: [T, H, D], float16 or bfloat16. key, value: [T, K, D].
+        cu_seqlens: int32 [S+1]. Documents may be empty.
+        max_length: of the documents, or more.
+        window: keys at most this far back; -1 is all.
+        scale: of the scores.
+
+    Returns:
+        output [T, H, D] and the logarithms of the softmax denominators [H, T], float32.
+    """
+    return flash_kernels.run_forward(query, key, value, cu_seqlens, max_length, window, scale)
+
+
+@varlen_attention.register_kernel("cpu")
+def _define(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, for tests: all T^2 scores."""
+    scores = _score_all(query, key, cu_seqlens, window, scale)
+    lse = scores.logsumexp(dim=-1)
+    out = torch.einsum("hqk,khd->qhd", torch.exp(scores - lse[:, :, None]), _repeat(value, query).to(scores.dtype))
+    return out.to(query.dtype).contiguous(), lse.float()
+
+
+def _score_all(query: Tensor, key: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> Tensor:
+    """[H, T, T] in float32 or wider, -inf where attention is not allowed."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    index = torch.arange(len(query))
+    document = torch.bucketize(index, cu_seqlens[1:-1], right=True)
+    back = index[:, None] - index[None, :]
+    allowed = (document[:, None] == document[None, :]) & (back >= 0) & ((back <= window) | (window < 0))
+    scores = torch.einsum("qhd,khd->hqk", query.to(wide), _repeat(key, query).to(wide)) * scale
+    return scores.masked_fill(~allowed, -torch.inf)
+
+
+def _repeat(states: Tensor, query: Tensor) -> Tensor:
+    return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)
+
+
+@varlen_attention.register_fake
+def _(query, key, value, cu_seqlens, max_length, window, scale):
+    total, heads, _ = query.shape
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(heads, total, dtype=torch.float32)
+
+
+@torch.library.custom_op("flame::varlen_attention_backward", mutates_args=())
+def _varlen_attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, max_length: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return flash_kernels.run_backward(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale)
+
+
+@_varlen_attention_backward.register_kernel("cpu")
+def _(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale):
+    scores = _score_all(query, key, cu_seqlens, window, scale)
+    wide, groups = scores.dtype, (len(key), key.shape[1], -1, key.shape[2])
+    probs = torch.softmax(scores, dim=-1)
+    grad_out = grad_out.to(wide)
+    grad_probs = torch.einsum("qhd,khd->hqk", grad_out, _repeat(value, query).to(wide))
+    grad_scores = probs * (grad_probs - (grad_probs * probs).sum(dim=-1, keepdim=True)) * scale
+    grad_query = torch.einsum("hqk,khd->qhd", grad_scores, _repeat(key, query).to(wide))
+    grad_key = torch.einsum("hqk,qhd->khd", grad_scores, query.to(wide)).reshape(groups).sum(dim=2)
+    grad_value = torch.einsum("hqk,qhd->khd", probs, grad_out).reshape(groups).sum(dim=2)
+    grads = (grad_query, query), (grad_key, key), (grad_value, value)
+    return tuple(grad.to(states.dtype).contiguous() for grad, states in grads)
+
+
+@_varlen_attention_backward.register_fake
+def _(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale):
+    return tuple(torch.empty_like(states, memory_format=torch.contiguous_format) for states in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    query, key, value, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+
+
+def _backward(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *states, cu_seqlens = ctx.saved_tensors
+    return *_varlen_attention_backward(grad_out, *states, cu_seqlens, *ctx.settings), None, None, None, None
+
+
+varlen_attention.register_autograd(_backward, setup_context=_save_for_backward)
