@@ -242,7 +242,7 @@ class Measurement:
             note(f"{self.length}: building")
             ours = Ours(self.model_config, self.config, self.batch_on_gpu, self.mesh)
             counted = ours.flop_counter.count(self.batch.cu_seqlens, with_future=True)
-            self.flops_next_token, self.flops_future = counted.next_token, counted.next_token + counted.future
+            self.flops_next_token, self.flops_future = counted.next_token, sum(counted)
             planned, planned_gib = self._build_held(Planned)
 
             kinds = {

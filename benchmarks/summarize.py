@@ -15,7 +15,14 @@ from pathlib import Path
 from flame.errors import UserError
 from flame.utils.plotting import is_validation, read_metrics
 
-SPEEDS = {"tokens_per_second": 1.0, "mfu": 100.0, "mfu_future": 100.0, "peak_memory_gib": 1.0, "data_wait_fraction": 100.0}
+SPEEDS = {
+    "tokens_per_second": 1.0,
+    "mfu": 100.0,
+    "mfu_future": 100.0,
+    "mfu_infonce": 100.0,
+    "peak_memory_gib": 1.0,
+    "data_wait_fraction": 100.0,
+}
 LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
 
 
@@ -36,7 +43,19 @@ def summarize(folder: Path) -> str:
 
 
 def main(folders: list[str]) -> None:
-    header = ["run", "steps", "tokens/s", "MFU %", "of which future %", "peak GiB", "data wait %", "ce", "aux", "top-1"]
+    header = [
+        "run",
+        "steps",
+        "tokens/s",
+        "MFU %",
+        "of which future %",
+        "InfoNCE %",
+        "peak GiB",
+        "data wait %",
+        "ce",
+        "aux",
+        "top-1",
+    ]
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for folder in folders:

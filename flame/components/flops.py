@@ -2,7 +2,8 @@
 
 Counted: matrix products of the layers and the output head (2 FLOPs a weight and token forward, 4 backward), attention by the
 pairs that the masks really allow (4 FLOPs a pair, layer and channel forward, 8 backward), predictor and InfoNCE (4 N^2 d).
-Not counted: embedding look-ups, norms, the recurrences of linear attention, and what activation checkpointing computes again.
+Not counted: embedding look-ups, norms, the projection of summaries, the recurrences of linear attention, and what activation
+checkpointing computes again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Flops(NamedTuple):
 
     next_token: float
     future: float
-    """What the future loss adds: anti-causal forward, predictor, InfoNCE."""
+    """The anti-causal forward."""
+    infonce: float
+    """Predictor and InfoNCE."""
 
 
 def count_attention_channels(config: PretrainedConfig) -> int:
@@ -42,7 +45,7 @@ class FlopCounter:
         self.body = sum(p.numel() for p in model.lm.parameters() if p.ndim > 1 and id(p) not in tables)
         self.head = head.numel()
         self.attention = 0 if is_recurrent(lm_config) else count_attention_channels(lm_config)
-        self.hidden_size = lm_config.hidden_size
+        self.width = config.future_encoder.projection_dim or lm_config.hidden_size
         self.predictor = sum(p.numel() for p in model.predictor.parameters() if p.ndim > 1) if model.predictor else 0
         self.future = config.future_encoder
         self.frozen = config.experimental.freeze_lm_for_infonce
@@ -54,9 +57,10 @@ class FlopCounter:
         causal_forward = 2 * self.body * tokens + 4 * self.attention * float((lengths * (lengths + 1) / 2).sum())
         next_token = causal_forward if self.frozen else 3 * (causal_forward + 2 * self.head * tokens)
         if not with_future:
-            return Flops(next_token, 0.0)
+            return Flops(next_token, 0.0, 0.0)
         reach = (lengths - 1).clamp(max=self.future.future_k or float("inf"))
         future_pairs = float((lengths * reach - reach * (reach + 1) / 2).sum())
-        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors)
         future = 2 * self.body * tokens + 4 * self.attention * future_pairs
-        return Flops(next_token, future + 6 * self.predictor * tokens + 4 * anchors**2 * self.hidden_size)
+        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors)
+        guesses = min(tokens, self.future.max_anchors or tokens)
+        return Flops(next_token, future, 6 * self.predictor * guesses + 4 * anchors**2 * self.width)

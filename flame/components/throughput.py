@@ -14,6 +14,8 @@ from flame.components.flops import Flops
 from flame.components.metrics import Metrics
 from flame.components.titan import get_peak_flops
 
+MFU = ("mfu", "mfu_future", "mfu_infonce")
+
 
 def _get_peak_flops(device: torch.device) -> float:
     """Dense bf16 FLOP/s of a GPU by its name, from the library's table; it warns where it must assume an A100."""
@@ -80,6 +82,7 @@ class Throughput:
         if self.on_gpu:
             self.metrics.record_sum("mfu", sum(flops))
             self.metrics.record_sum("mfu_future", flops.future)
+            self.metrics.record_sum("mfu_infonce", flops.infonce)
 
     def record(self) -> None:
         """Record what the ranks have to agree on; call before `Metrics.collect`."""
@@ -91,13 +94,13 @@ class Throughput:
         """Turn collected sums into rates, in place, and start the next interval.
 
         Args:
-            values: from `Metrics.collect`; `mfu` and `mfu_future` hold FLOPs and become fractions of the peak.
+            values: from `Metrics.collect`; those of `MFU` hold FLOPs and become fractions of the peak.
 
         Returns:
             seconds left in the run, at the rate of this interval.
         """
         elapsed = time.perf_counter() - self.started
-        for name in ("mfu", "mfu_future"):
+        for name in MFU:
             if name in values:
                 assert self.peak_flops is not None
                 values[name] /= elapsed * self.peak_flops

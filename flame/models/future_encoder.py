@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -55,6 +56,8 @@ class VarlenPasses:
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
         backwards = batch.input_ids.shape[1] - batch.cu_seqlens.flip(0)
+        if len(backwards) == 2:  # a graph made for one document would hold for no other number: let an empty one go before
+            backwards = F.pad(backwards, (1, 0))
         layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
         return self._run(model, batch.input_ids.flip(1), batch.position_ids.flip(1), layout).flip(0)
 
