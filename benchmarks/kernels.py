@@ -330,16 +330,9 @@ class AttentionInputs:
         return self.flex(q, k, v, block_mask=self.masks["future"], enable_gqa=True)
 
 
-def name_kernel(bench: Bench) -> str:
-    name = "kernel of unknown name"
-    with bench.guard("flash_kernels.describe"):
-        name = flash_kernels.describe()
-    return name
-
-
 def measure_attention(bench: Bench, heads: int, key_heads: int, head_width: int) -> None:
     inputs = AttentionInputs(bench, heads, key_heads, head_width)
-    ours, shape = f"varlen_attention ({name_kernel(bench)})", f"{heads}/{key_heads} heads x {head_width}"
+    ours, shape = f"varlen_attention ({flash_kernels.describe(head_width)})", f"{heads}/{key_heads} heads x {head_width}"
     lengths = bench.batch.cu_seqlens.diff().long().cpu()
     causal_pairs, future_pairs = (int((lengths * (lengths + diagonal)).sum()) // 2 for diagonal in (1, -1))
     flops_of_pair = 4 * heads * head_width

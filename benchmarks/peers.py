@@ -407,7 +407,8 @@ def main(argv: list[str]) -> None:
     _, mesh = start_processes(JobConfig())
     model_config = load_model_config(str(MODEL))
     report = Report(arguments.out / "peers.md")
-    report.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MODEL.stem}, {flash_kernels.describe()}")
+    attention = flash_kernels.describe(model_config.head_dim)
+    report.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MODEL.stem}, {attention}")
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         for length in arguments.lengths:

@@ -217,6 +217,8 @@ def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
             f"future_encoder.temperature = {future.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
             "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
         )
+    if future.max_anchors == 1:
+        yield "future_encoder.max_anchors = 1 leaves no negatives: allowed are 0 (all) and 2 or more"
     if future.max_anchors >= training.seq_len:
         yield (
             f"future_encoder.max_anchors = {future.max_anchors} is no less than training.seq_len = {training.seq_len}: "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flame.components.metrics import Metrics
-from flame.config import FutureEncoder, JobConfig
+from flame.config import JobConfig
 from flame.data.batch import PackedBatch
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import draw_anchors, find_anchors, find_neighbors
@@ -42,20 +42,21 @@ def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_
         return Losses(ce_sum, None)
 
     # 3. Position t guesses F at t + target_shift; the summaries of all other anchors are the negatives.
-    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, future))
+    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, config))
 
 
 def _contrast_with_future(
-    model: FutureLM, hidden_states: Tensor, summaries: Tensor, batch: PackedBatch, future: FutureEncoder
+    model: FutureLM, hidden_states: Tensor, summaries: Tensor, batch: PackedBatch, config: JobConfig
 ) -> Contrast:
     """Compare guesses from hidden_states [T, d] with summaries [T, d], at all anchors or at `max_anchors` of them."""
     assert model.predictor is not None and model.estimator is not None
+    future = config.future_encoder
     shift = future.target_shift
     segment_ids = batch.segment_ids[0]
     valid = find_anchors(segment_ids, shift)
     excluded = find_neighbors(segment_ids, future.exclude_neighbors) if future.exclude_neighbors else None
     if future.max_anchors and future.max_anchors < len(valid):
-        positions, valid = draw_anchors(valid, future.max_anchors, batch.sequence_index)
+        positions, valid = draw_anchors(valid, future.max_anchors, (config.training.seed << 32) + batch.sequence_index)
         hidden_states, targets = hidden_states[positions], summaries[(positions + shift) % len(summaries)]
         if excluded is not None:
             first, last = (edge[positions] for edge in excluded)

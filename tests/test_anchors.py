@@ -67,7 +67,7 @@ def test_the_contrast_is_its_definition(seed, pieces, reach, at_most):
     anchors = find_anchors(batch.segment_ids[0], 1)
     rows = anchors.nonzero().flatten().tolist()
     if at_most:
-        positions, valid = draw_anchors(anchors, at_most, batch.sequence_index)
+        positions, valid = draw_anchors(anchors, at_most, (config.training.seed << 32) + batch.sequence_index)
         rows = positions[valid].tolist()
     segment = batch.segment_ids[0].tolist()
     total, mi = 0.0, 0.0
@@ -115,6 +115,7 @@ def test_a_projected_run_trains_and_its_projection_is_saved():
 def test_options_that_cannot_be(tmp_path):
     base = ["--model.config", "configs/models/llama_quickstart.json", "--model.tokenizer_path", "bytes"]
     for options, parts in (
+        (["--future_encoder.max_anchors", "1"], ("future_encoder.max_anchors = 1 leaves no negatives",)),
         (["--future_encoder.max_anchors", "8192"], ("future_encoder.max_anchors = 8192", "training.seq_len = 8192")),
         (
             ["--future_encoder.precision", "fp8", "--training.mixed_precision_param", "float32"],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from flame.errors import UserError
 from flame.models.fp8 import LARGEST, install_fp8, multiply_fp8, quantize_rows
 
 
@@ -33,6 +35,12 @@ def test_product(bias):
     found = multiply_fp8(x, w, b).double()
     assert (found - expected).norm() / expected.norm() < 5e-3  # rounding to bfloat16
     assert (found - (nn.functional.linear(x, w, b)).double()).norm() / expected.norm() < 6e-2
+
+
+def test_layers_that_cannot_are_refused():
+    """GPT-2's are no linear layers, others may have odd sizes: a run must not be called fp8 and be bf16."""
+    with pytest.raises(UserError, match=r'future_encoder\.precision = "fp8".*multiples of 16'):
+        install_fp8(nn.ModuleList([nn.Linear(24, 20), Conv1D(32, 32)]))
 
 
 def test_the_switch():

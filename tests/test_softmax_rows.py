@@ -55,6 +55,13 @@ def test_definition_against_autograd(columns, seed, has_count, has_excluded):
         assert found.is_best[i] == all(scores[i, own[i]] > scores[i, j] for j in kept if j != own[i])
 
 
+@pytest.mark.parametrize("run", [softmax_rows._define, *([softmax_rows._launch] if INTERPRETED else [])])
+def test_an_own_column_that_does_not_count_is_not_passed_over(run):
+    scores, own = torch.randn(4, 20), torch.tensor([3, 20, 17, -1])
+    sums = run(scores, own, torch.tensor(1.0), torch.tensor(15), None)
+    assert sums.loss.isnan().tolist() == [False, True, True, False] and not scores[1:].any()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernel_in_the_interpreter, in a process of its own")
 @cases
 @settings(deadline=None, max_examples=60)
@@ -73,7 +80,8 @@ def test_kernel_in_the_interpreter():
     """Triton's interpreter is chosen when triton is imported. Blocks of 16 columns, so that rows have several."""
     code = (
         "import pytest, flame.models.softmax_rows as s; s.BLOCK = 16; "
-        f"raise SystemExit(pytest.main(['-rA', '-p', 'no:cacheprovider', {__file__!r} + '::test_kernel_against_definition']))"
+        f"raise SystemExit(pytest.main(['-rA', '-p', 'no:cacheprovider', {__file__!r} + '::test_kernel_against_definition', "
+        f"{__file__!r} + '::test_an_own_column_that_does_not_count_is_not_passed_over']))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from transformers import AutoConfig
 
-from flame.models import future_lm
+from flame.models import flash_kernels, future_lm
 from flame.models.causal_lm import find_decoder_layers
-from flame.models.future_encoder import choose_attention
+from flame.models.future_encoder import VARLEN_FAMILIES, choose_attention
 from flame.models.future_lm import FutureLM
 from flame.models.varlen_attention import DocumentLayout, attend, varlen_attention
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
@@ -115,10 +117,45 @@ def test_new_layouts_compile_nothing_new():
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
-def test_what_attends_where():
+@pytest.mark.parametrize("name", ["sliding_window", "dropout", "softcap", "s_aux"])
+def test_what_the_kernels_would_leave_out_is_refused(name):
+    states = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    layout = DocumentLayout(torch.tensor([0, 9], dtype=torch.int32), 9, is_strict=False)
+    attend(torch.nn.Module(), *states, None, documents=layout, **{name: None})
+    with pytest.raises(NotImplementedError, match=name):
+        value = torch.zeros(2) if name == "s_aux" else 0.5
+        attend(torch.nn.Module(), *states, None, documents=layout, **{name: value})
+
+
+@pytest.mark.parametrize("family", VARLEN_FAMILIES)
+def test_families(family):
+    """Each family that may take the flash kernels hands on to them what they need, in both passes."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+    shape |= {"num_key_value_heads": 4 if family == "gpt_neox" else 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **shape)
+    config.sliding_window = None
+    batch = random_batch(random_cu_seqlens(SEQ_LEN, 6, seed=2))
+    masked = build_unsharded(future_config(), copy.deepcopy(config))
+    with patch.object(future_lm, "choose_attention", lambda *_: "varlen"):
+        varlen = build_unsharded(future_config(), config)
+    varlen.load_state_dict(masked.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(varlen.encode_past(batch), masked.encode_past(batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(varlen.encode_future(batch, 0), masked.encode_future(batch, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_attends_where(monkeypatch):
+    monkeypatch.setattr(flash_kernels, "is_supported", lambda: True)
     choose = lambda dtype, device="cuda", **shape: choose_attention(tiny_llama(**shape), device, dtype)  # noqa: E731
     assert choose(torch.bfloat16) == "varlen"
     assert choose(torch.float32) == "flex"
     assert choose(torch.bfloat16, head_dim=512) == "flex"
     assert choose(torch.bfloat16, head_dim=12) == "flex"
     assert choose(torch.bfloat16, device="cpu") == "sdpa"
+    with_own_code = tiny_llama()
+    with_own_code.auto_map = {"AutoModelForCausalLM": "modeling.Mine"}
+    assert choose_attention(with_own_code, "cuda", torch.bfloat16) == "flex"
+    gemma = AutoConfig.for_model("gemma2", hidden_size=32, num_attention_heads=4)
+    assert choose_attention(gemma, "cuda", torch.bfloat16) == "flex"
+    monkeypatch.setattr(flash_kernels, "is_supported", lambda: False)
+    assert choose(torch.bfloat16) == "flex"

@@ -20,12 +20,34 @@ logger = logging.getLogger("flame")
 
 FA4_GENERATIONS = (9, 10)
 """Major compute capabilities that FlashAttention-4 is written for: Hopper and Blackwell."""
-FA4_ARGUMENTS = {"softmax_scale", "causal", "window_size_left", "window_size_right", "cu_seqlens_q", "max_seqlen_q"}
+FA4_SHARED_ARGUMENTS = {
+    *("softmax_scale", "causal", "window_size_left", "window_size_right"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+}
+FA4_WIDEST_ON_BLACKWELL = 128
+FIRST_CAPABILITY = (8, 0)
+"""Compute capability of the first GPUs that PyTorch's flash kernels run on."""
+
+
+def is_supported() -> bool:
+    """Whether this GPU has a flash kernel at all."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= FIRST_CAPABILITY
 
 
 @functools.cache
-def find_fa4() -> ModuleType | None:
-    """FlashAttention-4's interface, if it is installed and made for this GPU. An unusable one is named in a warning."""
+def find_fa4(head_dim: int) -> ModuleType | None:
+    """FlashAttention-4's interface, if it is installed and made for this GPU and heads of this width.
+
+    One that is installed but unusable is named in a warning.
+    """
+    generation = torch.cuda.get_device_capability()[0]
+    if generation == 10 and head_dim > FA4_WIDEST_ON_BLACKWELL:
+        return None
+    return _import_fa4()
+
+
+@functools.cache
+def _import_fa4() -> ModuleType | None:
     if torch.cuda.get_device_capability()[0] not in FA4_GENERATIONS or not importlib.util.find_spec("flash_attn"):
         return None
     try:
@@ -33,24 +55,24 @@ def find_fa4() -> ModuleType | None:
     except Exception as error:  # compiled parts for another CUDA or Python, or FlashAttention-2, which has no such module
         logger.warning("flash_attn is installed, but FlashAttention-4 cannot be imported (%s): not used", error)
         return None
-    for function in (interface._flash_attn_fwd, interface._flash_attn_bwd):
-        if missing := FA4_ARGUMENTS - set(inspect.signature(function).parameters):
+    for function, own in ((interface._flash_attn_fwd, "return_lse"), (interface._flash_attn_bwd, "deterministic")):
+        if missing := (FA4_SHARED_ARGUMENTS | {own}) - set(inspect.signature(function).parameters):
             logger.warning("this version of FlashAttention-4 has no argument %s: not used", ", ".join(sorted(missing)))
             return None
     warnings.filterwarnings("ignore", message="Argument aux_data")  # its compiler's own
     return interface
 
 
-def describe() -> str:
-    """Name of the kernel that will run."""
-    return "FlashAttention-4" if find_fa4() is not None else "PyTorch's flash attention"
+def describe(head_dim: int) -> str:
+    """Name of the kernel that will run on heads of this width."""
+    return "FlashAttention-4" if find_fa4(head_dim) is not None else "PyTorch's flash attention"
 
 
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `flame.models.varlen_attention.varlen_attention`."""
-    if (fa4 := find_fa4()) is not None:
+    if (fa4 := find_fa4(query.shape[-1])) is not None:
         out, lse, *_ = fa4._flash_attn_fwd(query, key, value, return_lse=True, **_name(cu_seqlens, max_length, window, scale))
         return out, lse
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -66,7 +88,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients by query, key and value."""
     grad_out = grad_out.contiguous()
-    if (fa4 := find_fa4()) is not None:
+    if (fa4 := find_fa4(query.shape[-1])) is not None:
         deterministic = torch.are_deterministic_algorithms_enabled()
         settings = _name(cu_seqlens, max_length, window, scale)
         return fa4._flash_attn_bwd(query, key, value, out, grad_out, lse, deterministic=deterministic, **settings)[:3]

@@ -7,6 +7,7 @@ rounding changes what is predicted a little, and no gradient passes through it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flame.errors import UserError
+
+logger = logging.getLogger("flame")
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 FIRST_CAPABILITY = (8, 9)
@@ -46,12 +49,27 @@ class _Fp8Linear(nn.Linear):
 
 
 def install_fp8(layers: nn.ModuleList) -> Fp8Switch:
-    """Let all linear layers inside `layers` multiply in 8 bits while the returned switch is on; off, nothing changes."""
+    """Let all linear layers inside `layers` multiply in 8 bits while the returned switch is on; off, nothing changes.
+
+    Those whose sizes the products do not allow stay as they are; the log says how many. Call before anything is sharded.
+
+    Raises:
+        UserError: there is none that could.
+    """
     switch = Fp8Switch()
+    matrices = sum(parameter.ndim > 1 for parameter in layers.parameters())
+    changed = 0
     for module in layers.modules():
         if type(module) is nn.Linear and module.in_features % SIZE_STEP == 0 and module.out_features % SIZE_STEP == 0:
             module.__class__ = _Fp8Linear
             module.switch = switch  # type: ignore[assignment]  # mypy does not see the new class
+            changed += 1
+    if not changed:
+        raise UserError(
+            'future_encoder.precision = "fp8": the decoder layers have no linear layer with sizes that are multiples of '
+            f'{SIZE_STEP}: set it to "bf16"'
+        )
+    logger.info("anti-causal pass in fp8: %d of the %d matrices of the decoder layers", changed, matrices)
     return switch
 
 

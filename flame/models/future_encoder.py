@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import PackedBatch
 from flame.models import flash_kernels
@@ -45,10 +45,12 @@ class VarlenPasses:
 
     Args:
         max_length: no document of any batch is longer.
+        head_dim: width of the heads.
     """
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int, head_dim: int):
         self._max_length = max_length
+        self._head_dim = head_dim
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
@@ -62,7 +64,7 @@ class VarlenPasses:
         return self._run(model, batch.input_ids.flip(1), batch.position_ids.flip(1), layout).flip(0)
 
     def describe(self) -> str:
-        return flash_kernels.describe()
+        return flash_kernels.describe(self._head_dim)
 
     def _lay_out(self, cu_seqlens: Tensor, is_strict: bool, window_k: int) -> DocumentLayout:
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # the number of documents changes from batch to batch
@@ -128,30 +130,36 @@ def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
     return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
 
 
+VARLEN_FAMILIES = ("gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Families whose passes by the flash kernels are tested against those under masks."""
+
 Attention = Literal["varlen", "flex", "sdpa", "none"]
 
 
 def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dtype) -> Attention:
     """How a family attends on a device, with activations of a dtype: "none" is flash-linear-attention's own layers.
 
-    The flash kernels know half precision and heads of up to `WIDEST_HEAD`, and the model's code must hand on what they need;
-    FlexAttention has none of these limits.
+    The flash kernels know half precision, plain softmax and heads of up to `WIDEST_HEAD`, and the model's code must hand on to
+    them where documents begin; FlexAttention has none of these limits.
     """
     if is_recurrent(config):
         return "none"
     if device_type != "cuda":
         return "sdpa"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    native = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    hands_on = getattr(native, "_supports_attention_backend", False)
+    head_dim = _find_head_dim(config)
+    is_known = config.model_type in VARLEN_FAMILIES and not hasattr(config, "auto_map")
     fits = dtype == torch.bfloat16 and head_dim <= WIDEST_HEAD and head_dim % 8 == 0
-    return "varlen" if hands_on and fits else "flex"
+    return "varlen" if is_known and fits and flash_kernels.is_supported() else "flex"
 
 
-def build_passes(attention: Attention, max_length: int) -> Passes:
+def _find_head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def build_passes(attention: Attention, config: PretrainedConfig, max_length: int) -> Passes:
     """The passes that go with a choice of `choose_attention`; no document is longer than max_length."""
     if attention == "varlen":
-        return VarlenPasses(max_length)
+        return VarlenPasses(max_length, _find_head_dim(config))
     if attention == "none":
         return ReversedPasses()
     return MaskedPasses("FlexAttention" if attention == "flex" else "PyTorch's SDPA")

@@ -43,7 +43,8 @@ def softmax_rows_(
 
     Args:
         scores: [c, n], each row contiguous. All arithmetic is in float32 or wider.
-        own: int64 [c], own column of each row. Rows where it is negative count nothing, and their gradient is 0.
+        own: int64 [c], own column of each row. Rows where it is negative count nothing, and their gradient is 0. One that is
+            no column, or does not count, makes the loss NaN.
         scale: 0-d, s.
         count: 0-d integer, only the first so many columns count; None is all. Own columns must be among them.
         excluded: int64 [c] and [c], first and last column that do not count for a row, except its own; None is none. An empty
@@ -55,7 +56,8 @@ def softmax_rows_(
 def _define(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, excluded: tuple[Tensor, Tensor] | None) -> RowSums:
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     columns = torch.arange(scores.shape[1], device=scores.device)[None, :]
-    has_own = own >= 0
+    limit = scores.shape[1] if count is None else count
+    has_own = (own >= 0) & (own < limit)
     is_own = columns == own[:, None]
     counts = torch.ones_like(is_own) if count is None else (columns < count).expand_as(is_own)
     if excluded is not None:
@@ -70,7 +72,8 @@ def _define(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, ex
     grad_scale = (grad * torch.where(counts, wide, 0.0)).sum(dim=-1)
     scores.copy_(grad)
     is_best = own_score * scale > best_other
-    return RowSums(*(torch.where(has_own, part, 0.0) for part in (lse - own_score * scale, own_score, is_best, grad_scale)))
+    loss = torch.where(has_own, lse - own_score * scale, torch.where(own < 0, 0.0, torch.nan))
+    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in (own_score, is_best, grad_scale)))
 
 
 @triton.jit
@@ -100,19 +103,20 @@ def _softmax_rows_kernel(
     limit = columns
     if HAS_COUNT:
         limit = tl.load(count_ptr).to(tl.int32)
-    if own < 0:
-        limit = 0
+    has_own = (own >= 0) & (own < limit)
+    fault = tl.where(own < 0, 0.0, float("nan"))  # what a row without own column, or with one that does not count, gives
+    limit = tl.where(has_own, limit, 0)
     whole = limit // BLOCK * BLOCK
 
     log2_scale = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
-    own_score = tl.load(row_ptr + own, mask=own >= 0, other=0.0).to(tl.float32)
+    own_score = tl.load(row_ptr + own, mask=has_own, other=0.0).to(tl.float32)
     first = own
     last = own
     if HAS_EXCLUDED:
         first = tl.load(first_ptr + row)
         last = tl.load(last_ptr + row)
     tl.debug_barrier()
-    tl.store(row_ptr + own, nothing, mask=own >= 0)
+    tl.store(row_ptr + own, nothing, mask=has_own)
     tl.debug_barrier()
 
     best = own_score * 0.0 + nothing  # of the others
@@ -152,13 +156,13 @@ def _softmax_rows_kernel(
         tl.store(row_ptr + column, tl.zeros([BLOCK], scores_ptr.dtype.element_ty), mask=column < columns)
 
     tl.debug_barrier()
-    tl.store(row_ptr + own, (own_prob - 1.0).to(scores_ptr.dtype.element_ty), mask=own >= 0)
+    tl.store(row_ptr + own, (own_prob - 1.0).to(scores_ptr.dtype.element_ty), mask=has_own)
     loss = (log2_total - (own_score - top) * log2_scale) * 0.6931471805599453
-    tl.store(sums_ptr + row, tl.where(own >= 0, loss, 0.0))
+    tl.store(sums_ptr + row, tl.where(has_own, loss, fault))
     tl.store(sums_ptr + rows + row, own_score)
-    tl.store(sums_ptr + 2 * rows + row, tl.where((own >= 0) & (own_score > best), 1.0, 0.0))
+    tl.store(sums_ptr + 2 * rows + row, tl.where(has_own & (own_score > best), 1.0, 0.0))
     by_scale = tl.sum(grad_scale, axis=0) + (own_prob - 1.0) * own_score
-    tl.store(sums_ptr + 3 * rows + row, tl.where(own >= 0, by_scale, 0.0))
+    tl.store(sums_ptr + 3 * rows + row, tl.where(has_own, by_scale, 0.0))
 
 
 BLOCK = 2048

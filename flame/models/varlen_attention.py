@@ -20,6 +20,8 @@ from flame.models import flash_kernels
 IMPLEMENTATION = "flame_varlen"
 """Name under which transformers' models find `attend`."""
 WIDEST_HEAD = 256
+REFUSED = ("dropout", "sliding_window", "softcap", "s_aux", "sinks", "position_bias")
+"""What models may hand to their attention and this one does not do."""
 
 
 class DocumentLayout(NamedTuple):
@@ -44,12 +46,19 @@ def attend(
     *,
     documents: DocumentLayout,
     scaling: float | None = None,
-    **unused: object,
+    **further: object,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' form: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
     A token attends to earlier tokens of its document and, unless `documents.is_strict`, to itself.
+
+    Raises:
+        NotImplementedError: the model asks for something that the kernels would leave out.
     """
+    for name in REFUSED:
+        asked = further.get(name)
+        if isinstance(asked, Tensor) or asked:
+            raise NotImplementedError(f"{type(module).__name__} asks for {name}, which the flash kernels here do not do")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     cu_seqlens, max_length, is_strict, window_k = documents
