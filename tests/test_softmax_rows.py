@@ -9,8 +9,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+import triton
+from hypothesis import given
+from hypothesis import settings as how_often
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from flame.models import softmax_rows
 from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
@@ -64,7 +68,7 @@ def test_an_own_column_that_does_not_count_is_not_passed_over(run):
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernel_in_the_interpreter, in a process of its own")
 @cases
-@settings(deadline=None, max_examples=60)
+@how_often(deadline=None, max_examples=60)
 def test_kernel_against_definition(columns, seed, has_count, has_excluded):
     scores, own, scale, count, excluded = draw_rows(columns, seed, has_count, has_excluded)
     found_grad, exact_grad = scores.clone(), scores.double()
@@ -86,6 +90,24 @@ def test_kernel_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("has_count", "has_excluded"), [(False, False), (True, False), (True, True)])
+def test_kernel_compiles_for_hopper(dtype, has_count, has_excluded):
+    """To machine code, which needs no GPU."""
+    kernel = softmax_rows._softmax_rows_kernel
+    settings = {"HAS_COUNT": has_count, "HAS_EXCLUDED": has_excluded, "BLOCK": softmax_rows.BLOCK, "STAGES": softmax_rows.STAGES}
+    signature = dict.fromkeys(kernel.arg_names, "*i64") | dict.fromkeys(settings, "constexpr")
+    signature |= dict.fromkeys(("row_stride", "rows", "columns"), "i32") | dict.fromkeys(("scale_ptr", "sums_ptr"), "*fp32")
+    signature["scores_ptr"] = f"*{dtype}"
+    place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name in ("scores_ptr", "row_stride")}
+    constants = {place[name]: value for name, value in settings.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": softmax_rows.NUM_WARPS})
+    assert "cubin" in compiled.asm
 
 
 @given(rows=st.integers(1, 10**6), columns=st.integers(1, 10**6))
