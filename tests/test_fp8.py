@@ -8,7 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flame.errors import UserError
+from flame.models import fp8, future_lm
 from flame.models.fp8 import LARGEST, install_fp8, multiply_fp8, quantize_rows
+from flame.objective import compute_losses
+from tests.helpers import build_unsharded, future_config, random_batch, random_cu_seqlens
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -51,10 +54,30 @@ def test_the_switch():
         exact = layers[0](x)
         switch = install_fp8(layers)
         assert torch.equal(layers[0](x), exact)
+        first = layers[0][0](x)
         with switch.on():
-            assert not torch.equal(layers[0][0](x), exact) and layers[0][0](x).shape == (3, 48)
+            assert not torch.equal(layers[0][0](x), first)
+            torch.testing.assert_close(layers[0][0](x), first, rtol=0.2, atol=0.2)
             hidden = torch.randn(3, 48).bfloat16()
             assert torch.equal(layers[0][2](hidden), nn.functional.linear(hidden, layers[0][2].weight, layers[0][2].bias))
         with pytest.raises(ZeroDivisionError), switch.on():
             raise ZeroDivisionError
         assert torch.equal(layers[0](x), exact)
+
+
+def test_only_the_anti_causal_pass_is_rounded(monkeypatch):
+    calls = []
+
+    def multiply(x, weight, bias):
+        calls.append(x.shape)
+        return nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(fp8, "multiply_fp8", multiply)
+    monkeypatch.setattr(future_lm, "check_fp8", lambda device_type: None)
+    model = build_unsharded(future_config(precision="fp8"))
+    batch = random_batch(random_cu_seqlens(20, 3, seed=0))
+    with torch.no_grad():  # as in validation
+        model.encode_past(batch)
+    assert not calls
+    model(compute_losses, batch, future_config(precision="fp8"), True).ce_sum.backward()
+    assert len(calls) == 2 * 7  # layers times their matrices, in one pass

@@ -23,6 +23,7 @@ FIXED_OPTIONS = (
     "validation.holdout_every",
     "future_encoder.estimator_type",
     "future_encoder.learnable_temperature",
+    "future_encoder.projection_dim",
     "future_predictor.head_type",
     "experimental.freeze_lm_for_infonce",
 )
