@@ -63,7 +63,9 @@ def run_worker(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def compare_summaries(trainer: Trainer) -> tuple[float, float]:
     """Mean and lowest cosine between 8-bit and exact summaries of one batch, which training does not see."""
-    batch = trainer._next_batches()[0].to(trainer.device)
+    batches = trainer._next_batches()
+    trainer.data_state.advance(batches, trainer.world_size)
+    batch = batches[0].to(trainer.device)
     model, switch = trainer.model, trainer.model._fp8
 
     def encode() -> Tensor:

@@ -67,6 +67,7 @@ OURS_FP8 = "ours, future in fp8"
 BODY = "ours, decoder layers of the causal pass alone, no optimizer"
 PRODUCTS = "the two matrix products of InfoNCE alone"
 OURS_FUTURE_BY_DENSE = "ours, future (in turns with dense)"
+OURS_BARE_BY_DENSE = "ours, future, no optimizer (in turns with dense)"
 PLANNED_NEXT_TOKEN = "planned prototype, next-token, no optimizer"
 PLANNED_FUTURE = "planned prototype, future, no optimizer"
 DENSE = "dense recipe, future, no optimizer"
@@ -275,9 +276,14 @@ class Measurement:
 
         if self.length <= LONGEST_OF_DENSE:
             dense, dense_gib = self._build_held(Dense)
-            steps = {OURS_FUTURE_BY_DENSE: partial(ours.step, True, True), DENSE: announce_first(DENSE, dense.step)}
+            steps = {
+                OURS_FUTURE_BY_DENSE: partial(ours.step, True, True),
+                OURS_BARE_BY_DENSE: partial(ours.step, True, False),
+                DENSE: announce_first(DENSE, dense.step),
+            }
             timings = measure_side_by_side(steps, repeats=3, warmup=1)
             self._add(OURS_FUTURE_BY_DENSE, timings[OURS_FUTURE_BY_DENSE], held[OURS_FUTURE])
+            self._add(OURS_BARE_BY_DENSE, timings[OURS_BARE_BY_DENSE], held[OURS_FUTURE_BARE])
             self._add(DENSE, timings[DENSE], dense_gib)
 
     def _multiply_as_infonce(self) -> Callable[[], None]:
@@ -329,6 +335,7 @@ class Measurement:
             "tokens/s, ours future / planned, both without optimizer": (PLANNED_FUTURE, OURS_FUTURE_BARE),
             "tokens/s, ours future with optimizer / planned without": (PLANNED_FUTURE, OURS_FUTURE),
             "tokens/s, ours future with optimizer / dense without": (DENSE, OURS_FUTURE_BY_DENSE),
+            "tokens/s, ours future / dense, both without optimizer": (DENSE, OURS_BARE_BY_DENSE),
             "time, ours future / ours next-token, both with optimizer (cost of the future loss)": (OURS_FUTURE, OURS_NEXT_TOKEN),
             "time, ours future in fp8 / ours next-token, both with optimizer": (OURS_FP8, OURS_NEXT_TOKEN),
             "time, ours future / ours next-token, both without optimizer": (OURS_FUTURE_BARE, OURS_NEXT_TOKEN_BARE),

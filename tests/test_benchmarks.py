@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from benchmarks import kernels, prototypes
+from benchmarks.fp8 import compare_summaries
 from benchmarks.packs import draw_batch, draw_cu_seqlens
 from benchmarks.peers import MODEL
 from benchmarks.prototypes import ChunkedCrossEntropy, ChunkedInfoNCE, Dense, Planned
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns
+from flame.components.distributed import end_processes, set_single_process_defaults
+from flame.config_reader import read_config
 from flame.models.causal_lm import load_model_config
 from flame.objective import compute_losses
+from flame.train import Trainer
 from tests.helpers import build_unsharded, future_config, random_batch, tiny_llama
+from tests.test_train import leave_no_trace, options, workspace  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -193,3 +198,14 @@ def test_failure_of_a_kernel_becomes_a_note():
     with bench.guard("part"):
         raise ValueError("first line\nsecond line")
     assert bench.notes == ["part: ValueError: first line"]
+
+
+def test_comparing_summaries_takes_its_batch_out_of_the_data(workspace, tmp_path):  # noqa: F811 - a fixture
+    set_single_process_defaults()
+    trainer = Trainer(read_config(options(workspace, tmp_path / "run", checkpoint__enable_checkpoint=False), 1))
+    trainer._open_run(trainer._resume())
+    mean, low = compare_summaries(trainer)
+    trainer.train_step()
+    trainer._close_run()
+    end_processes()
+    assert (mean, low) == (pytest.approx(1), pytest.approx(1))
