@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.future_lm import build_future_lm
@@ -22,17 +22,18 @@ from flame.models.varlen_attention import DocumentLayout, attend
 from flame.objective import compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
+from tests.toy_families import TOYS, WINDOW, build_toy
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
 
 
-def build_on_gpu(compiled: bool, dtype: torch.dtype, **changes):
+def build_on_gpu(compiled: bool, dtype: torch.dtype, model_config: PretrainedConfig | None = None, **changes):
     """bfloat16 takes the flash kernels, float32 FlexAttention."""
     config = future_config(**changes)
     config.training.mixed_precision_param = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    model = build_future_lm(config, tiny_llama(**SHAPE), "cuda")
+    model = build_future_lm(config, model_config or tiny_llama(**SHAPE), "cuda")
     materialize(model, CUDA, seed=0)
     model.to(dtype)
     if compiled:
@@ -115,6 +116,30 @@ def test_flash_passes_equal_flex_passes():
     for direction in ("causal", "future"):
         found, expected = encode(flash, batch, direction), encode(flex, batch, direction)
         assert (found.float() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_families(name):
+    """Both passes: the flash kernels in bfloat16 and FlexAttention in float32, against the CPU; and no leak."""
+    shape = SHAPE | {"num_key_value_heads": 4 if name == "gpt_neox" else 2, "moe_intermediate_size": 64}
+    cu = torch.tensor([0, 1, 100, 101, 256, 390, 512], dtype=torch.int32)
+    batch, compiled = random_batch(cu), name in ("gemma3", "qwen3_moe", "gpt2")
+    on_cpu = build_unsharded(future_config(), build_toy(name, **shape))
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 1e-2)):
+        model = build_on_gpu(compiled, dtype, build_toy(name, **shape))
+        model.load_state_dict(on_cpu.state_dict())
+        for direction in ("causal", "future"):
+            found, expected = encode(model, batch, direction).float().cpu(), encode(on_cpu, batch, direction)
+            # A router's choice between experts turns on rounding: most tokens, not all, take the same ones.
+            errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert errors.quantile(0.75 if hasattr(on_cpu.lm.config, "num_experts_per_tok") else 1.0) < tolerance, direction
+        base = encode(model, batch, "future")
+        for j in (0, 1, 50, 99, 100, 101, 180, 255, 256, 400, 511):
+            tokens = batch.input_ids[0].clone()
+            tokens[j] = (tokens[j] + 1) % 61
+            changed = (encode(model, pack(tokens, cu), "future") != base).any(-1).nonzero().flatten().tolist()
+            reach = 2 * (WINDOW - 1) if name in ("mistral", "phi3") else 512
+            assert j in changed and min(changed) >= max(int(cu[cu <= j].max()), j - reach) and max(changed) <= j
 
 
 def test_new_layouts_compile_nothing_new():

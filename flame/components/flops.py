@@ -1,20 +1,23 @@
 """Arithmetic that a step requires, for the model FLOPs utilisation (MFU).
 
-Counted: matrix products of the layers and the output head (2 FLOPs a weight and token forward, 4 backward), attention by the
-pairs that the masks really allow (4 FLOPs a pair, layer and channel forward, 8 backward), predictor and InfoNCE (4 N^2 d).
+Counted: matrix products of the layers and the output head (2 FLOPs a weight and token forward, 4 backward; of experts, those that
+a token is sent to), attention by the pairs that the masks really allow (4 FLOPs a pair, layer and channel forward, 8 backward),
+predictor and InfoNCE (4 N^2 d).
 Not counted: embedding look-ups, norms, the projection of summaries, the recurrences of linear attention, and what activation
 checkpointing computes again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.config import JobConfig
-from flame.models.future_encoder import is_recurrent
+from flame.models.families import list_layer_limits, tighten
+from flame.models.future_encoder import find_head_dim, is_recurrent
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import count_anchors
 
@@ -29,10 +32,26 @@ class Flops(NamedTuple):
     """Predictor and InfoNCE."""
 
 
-def count_attention_channels(config: PretrainedConfig) -> int:
-    """Width of all query heads of all layers together."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * config.num_attention_heads * head_dim
+def count_attention_channels(config: PretrainedConfig) -> Counter[int]:
+    """Width of all query heads of all layers together, by how far their keys may be (0 is no limit)."""
+    width = 0 if is_recurrent(config) else config.num_attention_heads * find_head_dim(config)
+    channels: Counter[int] = Counter()
+    for limit in list_layer_limits(config):
+        channels[limit] += width
+    return channels
+
+
+def count_weights_used(model: PreTrainedModel) -> float:
+    """Weights of the layers' matrices that one token meets."""
+    head = model.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
+    used = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and id(parameter) not in tables:
+            is_of_experts = parameter.ndim == 3 and ".experts." in name
+            share = model.config.num_experts_per_tok / len(parameter) if is_of_experts else 1
+            used += parameter.numel() * share
+    return used
 
 
 class FlopCounter:
@@ -40,11 +59,9 @@ class FlopCounter:
 
     def __init__(self, model: FutureLM, config: JobConfig):
         lm_config = model.lm.config
-        head = model.lm.get_output_embeddings().weight
-        tables = {id(module.weight) for module in model.lm.modules() if isinstance(module, nn.Embedding)} | {id(head)}
-        self.body = sum(p.numel() for p in model.lm.parameters() if p.ndim > 1 and id(p) not in tables)
-        self.head = head.numel()
-        self.attention = 0 if is_recurrent(lm_config) else count_attention_channels(lm_config)
+        self.body = count_weights_used(model.lm)
+        self.head = model.output_embedding.numel()
+        self.channels = count_attention_channels(lm_config)
         self.width = config.future_encoder.projection_dim or lm_config.hidden_size
         self.predictor = sum(p.numel() for p in model.predictor.parameters() if p.ndim > 1) if model.predictor else 0
         self.future = config.future_encoder
@@ -54,13 +71,22 @@ class FlopCounter:
         """FLOPs of one packed batch, int32 cu_seqlens [S+1] on the CPU."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).double()
         tokens = float(lengths.sum())
-        causal_forward = 2 * self.body * tokens + 4 * self.attention * float((lengths * (lengths + 1) / 2).sum())
+        causal_pairs = {limit: _count_later_pairs(lengths, limit) + tokens for limit in self.channels}
+        causal_forward = 2 * self.body * tokens + 4 * self._weigh(causal_pairs)
         next_token = causal_forward if self.frozen else 3 * (causal_forward + 2 * self.head * tokens)
         if not with_future:
             return Flops(next_token, 0.0, 0.0)
-        reach = (lengths - 1).clamp(max=self.future.future_k or float("inf"))
-        future_pairs = float((lengths * reach - reach * (reach + 1) / 2).sum())
-        future = 2 * self.body * tokens + 4 * self.attention * future_pairs
+        future_pairs = {limit: _count_later_pairs(lengths, tighten(limit, self.future.future_k)) for limit in self.channels}
+        future = 2 * self.body * tokens + 4 * self._weigh(future_pairs)
         anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors)
         guesses = min(tokens, self.future.max_anchors or tokens)
         return Flops(next_token, future, 6 * self.predictor * guesses + 4 * anchors**2 * self.width)
+
+    def _weigh(self, pairs: dict[int, float]) -> float:
+        return sum(channels * pairs[limit] for limit, channels in self.channels.items())
+
+
+def _count_later_pairs(lengths: Tensor, limit: int) -> float:
+    """Pairs of a token and one that is later in its document, at most `limit` away."""
+    reach = (lengths - 1).clamp(max=limit or float("inf"))
+    return float((lengths * reach - reach * (reach + 1) / 2).sum())

@@ -18,24 +18,17 @@ AttentionMask = Tensor | BlockMask
 Direction = Literal["causal", "future"]
 
 
-def build_attention_mask(segment_ids: Tensor, direction: Direction, window_k: int = 0) -> AttentionMask:
-    """Mask of one direction: a BlockMask for FlexAttention on CUDA, a boolean mask for SDPA elsewhere.
+def build_boolean_mask(segment_ids: Tensor, direction: Direction, window_k: int = 0) -> Tensor:
+    """The mask of one direction for SDPA.
 
     Args:
         segment_ids: int [T], document number of each token, non-decreasing.
         direction: "causal" allows kv <= q, "future" allows kv > q, both inside one document.
-        window_k: "future" only: keys at most this far ahead; 0 means no window.
+        window_k: keys at most this far away; 0 means no window.
 
     Returns:
-        BlockMask of [1, 1, T, T], or a bool tensor [1, 1, T, T], true where attention is allowed.
+        bool [1, 1, T, T], true where attention is allowed.
     """
-    if segment_ids.is_cuda:
-        return build_block_mask(segment_ids, direction, window_k)
-    return build_boolean_mask(segment_ids, direction, window_k)
-
-
-def build_boolean_mask(segment_ids: Tensor, direction: Direction, window_k: int = 0) -> Tensor:
-    """Bool [1, 1, T, T], true where attention is allowed."""
     index = torch.arange(segment_ids.numel(), device=segment_ids.device)
     allows = _mask_mod(segment_ids, direction, window_k)
     return allows(None, None, index[:, None], index[None, :])[None, None]
@@ -47,14 +40,17 @@ def _mask_mod(segment_ids: Tensor, direction: Direction, window_k: int):
     def causal(batch, head, q, kv):
         return (segment_ids[q] == segment_ids[kv]) & (kv <= q)
 
+    def windowed_causal(batch, head, q, kv):
+        return causal(batch, head, q, kv) & (q - kv <= window_k)
+
     def future(batch, head, q, kv):
         return (segment_ids[q] == segment_ids[kv]) & (kv > q)
 
     def windowed_future(batch, head, q, kv):
-        return (segment_ids[q] == segment_ids[kv]) & (kv > q) & (kv - q <= window_k)
+        return future(batch, head, q, kv) & (kv - q <= window_k)
 
     if direction == "causal":
-        return causal
+        return windowed_causal if window_k else causal
     return windowed_future if window_k else future
 
 
@@ -65,10 +61,10 @@ def build_block_mask(segment_ids: Tensor, direction: Direction, window_k: int = 
     one side are a range, and so are the full ones among them. "future" exchanges the queries and keys of "causal" in all
     blocks but those on the diagonal, which are never full: what is behind a query of the one is ahead of a query of the other.
 
-    Args: as `build_attention_mask`; any device.
+    Args: as `build_boolean_mask`; any device.
     """
     total = segment_ids.numel()
-    window = min(window_k, total) if direction == "future" and window_k else total
+    window = min(window_k, total) if window_k else total
     list_blocks = _list_blocks_compiled if segment_ids.is_cuda else _list_blocks
     behind, ahead = list_blocks(segment_ids, window)
     keys, queries = (behind, ahead) if direction == "causal" else (ahead, behind)

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models import varlen_attention
+from flame.models.families import find_unsupported_layers
 from flame.models.future_encoder import Attention, is_recurrent
 
 
@@ -68,19 +69,11 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
     heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
     if heads and groups and heads % groups:
         faults.append(f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}")
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        faults.append(
-            f"layers of type {', '.join(sorted(layer_types - {'full_attention'}))} are not supported; only full attention is"
-        )
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        faults.append(f"sliding_window = {config.sliding_window} is not supported: set it to null for full attention")
+    faults += find_unsupported_layers(config)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
     for key, value in settings.items():
-        if "experts" in key and isinstance(value, int) and value > 1:
-            faults.append(f"{key} = {value}: mixture-of-experts models are not supported")
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
         if ("dropout" in key or key.endswith("_pdrop")) and not unused and isinstance(value, int | float) and value != 0:
             faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
@@ -178,7 +171,8 @@ class _DrawUnsharded(TorchDispatchMode):
         if func not in self.DRAWS or not isinstance(args[0], DTensor):
             return func(*args, **kwargs)
         target, *rest = args
-        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        # On the mesh's device even where the shards are offloaded: the same draws either way.
+        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device_mesh.device_type)
         func(whole, *rest, **kwargs)
         shards = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(shards.to_local())
@@ -219,8 +213,9 @@ def _clear_padding_rows(module: nn.Module) -> None:
     """Zero each embedding's padding row: the library's own slice assignment is lost on a sharded weight."""
     for embedding in module.modules():
         if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
-            keep = torch.ones(embedding.num_embeddings, 1, device=embedding.weight.device)
+            weight, keep = embedding.weight.data, torch.ones(embedding.num_embeddings, 1)
             keep[embedding.padding_idx] = 0
-            if isinstance(embedding.weight, DTensor):
-                keep = distribute_tensor(keep, embedding.weight.device_mesh, embedding.weight.placements, src_data_rank=None)
-            embedding.weight.mul_(keep)
+            if isinstance(weight, DTensor):
+                keep = distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+                weight = weight.to_local()
+            weight.mul_(keep.to(weight.device))

@@ -20,7 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import PackedBatch
 from flame.models import flash_kernels
-from flame.models.attention_mask import build_attention_mask
+from flame.models.attention_mask import AttentionMask, Direction, build_block_mask, build_boolean_mask
+from flame.models.families import find_family, find_limits, tighten
+from flame.models.fla_families import TAKES_ROWS
 from flame.models.varlen_attention import WIDEST_HEAD, DocumentLayout
 
 
@@ -76,29 +78,45 @@ class VarlenPasses:
 
 
 class MaskedPasses:
-    """Softmax attention: FlexAttention or SDPA under our masks."""
+    """Softmax attention: FlexAttention or SDPA under our masks.
 
-    def __init__(self, name: str):
-        self._name = name
+    Args:
+        by_blocks: FlexAttention attends, and takes BlockMasks.
+        limits: of the layers' own windows, as `find_limits` gives them.
+    """
+
+    def __init__(self, by_blocks: bool, limits: int | dict[str, int]):
+        self._by_blocks = by_blocks
+        self._limits = limits
 
     def describe(self) -> str:
-        return self._name
+        return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        return self._run(model, batch, build_attention_mask(batch.segment_ids[0], "causal"))
+        return self._run(model, batch, "causal", window_k=0)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
-        return self._run(model, batch, build_attention_mask(batch.segment_ids[0], "future", window_k))
+        return self._run(model, batch, "future", window_k)
 
-    def _run(self, model: PreTrainedModel, batch: PackedBatch, mask) -> Tensor:
+    def _run(self, model: PreTrainedModel, batch: PackedBatch, direction: Direction, window_k: int) -> Tensor:
+        masks = self._build_masks(batch.segment_ids[0], direction, window_k)
         outputs = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
         )
         return outputs.last_hidden_state[0]
 
+    def _build_masks(self, segment_ids: Tensor, direction: Direction, window_k: int) -> AttentionMask | dict[str, AttentionMask]:
+        def build(limit: int) -> AttentionMask:
+            build_mask = build_block_mask if self._by_blocks else build_boolean_mask
+            return build_mask(segment_ids, direction, tighten(limit, window_k))
+
+        if isinstance(self._limits, dict):
+            return {kind: build(limit) for kind, limit in self._limits.items()}
+        return build(self._limits)
+
 
 class ReversedPasses:
-    """Recurrent layers of flash-linear-attention, which reset their state at `cu_seqlens`."""
+    """Recurrent layers of flash-linear-attention, which reset their state at `cu_seqlens`, or read a row for each document."""
 
     def describe(self) -> str:
         return "flash-linear-attention"
@@ -112,7 +130,19 @@ class ReversedPasses:
         return self._run(model, batch.input_ids[:, order], batch.cu_seqlens)[order]
 
     def _run(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if model.config.model_type in TAKES_ROWS:
+            return self._run_rows(model, input_ids, cu_seqlens)
         return model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state[0]
+
+    def _run_rows(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """One document a row, padded on the right, where nothing reads it, to the longest: S x longest tokens instead of T."""
+        cu = cu_seqlens.long()
+        lengths, total = cu[1:] - cu[:-1], input_ids.shape[1]
+        longest = int(lengths.max())
+        row_starts = torch.arange(len(lengths), device=cu.device) * longest
+        places = torch.repeat_interleave(row_starts - cu[:-1], lengths, output_size=total) + torch.arange(total, device=cu.device)
+        rows = input_ids.new_zeros(len(lengths) * longest).index_copy(0, places, input_ids[0]).view(-1, longest)
+        return model.base_model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)[places]
 
 
 def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -130,9 +160,6 @@ def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
     return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
 
 
-VARLEN_FAMILIES = ("gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-"""Families whose passes by the flash kernels are tested against those under masks."""
-
 Attention = Literal["varlen", "flex", "sdpa", "none"]
 
 
@@ -146,23 +173,25 @@ def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dt
         return "none"
     if device_type != "cuda":
         return "sdpa"
-    head_dim = _find_head_dim(config)
-    is_known = config.model_type in VARLEN_FAMILIES and not hasattr(config, "auto_map")
+    head_dim, family = find_head_dim(config), find_family(config)
     fits = dtype == torch.bfloat16 and head_dim <= WIDEST_HEAD and head_dim % 8 == 0
-    return "varlen" if is_known and fits and flash_kernels.is_supported() else "flex"
+    if family is not None and fits and flash_kernels.is_supported():
+        return "varlen"
+    return "flex" if family is None or family.takes_flex else "sdpa"
 
 
-def _find_head_dim(config: PretrainedConfig) -> int:
+def find_head_dim(config: PretrainedConfig) -> int:
+    """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def build_passes(attention: Attention, config: PretrainedConfig, max_length: int) -> Passes:
     """The passes that go with a choice of `choose_attention`; no document is longer than max_length."""
     if attention == "varlen":
-        return VarlenPasses(max_length, _find_head_dim(config))
+        return VarlenPasses(max_length, find_head_dim(config))
     if attention == "none":
         return ReversedPasses()
-    return MaskedPasses("FlexAttention" if attention == "flex" else "PyTorch's SDPA")
+    return MaskedPasses(attention == "flex", find_limits(config))
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flame.models import flash_kernels
+from flame.models.families import tighten
 
 IMPLEMENTATION = "flame_varlen"
 """Name under which transformers' models find `attend`."""
 WIDEST_HEAD = 256
-REFUSED = ("dropout", "sliding_window", "softcap", "s_aux", "sinks", "position_bias")
+REFUSED = ("dropout", "softcap", "s_aux", "sinks", "position_bias")
 """What models may hand to their attention and this one does not do."""
 
 
@@ -46,11 +47,13 @@ def attend(
     *,
     documents: DocumentLayout,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **further: object,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' form: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
-    A token attends to earlier tokens of its document and, unless `documents.is_strict`, to itself.
+    A token attends to earlier tokens of its document and, unless `documents.is_strict`, to itself; `sliding_window` is the
+    layer's own, in tokens, the query's among them.
 
     Raises:
         NotImplementedError: the model asks for something that the kernels would leave out.
@@ -62,12 +65,11 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     cu_seqlens, max_length, is_strict, window_k = documents
+    limit = tighten(window_k, (sliding_window or 1) - 1)
     if not is_strict:
-        window = window_k if window_k else -1
-        return varlen_attention(q, k, v, cu_seqlens, max_length, window, scale)[0][None], None
-    shifted = varlen_attention(
-        q[1:], k[:-1], v[:-1], cu_seqlens.clamp(max=len(q) - 1), max_length, window_k - 1 if window_k else -1, scale
-    )[0]
+        return varlen_attention(q, k, v, cu_seqlens, max_length, limit or -1, scale)[0][None], None
+    cut = cu_seqlens.clamp(max=len(q) - 1)
+    shifted = varlen_attention(q[1:], k[:-1], v[:-1], cut, max_length, limit - 1, scale)[0]
     out = torch.cat([shifted.new_zeros(1, *shifted.shape[1:]), shifted])
     return out.index_fill(0, cu_seqlens[:-1].long(), 0.0)[None], None
 

@@ -1,0 +1,212 @@
+"""Every family of `flame.models.families`, by one table of toy models: what the support of a family means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from flame.components.flops import FlopCounter
+from flame.config import Optimizer, Training
+from flame.models import future_lm
+from flame.models.causal_lm import load_model_config
+from flame.models.families import FAMILIES, find_limits, list_layer_limits
+from flame.models.future_lm import FutureLM, build_future_lm
+from flame.models.parallelize import materialize, parallelize
+from flame.objective import compute_losses
+from tests.helpers import CPU, build_unsharded, future_config, pack, random_batch, random_cu_seqlens
+from tests.toy_families import TOYS, WINDOW, build_toy
+
+CU = torch.tensor([0, 1, 25, 26, 50, 60], dtype=torch.int32)
+every_family = pytest.mark.parametrize("name", TOYS)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def build_like(reference: torch.nn.Module, attention: str = "sdpa") -> FutureLM:
+    with patch.object(future_lm, "choose_attention", lambda *_: attention):
+        model = build_unsharded(future_config(), copy.deepcopy(reference.config))
+    model.lm.load_state_dict(reference.state_dict())
+    return model.eval()
+
+
+def build_reference(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(build_toy(name), dtype=torch.float32).eval()
+
+
+def test_the_table_has_every_family():
+    assert {family for family, _ in TOYS.values()} == set(FAMILIES)
+
+
+@every_family
+def test_it_is_accepted(name, tmp_path):
+    build_toy(name).save_pretrained(tmp_path)
+    assert load_model_config(str(tmp_path)).model_type == TOYS[name][0]
+
+
+@every_family
+def test_meta_build_and_sharding_start_as_the_plain_constructor(name, mesh):
+    """Names, shapes, buffers; mean and spread of each tensor to sampling error."""
+    config = future_config()
+    model = build_future_lm(config, build_toy(name), "cpu")
+    parallelize(model, config, mesh)
+    materialize(model, CPU, seed=1)
+    plain = build_reference(name)
+    ours = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.lm.state_dict().items()}
+    assert ours.keys() == plain.state_dict().keys()
+    for key, expected in plain.state_dict().items():
+        found, n = ours[key], expected.numel()
+        spread = expected.std().item() if n > 1 else 0.0
+        assert found.shape == expected.shape and found.dtype == torch.float32, key
+        assert found.mean().item() == pytest.approx(expected.mean().item(), abs=6 * spread * (2 / n) ** 0.5 + 1e-7), key
+        assert n == 1 or found.std().item() == pytest.approx(spread, abs=6 * spread / n**0.5 + 1e-7), key
+    for (key, expected), (_, found) in zip(plain.named_buffers(), model.lm.named_buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=key)
+    tied = plain.config.tie_word_embeddings
+    assert (model.lm.get_output_embeddings().weight is model.lm.get_input_embeddings().weight) == tied
+
+
+@every_family
+def test_the_loss_is_that_of_transformers(name):
+    reference = build_reference(name)
+    batch = random_batch(torch.tensor([0, 40], dtype=torch.int32))
+    with torch.no_grad():
+        expected = reference(input_ids=batch.input_ids, labels=batch.input_ids).loss
+        for attention in ("sdpa", "varlen"):
+            losses = compute_losses(build_like(reference, attention), batch, future_config(), False)
+            assert losses.ce_sum is not None
+            torch.testing.assert_close(losses.ce_sum / batch.num_labels, expected, rtol=1e-5, atol=0)
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+@pytest.mark.parametrize("window_k", [0, 3])
+def test_no_leak(name, attention, window_k):
+    """One token changed: what may see it, in either direction, and nothing else."""
+    model = build_like(build_reference(name), attention)
+    batch = random_batch(CU)
+    limits = list_layer_limits(model.lm.config)
+    reach = sum(limits) if all(limits) else 60
+    with torch.no_grad():
+        past, future = model.encode_past(batch), model.encode_future(batch, window_k)
+        for j in (0, 1, 12, 24, 25, 26, 37, 49, 50, 59):
+            document = torch.bucketize(j, CU, right=True)
+            start, end = int(CU[document - 1]), int(CU[document])
+            tokens = batch.input_ids[0].clone()
+            tokens[j] = (tokens[j] + 1) % 61
+            changed = pack(tokens, CU)
+            seen_by = find_changes(model.encode_past(changed), past)
+            assert j in seen_by and min(seen_by) == j and max(seen_by) < end and max(seen_by) <= j + reach
+            seen_by = find_changes(model.encode_future(changed, window_k), future)
+            ahead = min(reach, 2 * window_k or 60)
+            assert j in seen_by and max(seen_by) == j and min(seen_by) >= max(start, j - ahead)
+
+
+def find_changes(found: Tensor, base: Tensor) -> list[int]:
+    assert found.isfinite().all()
+    return ((found - base).abs() > 1e-6).any(-1).nonzero().flatten().tolist()
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_packed_equals_one_by_one(name, attention):
+    model = build_like(build_reference(name), attention)
+    batch = random_batch(CU)
+    with torch.no_grad():
+        past, future = model.encode_past(batch), model.encode_future(batch, 0)
+        for start, end in pairwise(CU.tolist()):
+            alone = pack(batch.input_ids[0, start:end], torch.tensor([0, end - start], dtype=torch.int32))
+            torch.testing.assert_close(past[start:end], model.encode_past(alone), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(future[start:end], model.encode_future(alone, 0), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_flash_passes_equal_those_under_masks(name):
+    reference = build_reference(name)
+    masked, flash = build_like(reference), build_like(reference, "varlen")
+    for seed in range(3):
+        batch = random_batch(random_cu_seqlens(60, 5, seed), seed=seed)
+        with torch.no_grad():
+            torch.testing.assert_close(flash.encode_past(batch), masked.encode_past(batch), rtol=1e-4, atol=1e-5)
+            for window_k in (0, 2, 20):
+                found, expected = (model.encode_future(batch, window_k) for model in (flash, masked))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_windows_follow_their_definition(name):
+    """The anti-causal pass under masks that a loop over all pairs makes."""
+    reference = build_reference(name)
+    limits, document = find_limits(reference.config), torch.bucketize(torch.arange(60), CU[1:], right=True)
+
+    def make_mask(limit: int) -> Tensor:
+        rows = [[bool(document[q] == document[k]) and 0 < k - q <= (limit or 60) for k in range(60)] for q in range(60)]
+        return torch.tensor(rows)[None, None]
+
+    expected_windows = {"gemma3", "olmo3", "mistral", "phi3", "qwen3, windows"}
+    assert (WINDOW - 1 in list_layer_limits(reference.config)) == (name in expected_windows)
+    masks = {kind: make_mask(limit) for kind, limit in limits.items()} if isinstance(limits, dict) else make_mask(limits)
+    batch = random_batch(CU)
+    with torch.no_grad():
+        expected = reference.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
+        ).last_hidden_state[0]
+        torch.testing.assert_close(build_like(reference).encode_future(batch, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_flops_count_the_experts_and_pairs_in_use(name):
+    model = build_like(build_reference(name))
+    config = future_config()
+    flops = FlopCounter(model, config).count(CU, with_future=True)
+    lengths, limits = CU.diff().tolist(), list_layer_limits(model.lm.config)
+    pairs = sum(n_pairs(n, limit or n, own=True) for limit in limits for n in lengths)
+    later = sum(n_pairs(n, limit or n, own=False) for limit in limits for n in lengths)
+    matrices = 0.0
+    for module_name, parameter in model.lm.named_parameters():
+        if parameter.ndim == 2 and not any(part in module_name for part in ("embed", "wte", "wpe", "lm_head")):
+            matrices += parameter.numel()
+        matrices += parameter.numel() / 2 if parameter.ndim == 3 else 0.0  # two of four experts
+    width = 4 * 8
+    assert flops.future == 2 * matrices * 60 + 4 * width * later
+    assert flops.next_token == 3 * (2 * (matrices + 61 * 32) * 60 + 4 * width * pairs)
+
+
+def n_pairs(length: int, limit: int, own: bool) -> int:
+    return sum(1 for q in range(length) for k in range(q + (not own), length) if k - q <= limit)
+
+
+@every_family
+def test_twenty_steps_lower_both_losses(name, mesh):
+    config = future_config()
+    config.training = Training(seq_len=60)
+    config.optimizer = Optimizer(lr=1e-2)
+    model = build_future_lm(config, build_toy(name), "cpu")
+    parallelize(model, config, mesh)
+    materialize(model, CPU, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch, measured = random_batch(CU), []
+    for _ in range(20):
+        losses = model(compute_losses, batch, config, True)
+        assert losses.ce_sum is not None and losses.contrast is not None
+        loss = losses.ce_sum / batch.num_labels + losses.contrast.loss_sum / losses.contrast.num_anchors
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        measured.append((losses.ce_sum.item(), losses.contrast.loss_sum.item()))
+    assert measured[-1][0] < 0.85 * measured[0][0] and measured[-1][1] < 0.95 * measured[0][1]
