@@ -45,9 +45,14 @@ class Model:
     __pydantic_config__ = STRICT
 
     config: str = ""
-    """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed."""
+    """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
+    unless there is checkpoint.initial_load_path, whose configuration is taken where this is empty."""
     tokenizer_path: str = ""
-    """Tokenizer: a folder, a Hub name, or "bytes" for the built-in byte-level one (258 entries, no download)."""
+    """Tokenizer: a folder, a Hub name, or "bytes" for the built-in byte-level one (258 entries, no download). Empty: the one
+    in checkpoint.initial_load_path."""
+    resize_embeddings: bool = False
+    """With checkpoint.initial_load_path: grow the vocabulary to the tokenizer's where that has more entries. New rows start at
+    the mean of the old ones."""
     trust_remote_code: bool = False
     """Run the Python code that comes with model.config or model.tokenizer_path, from the Hub or a folder."""
 
@@ -133,6 +138,11 @@ class Training(Corpus):
     fsdp_reshard_after_forward: bool = True
     """Free each layer's gathered weights after each of its two forwards. False gathers once a step for both forwards and the
     backward, for two more bytes a parameter. One GPU, which holds all weights anyway, always does the latter."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and moments in host memory, and update them there. Slow; for models that do not fit."""
+    float8: bool = False
+    """Training matrix products of the decoder layers in 8-bit floats, forward and backward (torchao, row-wise scales). Needs
+    a GPU of compute capability 8.9 or above, and training.compile to be fast."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, made on all ranks at once so that none waits for another."""
 
@@ -151,6 +161,12 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices. Norms, biases and embeddings have none."""
+    name: Literal["AdamW", "Muon"] = "AdamW"
+    """"Muon" takes the matrices of the decoder layers, at the same learning rate (its updates are scaled to AdamW's size); all
+    else stays with AdamW."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments. "bfloat16" halves their memory; they are rounded at random, so that small
+    changes count."""
 
 
 @dataclass(kw_only=True)
@@ -225,6 +241,9 @@ class Experimental:
 
     freeze_lm_for_infonce: bool = False
     """Train predictor and estimator alone: the language model gets no gradient and no cross entropy is computed."""
+    custom_model_path: str = ""
+    """Python package (a folder with __init__.py) or module (a .py file) to import before the model is built. It registers its
+    architecture with transformers' AutoConfig and AutoModelForCausalLM."""
 
 
 @dataclass(kw_only=True)
@@ -249,8 +268,15 @@ class Checkpoint:
     """Complete checkpoints to keep; 0 keeps all. The disk must hold one more."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
+    initial_load_path: str = ""
+    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. Only the language
+    model is taken; predictor and estimator start fresh. A run that has checkpoints of its own goes on from those."""
     export_hf: bool = True
     """At the end, write the model as an ordinary Hugging Face folder, hf/ in job.dump_folder."""
+    export_interval: NonNegativeInt = 0
+    """Also export every so-many steps, to hf-step-N/; a multiple of checkpoint.interval. 0 exports at the end alone."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of exported weights. "float32" is what was trained, to the bit."""
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,8 @@ from flame.config import (
 
 SMALLEST_SHARE = 1e-6
 """Of the largest weight: a smaller one would hardly ever be drawn."""
+FLOAT8_SIZE_STEP = 16
+"""What each size of an 8-bit matrix product must be a multiple of."""
 
 
 def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
@@ -38,6 +40,7 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
     yield from _find_validation_conflicts(config)
     yield from _find_schedule_conflicts(config)
     yield from _find_future_conflicts(config)
+    yield from _find_float8_conflicts(config)
     yield from _find_parallel_conflicts(config.training, world_size)
 
 
@@ -203,6 +206,11 @@ def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
                 f"experimental.freeze_lm_for_infonce = true leaves nothing to train before "
                 f"future_encoder.start_step = {config.future_encoder.start_step}: set it to 0"
             )
+        if config.optimizer.name == "Muon":
+            yield (
+                'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true: Muon trains the decoder layers alone, '
+                'which are frozen; set it to "AdamW"'
+            )
 
 
 def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
@@ -228,6 +236,27 @@ def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
         yield (
             f'future_encoder.precision = "fp8" beside training.mixed_precision_param = "{training.mixed_precision_param}": '
             'set the one to "bf16" or the other to "bfloat16"'
+        )
+
+
+def _find_float8_conflicts(config: JobConfig) -> Iterator[str]:
+    training = config.training
+    if not training.float8:
+        return
+    if config.future_encoder.precision == "fp8":
+        yield (
+            'future_encoder.precision = "fp8" beside training.float8 = true, which has both passes in 8-bit floats already: set '
+            'the one to "bf16" or the other to false'
+        )
+    if training.mixed_precision_param != "bfloat16":
+        yield (
+            f'training.float8 = true beside training.mixed_precision_param = "{training.mixed_precision_param}": set the one to '
+            'false or the other to "bfloat16"'
+        )
+    if training.seq_len % FLOAT8_SIZE_STEP:
+        yield (
+            f"training.float8 = true: training.seq_len = {training.seq_len} is not a multiple of {FLOAT8_SIZE_STEP}, which the "
+            "weights' gradients need: change it, or set float8 to false"
         )
 
 

@@ -26,6 +26,14 @@ LONGEST_SHOWN_VALUE = 100
 SOURCES = "sources"
 ANY_SOURCE = f"{SOURCES}.NAME"  # stands for each table [sources.*] in help and suggestions
 
+# Options of other trainers that are known and declined: what a key speaks of, and why this trainer does not do it.
+_DECLINED = {
+    "tensor_parallel": "the layers of any architecture are taken whole",
+    "expert_parallel": "the layers of any architecture are taken whole",
+    "context_parallel": "the anti-causal pass needs whole documents on one rank",
+    "pipeline_parallel": "the causal and the anti-causal pass of a step meet in one loss on each rank",
+}
+
 _SECTIONS: dict[str, type] = {
     ANY_SOURCE if name == SOURCES else name: Source if name == SOURCES else section
     for name, section in get_type_hints(JobConfig).items()
@@ -190,7 +198,7 @@ def _parse_command_line(argv: list[str]) -> tuple[list[_Setting], list[str]]:
         schema = _find_schema(key)
         if schema is None:
             value = "" if given is None else f" = {_show_text(given)}"
-            faults.append(f"{_show_text(key)}{value} ({COMMAND_LINE}): no such option{_suggest(key)}")
+            faults.append(f"{_show_text(key)}{value} ({COMMAND_LINE}): {_explain_unknown(key)}")
         elif given is not None:
             settings.append(_Setting(key, _convert(given, schema), _show_text(given), COMMAND_LINE))
         elif schema.get("type") == "boolean":
@@ -258,7 +266,7 @@ def _apply(config: JobConfig, setting: _Setting) -> str | None:
     if setting.value == {} and _name_section(setting.key) == ANY_SOURCE:
         return f"{setting}: an empty source, give at least its dataset"
     if schema is None:
-        return f"{setting}: no such option{_suggest(setting.key)}"
+        return f"{setting}: {_explain_unknown(setting.key)}"
     if setting.key == CONFIG_FILE and setting.source != COMMAND_LINE:
         return f"{setting}: allowed only on the command line"
     section, _, key = setting.key.rpartition(".")
@@ -311,6 +319,17 @@ def _describe_allowed(schema: dict[str, Any]) -> str:
     bounds = " and ".join(f"{sign} {schema[limit]:.10g}" for limit, sign in limits.items() if limit in schema)
     nouns = {"integer": "an integer", "number": "a finite number", "boolean": "true or false", "string": "text", "null": "none"}
     return f"{nouns[schema['type']]} {bounds}".rstrip()
+
+
+def _explain_unknown(key: str) -> str:
+    """What is to be said of an option that does not exist."""
+    for kind, reason in _DECLINED.items():
+        if kind in key.rpartition(".")[2].replace("-", "_"):
+            return (
+                f"{kind.replace('_', ' ')} training is not supported, since {reason}: leave it out, even at 1; large models fit "
+                "by training.data_parallel_shard_degree, activation_checkpoint.mode and training.cpu_offload"
+            )
+    return f"no such option{_suggest(key)}"
 
 
 def _suggest(name: str, otherwise: str = ", --help lists all") -> str:

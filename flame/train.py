@@ -137,7 +137,7 @@ class Trainer:
         dist.barrier()
         self.model = build_future_lm(config, model_config, self.device.type)
         parallelize(self.model, config, mesh)
-        materialize(self.model, self.device, config.training.seed)
+        materialize(self.model, self.device, config.training.seed, cpu_offload=config.training.cpu_offload)
         self.flop_counter = FlopCounter(self.model, config)
         self.optimizer = build_optimizer(config, self.model)
         self.schedule = build_schedule(config, self.optimizer)
@@ -226,6 +226,7 @@ class Trainer:
             outcomes.append(losses)
         step_loss, failures = self.guard.settle(step_loss, outcomes)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
+        grad_norm = grad_norm.to(self.device)  # of offloaded gradients it is on the CPU
 
         is_usable = self.guard.judge(self.step, step_loss, grad_norm, failures, batches, outcomes)
         if is_usable:

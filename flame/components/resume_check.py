@@ -21,6 +21,8 @@ FIXED_OPTIONS = (
     "training.num_streams",
     "training.seed",
     "validation.holdout_every",
+    "optimizer.name",
+    "optimizer.state_dtype",
     "future_encoder.estimator_type",
     "future_encoder.learnable_temperature",
     "future_encoder.projection_dim",

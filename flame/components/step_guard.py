@@ -62,12 +62,12 @@ class StepGuard:
         gradients = [gradient for gradient in map(_get_local_gradient, self._future_parameters) if gradient is not None]
         is_finite = torch.ones((), device=self._device, dtype=torch.bool)
         for gradient in gradients:
-            is_finite &= gradient.isfinite().all()
+            is_finite &= gradient.isfinite().all().to(self._device)  # offloaded gradients are elsewhere
         failed = sum((losses.contrast.failed for losses in outcomes if losses.contrast is not None), step_loss.new_zeros(()))
         totals = torch.stack([step_loss, failed.to(step_loss.dtype), (~is_finite).to(step_loss.dtype)])
         dist.all_reduce(totals)
         for gradient in gradients:
-            gradient.masked_fill_(totals[2] > 0, 0.0)
+            gradient.masked_fill_((totals[2] > 0).to(gradient.device), 0.0)
         return totals[0], totals[1:]
 
     def judge(

@@ -1,15 +1,16 @@
-"""Activation checkpointing, compilation and FSDP2, in the order in which they must be applied."""
+"""8-bit training products, activation checkpointing, compilation and FSDP2, in the order in which they must be applied."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flame.components.titan import FullAC, SelectiveAC
 from flame.config import JobConfig
 from flame.models.causal_lm import find_decoder_layers, initialize
+from flame.models.float8_training import convert_to_float8
 from flame.models.future_lm import FutureLM
 
 
@@ -18,8 +19,13 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
 
     Args:
         mesh: one-dimensional (FSDP) or two-dimensional, replicate x shard (HSDP).
+
+    Raises:
+        UserError: `training.float8` on a device, or of a model, that cannot.
     """
     layers = find_decoder_layers(model.lm)
+    if config.training.float8:
+        convert_to_float8(layers, mesh.device_type)
     _checkpoint_activations(layers, config)
     if config.training.compile:
         _compile(model, layers)
@@ -59,9 +65,10 @@ def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: Devi
         reduce_dtype=torch.float32,
     )
     reshard = training.fsdp_reshard_after_forward and mesh.size(mesh.ndim - 1) > 1
+    offload = CPUOffloadPolicy() if training.cpu_offload and on_gpu else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules() if mesh.size() > 1 else ():  # alone, FSDP would divide by 1.0, in a pass over all gradients
         if isinstance(module, FSDPModule):
             # Losses are divided by global counts, so gradients are summed over ranks. Gloo cannot divide and needs plain sums.
@@ -70,12 +77,20 @@ def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: Devi
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def materialize(model: FutureLM, device: torch.device, seed: int) -> None:
+def materialize(model: FutureLM, device: torch.device, seed: int, *, cpu_offload: bool = False) -> None:
     """Give a parallelized model storage and initial weights that depend on the seed alone.
 
     The language model draws first: its weights are the same with and without the future loss.
+
+    Args:
+        cpu_offload: keep the parameters in host memory; buffers, which no one brings to the device for a pass, live there.
     """
-    initialize(model.lm, device, seed)
+    home = torch.device("cpu") if cpu_offload else device
+    initialize(model.lm, home, seed)
     for offset, module in enumerate((model.predictor, model.estimator), start=1):
         if module is not None:
-            initialize(module, device, seed + offset)
+            initialize(module, home, seed + offset)
+    if cpu_offload:
+        for part in model.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)

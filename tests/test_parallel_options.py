@@ -1,0 +1,268 @@
+"""Options for large models: CPU offload, 8-bit training products, small or other optimizers, and what is declined by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear
+
+from flame.components.checkpoint import list_checkpoints
+from flame.components.checkpoint_storage import TensorReader
+from flame.components.distributed import set_single_process_defaults
+from flame.config_reader import read_config
+from flame.errors import UserError
+from flame.models import float8_training
+from flame.models.float8_training import check_float8, convert_to_float8
+from flame.train import Trainer, main
+from tests.helpers import build_unsharded, future_config
+from tests.test_train import (  # noqa: F401 - fixtures
+    final_weights,
+    leave_no_trace,
+    measured,
+    options,
+    read_metrics,
+    run_here,
+    run_ranks,
+    workspace,
+)
+
+OPTIMIZERS = [("AdamW", "bfloat16"), ("Muon", "float32"), ("Muon", "bfloat16")]
+
+
+@pytest.fixture
+def float8_on_cpu(monkeypatch) -> None:
+    """The same roundings, with the products of the rounded factors taken in float32."""
+    monkeypatch.setattr(float8_training, "check_float8", lambda device_type: None)
+    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    monkeypatch.setattr(float8_training, "choose_recipe", lambda: recipe)
+
+
+# ---------------------------------------------------------------- declined
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("training.tensor_parallel_degree", "tensor parallel training is not supported, since the layers of any architecture"),
+        (
+            "training.context_parallel_degree",
+            "context parallel training is not supported, since the anti-causal pass needs whole",
+        ),
+        (
+            "training.pipeline_parallel_degree",
+            "pipeline parallel training is not supported, since the causal and the anti-causal",
+        ),
+        ("parallelism.tensor_parallel_degree", "tensor parallel training is not supported"),
+        ("parallelism.context_parallel_degree", "context parallel training is not supported"),
+        ("parallelism.pipeline_parallel_degree", "pipeline parallel training is not supported"),
+        ("parallelism.pipeline_parallel_schedule", "pipeline parallel training is not supported"),
+        ("parallelism.expert_parallel_degree", "expert parallel training is not supported"),
+        ("experimental.context_parallel_degree", "context parallel training is not supported"),
+        ("experimental.pipeline_parallel_degree", "pipeline parallel training is not supported"),
+        ("experimental.enable_async_tensor_parallel", "tensor parallel training is not supported"),
+    ],
+)
+@pytest.mark.parametrize("value", ["1", "2"])
+def test_other_parallelism_is_declined_by_name(workspace, tmp_path, capsys, key, reason, value):  # noqa: F811
+    section, _, option = key.partition(".")
+    (tmp_path / "run.toml").write_text(f"[{section}]\n{option} = {value}\n")
+    for given in ([f"--{key}", value], [f"--{key}={value}"], ["--job.config_file", str(tmp_path / "run.toml")]):
+        with pytest.raises(SystemExit) as stop:
+            main([*options(workspace, tmp_path / "run"), *given])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.strip()
+        assert "\n" not in line and f"{key} = {value} (" in line and reason in line and "leave it out, even at 1" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_parallelism_of_another_section_is_found():
+    with pytest.raises(UserError) as refusal:
+        read_config(["--parallelism.data_parallel_shard_degree", "2"], 2)
+    assert any("did you mean training.data_parallel_shard_degree?" in line for line in refusal.value.lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"future_encoder__precision": "fp8"}, 'future_encoder.precision = "fp8" beside training.float8 = true'),
+        ({"training__mixed_precision_param": "float32"}, 'training.mixed_precision_param = "float32"'),
+        ({"training__seq_len": 72}, "training.seq_len = 72 is not a multiple of 16"),
+        (
+            {"training__float8": False, "optimizer__name": "Muon", "experimental__freeze_lm_for_infonce": True},
+            'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true',
+        ),
+    ],
+)
+def test_combinations_that_cannot_be(workspace, tmp_path, changes, expected):  # noqa: F811
+    with pytest.raises(UserError) as refusal:
+        read_config(options(workspace, tmp_path / "run", **({"training__float8": True} | changes)), 1)
+    assert len(refusal.value.lines) == 1 and expected in refusal.value.lines[0]
+
+
+# ---------------------------------------------------------------- optimizers in whole runs
+
+
+@pytest.mark.parametrize(("name", "state_dtype"), OPTIMIZERS)
+def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, name, state_dtype):  # noqa: F811
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    expected = run_here(workspace, tmp_path / "whole", **changes)
+    assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
+    argv = options(workspace, tmp_path / "run", **changes)
+
+    class PowerCut(Exception):
+        pass
+
+    class Interrupted(Trainer):
+        def train_step(self):
+            super().train_step()
+            if self.step == 5:
+                raise PowerCut
+
+    set_single_process_defaults()
+    with pytest.raises(PowerCut):
+        Interrupted(read_config(argv, 1)).train()
+    dist.destroy_process_group()
+    main(argv)
+    assert measured(read_metrics(tmp_path / "run")) == measured(expected)
+    weights = final_weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in final_weights(tmp_path / "run").items())
+
+
+def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    run_here(workspace, run, optimizer__state_dtype="bfloat16", training__steps=1, checkpoint__export_hf=False)
+    entries = TensorReader(list_checkpoints(run / "checkpoint")[-1]).read_metadata().state_dict_metadata
+    moments = {entry.properties.dtype for name, entry in entries.items() if ".exp_avg" in name}
+    weights = {entry.properties.dtype for name, entry in entries.items() if name.startswith("model.")}
+    assert (moments, weights) == ({torch.bfloat16}, {torch.float32})
+
+
+def test_ranks_are_interchangeable(workspace, tmp_path):  # noqa: F811
+    changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16", "checkpoint__export_hf": False}
+    alone = run_here(workspace, tmp_path / "alone", **changes)
+    both = run_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
+    for found, expected in zip(measured(both), measured(alone), strict=True):  # each shard draws its own roundings
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3), (found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"},
+        {"training__float8": True},
+        {"training__cpu_offload": True},
+    ],
+    ids=["Muon with bfloat16 state", "float8", "cpu_offload"],
+)
+def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):  # noqa: F811
+    expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)
+    assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
+    for mode in ("full", "selective"):
+        rows = run_here(workspace, tmp_path / mode, activation_checkpoint__mode=mode, checkpoint__export_hf=False, **changes)
+        for found, row in zip(rows, expected, strict=True):
+            assert found["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+# ---------------------------------------------------------------- float8
+
+
+def round_rows(x: Tensor, dim: int) -> Tensor:
+    """Each row to float8 with a power-of-two scale from its largest entry, and back, in float64."""
+    largest = x.double().abs().amax(dim=dim, keepdim=True)
+    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float8_e4m3fn).max / largest)))
+    return (x.double() * scale).to(torch.float32).to(torch.float8_e4m3fn).double() / scale
+
+
+def test_float8_is_its_definition(float8_on_cpu):
+    """Output and both gradients are products of rounded factors, each scaled along the summed dimension."""
+    generator = torch.Generator().manual_seed(0)
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 48, bias=True))])
+    x = torch.randn(64, 32, generator=generator, requires_grad=True)
+    upstream = torch.randn(64, 48, generator=generator)
+    weight, bias = layers[0][0].weight, layers[0][0].bias
+    convert_to_float8(layers, "cuda")
+    assert isinstance(layers[0][0], Float8Linear) and layers[0][0].weight is weight
+    output = layers[0](x)
+    output.backward(upstream)
+    expected = {
+        "output": round_rows(x, 1) @ round_rows(weight, 1).T + bias.double(),
+        "input": round_rows(upstream, 1) @ round_rows(weight, 0),
+        "weight": round_rows(upstream, 0).T @ round_rows(x, 0),
+    }
+    found = {"output": output, "input": x.grad, "weight": weight.grad}
+    for name, value in expected.items():
+        assert (found[name].double() - value).norm() < 1e-4 * value.norm(), name
+    assert (output.double() - nn.functional.linear(x, weight, bias)).norm() > 1e-3 * output.norm()
+
+
+def test_float8_leaves_names_and_weights_alone(float8_on_cpu, caplog):
+    config = future_config()
+    plain, model = build_unsharded(config), build_unsharded(config)
+    convert_to_float8(model.lm.model.layers, "cuda")
+    assert "training in float8: 14 of the 14 matrices of the decoder layers" in caplog.text
+    assert type(model.lm.lm_head) is nn.Linear and type(model.predictor.out) is nn.Linear
+    found, expected = model.state_dict(), plain.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    some = nn.ModuleList([nn.Linear(32, 20), nn.Linear(32, 32)])
+    convert_to_float8(some, "cuda")
+    assert "1 of the 2 matrices" in caplog.text and type(some[0]) is nn.Linear and type(some[1]) is Float8Linear
+    with pytest.raises(UserError, match=r"training\.float8 = true: the decoder layers have no linear layer"):
+        convert_to_float8(nn.ModuleList([nn.Linear(24, 20)]), "cuda")
+
+
+def test_float8_exports_as_ever(workspace, tmp_path, float8_on_cpu):  # noqa: F811
+    run_here(workspace, tmp_path / "plain", training__steps=1)
+    run_here(workspace, tmp_path / "float8", training__steps=1, training__float8=True)
+    found, expected = (final_weights(tmp_path / name) for name in ("float8", "plain"))
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == torch.float32 and found[name].shape == expected[name].shape for name in expected)
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_device_without_float8_is_refused():
+    with pytest.raises(UserError, match=r"training\.float8 = true needs a GPU of compute capability 8\.9"):
+        check_float8("cpu")
+
+
+# ---------------------------------------------------------------- on GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_offloading_changes_no_loss(workspace, tmp_path, name, state_dtype):  # noqa: F811
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
+    found = run_ranks(1, workspace, tmp_path / "offloaded", training__cpu_offload=True, **changes)
+    for row, other in zip(measured(found), measured(expected), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2), (row, other)
+
+
+@pytest.mark.multi_gpu
+def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):  # noqa: F811
+    changes = {"optimizer__name": "Muon", "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "alone", **changes)
+    changes["training__gradient_accumulation_steps"] = 2
+    for offload in (False, True):
+        found = run_ranks(2, workspace, tmp_path / f"two-{offload}", training__cpu_offload=offload, **changes)
+        for row, other in zip(measured(found), measured(expected), strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_float8_trains(workspace, tmp_path, compiled):  # noqa: F811
+    changes = {"training__steps": 12, "training__compile": compiled, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
+    found = run_ranks(1, workspace, tmp_path / "float8", training__float8=True, **changes)
+    assert measured(found) != measured(expected)
+    assert found[-1]["ce_loss"] < found[0]["ce_loss"]
+    for row, other in zip(found, expected, strict=True):
+        assert row["ce_loss"] == pytest.approx(other["ce_loss"], rel=5e-2)
