@@ -66,6 +66,7 @@ from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.launch import report_mistake
 from flame.models.causal_lm import check_fits_run, load_model_config
+from flame.models.custom_model import import_custom_model
 from flame.models.future_lm import build_future_lm
 from flame.models.future_mask import (  # the two private names are part of this module's interface
     _future_valid_from_cu,
@@ -73,6 +74,7 @@ from flame.models.future_mask import (  # the two private names are part of this
     build_future_mask_from_cu,
     count_anchors,
 )
+from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.mi_estimator import read_temperature
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import compute_losses, record_losses
@@ -124,6 +126,7 @@ class Trainer:
 
         self.tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
         self.fingerprint = fingerprint_tokenizer(self.tokenizer)
+        import_custom_model(config.experimental.custom_model_path)
         model_config = load_model_config(config.model.config, config.model.trust_remote_code)
         check_fits_run(model_config, len(self.tokenizer), config)
         self.mixture = open_mixture(config, self.tokenizer)
@@ -138,6 +141,8 @@ class Trainer:
         self.model = build_future_lm(config, model_config, self.device.type)
         parallelize(self.model, config, mesh)
         materialize(self.model, self.device, config.training.seed, cpu_offload=config.training.cpu_offload)
+        if needs_leak_check(model_config):
+            check_no_leak(self.model, self.device, config.uses_future, config.future_encoder.future_k)
         self.flop_counter = FlopCounter(self.model, config)
         self.optimizer = build_optimizer(config, self.model)
         self.schedule = build_schedule(config, self.optimizer)

@@ -72,6 +72,7 @@ def test_a_parameter_that_init_weights_forgets_is_named():
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),
         ('{"model_type": "llama", "attention_dropout": 0.1}', "attention_dropout = 0.1 is not supported"),
+        ('{"model_type": "falcon_mamba"}', 'model_type "falcon_mamba" is not supported: its configuration has no num_att'),
         ('{"model_type": "vit"}', 'model_type "vit" is no causal language model'),
         ('{"model_type": "abacus"}', "cannot be loaded by transformers"),
     ],

@@ -14,6 +14,7 @@ from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models import varlen_attention
 from flame.models.families import find_unsupported_layers
+from flame.models.fla_families import NAMED_AS_IN_TRANSFORMERS, find_unsupported_fla, init_weights
 from flame.models.future_encoder import Attention, is_recurrent
 
 
@@ -30,7 +31,9 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedC
     try:
         path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
-        if settings.get("model_type") not in CONFIG_MAPPING and not ("auto_map" in settings and trust_remote_code):
+        name = settings.get("model_type")
+        is_unknown = name not in CONFIG_MAPPING or name in NAMED_AS_IN_TRANSFORMERS
+        if is_unknown and not ("auto_map" in settings and trust_remote_code):
             import fla.models  # noqa: F401 - registers its families; it takes seconds, so only where they may be needed
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing file, an unknown model_type, a bad value, no network: the library has no common type
@@ -65,11 +68,13 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(config, key, None), int):
             return [f'model_type "{config.model_type}" is not supported: its configuration has no {key}']
+    if not is_recurrent(config) and not isinstance(getattr(config, "num_attention_heads", None), int):
+        return [f'model_type "{config.model_type}" is not supported: its configuration has no num_attention_heads']
     settings = config.to_dict()
     heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
     if heads and groups and heads % groups:
         faults.append(f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}")
-    faults += find_unsupported_layers(config)
+    faults += find_unsupported_fla(config) if is_recurrent(config) else find_unsupported_layers(config)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
@@ -201,7 +206,7 @@ def initialize(module: nn.Module, device: torch.device, seed: int) -> None:
             tensor.fill_(float("nan"))
     torch.manual_seed(seed)
     with _DrawUnsharded():
-        module.init_weights()  # type: ignore[operator]  # nn.Module does not declare it
+        init_weights(module)
     _clear_padding_rows(module)
     for name, tensor in (dict(module.named_parameters()) | dict(module.named_buffers())).items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
