@@ -15,11 +15,12 @@ from flame.config import (
     LOWEST_LEARNED_TEMPERATURE,
     STANDARD_LIBRARY,
     TOKENS_FORMAT,
+    Checkpoint,
     Corpus,
     JobConfig,
-    Model,
     Training,
 )
+from flame.model_source import find_model_source, find_tokenizer_source, looks_like_path
 
 SMALLEST_SHARE = 1e-6
 """Of the largest weight: a smaller one would hardly ever be drawn."""
@@ -35,10 +36,11 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
         world_size: processes of the run over all nodes.
     """
     yield from _find_folder_conflicts(config)
-    yield from _find_model_conflicts(config.model)
+    yield from _find_model_conflicts(config)
     yield from _find_data_conflicts(config, world_size)
     yield from _find_validation_conflicts(config)
     yield from _find_schedule_conflicts(config)
+    yield from _find_export_conflicts(config.checkpoint)
     yield from _find_future_conflicts(config)
     yield from _find_float8_conflicts(config)
     yield from _find_parallel_conflicts(config.training, world_size)
@@ -59,34 +61,53 @@ def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
             return
 
 
-def _find_model_conflicts(model: Model) -> Iterator[str]:
-    if not model.config:
+def _find_export_conflicts(checkpoint: Checkpoint) -> Iterator[str]:
+    interval = checkpoint.export_interval
+    if not interval:
+        return
+    for key in ("enable_checkpoint", "export_hf"):
+        if not getattr(checkpoint, key):
+            yield (
+                f"checkpoint.export_interval = {interval} exports from checkpoints, but checkpoint.{key} = false: "
+                "set that to true, or this to 0"
+            )
+    if interval % checkpoint.interval:
+        yield (
+            f"checkpoint.export_interval = {interval} is no multiple of checkpoint.interval = {checkpoint.interval}: models are "
+            "exported from checkpoints"
+        )
+
+
+def _find_model_conflicts(config: JobConfig) -> Iterator[str]:
+    model, weights = config.model, config.checkpoint.initial_load_path
+    if looks_like_path(weights) and not os.path.isdir(os.path.expanduser(weights)):
+        yield f'checkpoint.initial_load_path = "{weights}": no such folder'
+        return
+    if model.resize_embeddings and not weights:
+        yield "model.resize_embeddings = true without checkpoint.initial_load_path: name weights whose vocabulary is to grow"
+    if not find_model_source(config):
         yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
-    elif os.path.exists(os.path.expanduser(model.config)):
-        yield from _find_json_faults(model.config)
-    elif _looks_like_path(model.config):
+    elif os.path.exists(os.path.expanduser(find_model_source(config))):
+        option = "model.config" if model.config else "checkpoint.initial_load_path"
+        yield from _find_json_faults(find_model_source(config), option)
+    elif looks_like_path(model.config):
         yield f'model.config = "{model.config}": no such file or folder'
-    if not model.tokenizer_path:
+    if not find_tokenizer_source(config):
         yield f'model.tokenizer_path is not set: give a folder, a Hub name, or "{BYTES_TOKENIZER}" for the built-in tokenizer'
-    elif _looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
+    elif looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
         yield f'model.tokenizer_path = "{model.tokenizer_path}": no such folder'
 
 
-def _looks_like_path(name: str) -> bool:
-    """Hub names are `name` or `owner/name`; all else can only be meant as a path."""
-    return name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _find_json_faults(config: str) -> Iterator[str]:
+def _find_json_faults(config: str, option: str) -> Iterator[str]:
     path = Path(os.path.expanduser(config))
     path = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        yield f'model.config = "{config}": {path.name} cannot be read as JSON ({error})'
+        yield f'{option} = "{config}": {path.name} cannot be read as JSON ({error})'
         return
     if not isinstance(content, dict) or "model_type" not in content:
-        yield f'model.config = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'
+        yield f'{option} = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'
 
 
 def _find_data_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -34,7 +34,10 @@ from flame.components.distributed import (
     start_processes,
     sum_over_ranks,
 )
+from flame.components.exporter import Exporter
 from flame.components.flops import FlopCounter
+from flame.components.hf_export import convert
+from flame.components.hf_weights import load_initial_weights, resize_vocabulary
 from flame.components.loggers import (
     METRICS_FILE,
     RunLog,
@@ -65,6 +68,7 @@ from flame.data.state import DataState, merge_states
 from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.launch import report_mistake
+from flame.model_source import find_model_source, find_tokenizer_source
 from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.custom_model import import_custom_model
 from flame.models.future_lm import build_future_lm
@@ -78,7 +82,6 @@ from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.mi_estimator import read_temperature
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import compute_losses, record_losses
-from flame.utils.convert_dcp_to_hf import convert
 from flame.utils.plotting import plot_run
 from flame.validation import Validator
 
@@ -124,10 +127,11 @@ class Trainer:
         self.is_main = self.rank == 0
         init_logging(self.is_main)
 
-        self.tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(find_tokenizer_source(config), config.model.trust_remote_code)
         self.fingerprint = fingerprint_tokenizer(self.tokenizer)
         import_custom_model(config.experimental.custom_model_path)
-        model_config = load_model_config(config.model.config, config.model.trust_remote_code)
+        model_config = load_model_config(find_model_source(config), config.model.trust_remote_code)
+        resize_vocabulary(model_config, len(self.tokenizer), config)
         check_fits_run(model_config, len(self.tokenizer), config)
         self.mixture = open_mixture(config, self.tokenizer)
         self.source_names = [source.name for source in self.mixture.sources]
@@ -162,6 +166,7 @@ class Trainer:
             self._write_hf_assets,
             asynchronous=config.checkpoint.async_mode == "async",
         )
+        self.exporter = Exporter(config, self.checkpointer)
 
     def _make_folder(self) -> None:
         try:
@@ -186,12 +191,15 @@ class Trainer:
         is_finished = False
         try:
             self._validate_when_due()  # a run that was stopped while validating owes that step its numbers
+            self.exporter.export_when_due(self.saved_step, again=False)  # likewise its model
             while self.step < self.config.training.steps:
                 self.train_step()
                 self.garbage.run(self.step)
                 self._log_when_due()
                 self._validate_when_due()
                 self._save_when_due()
+                with self.throughput.not_counted():
+                    self.exporter.export_when_due(self.step)
             self.checkpointer.wait()
             is_finished = True
         except Preempted:
@@ -386,6 +394,7 @@ class Trainer:
                     f'job.dump_folder = "{self.folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false '
                     "would start over in it: choose another folder"
                 )
+            self._load_initial_weights()
             return None
         state = self.checkpointer.load_latest(self._check_resumable)
         if state is not None:
@@ -402,9 +411,16 @@ class Trainer:
             for change in self._list_changes(state) if self.is_main else ():
                 logger.warning("changed since the checkpoint: %s", change)
         self.data_state.check_units(self.mixture.count_units())
+        if state is None:
+            self._load_initial_weights()
         if self.step < config.training.steps:
             self.checkpointer.prepare()
         return state["wandb_id"] if state is not None else None
+
+    def _load_initial_weights(self) -> None:
+        if self.config.checkpoint.initial_load_path:
+            for line in load_initial_weights(self.model, self.config, self.tokenizer):
+                logger.info(line)
 
     def _list_changes(self, state: dict[str, Any]) -> list[str]:
         changes = list_changes(state["config"], self.config)
@@ -460,7 +476,7 @@ class Trainer:
                 "validation: %d held-out sequences each %d steps", self.validator.num_sequences, config.validation.interval
             )
         source = self.config.model.config
-        if list(Path(source).glob("*.safetensors")):
+        if not self.config.checkpoint.initial_load_path and list(Path(source).glob("*.safetensors")):
             logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
         logger.info("run folder: %s", self.folder)
         if self.step:
@@ -496,7 +512,7 @@ class Trainer:
             logger.info("  checkpoint   %s", newest)
             if config.checkpoint.export_hf:
                 exported = self.folder / "hf"
-                convert(newest, exported)
+                convert(newest, exported, config.checkpoint.export_dtype)
                 logger.info('  model        %s  (AutoModelForCausalLM.from_pretrained("%s"))', exported, exported)
         logger.info("  metrics      %s", self.folder / METRICS_FILE)
         logger.info("  curves       %s", plot_run(self.folder))

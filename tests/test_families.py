@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flame.components.flops import FlopCounter
-from flame.config import Optimizer, Training
+from flame.components.hf_export import convert
+from flame.components.hf_weights import load_hf_weights
+from flame.components.weight_source import find_weights
 from flame.models import future_lm
 from flame.models.causal_lm import load_model_config
 from flame.models.families import FAMILIES, find_limits, list_layer_limits
@@ -24,6 +26,7 @@ from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import compute_losses
 from tests.helpers import CPU, build_unsharded, future_config, pack, random_batch, random_cu_seqlens
+from tests.test_hf_export import build_model, make_checkpoint
 from tests.toy_families import TOYS, WINDOW, build_toy
 
 CU = torch.tensor([0, 1, 25, 26, 50, 60], dtype=torch.int32)
@@ -44,6 +47,15 @@ def build_like(reference: torch.nn.Module, attention: str = "sdpa") -> FutureLM:
     return model.eval()
 
 
+def build_sharded(model_config: PretrainedConfig, mesh: DeviceMesh, attention: str = "sdpa") -> FutureLM:
+    config = future_config()
+    with patch.object(future_lm, "choose_attention", lambda *_: attention):
+        model = build_future_lm(config, model_config, "cpu")
+    parallelize(model, config, mesh)
+    materialize(model, CPU, seed=1)
+    return model
+
+
 def build_reference(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(build_toy(name), dtype=torch.float32).eval()
@@ -62,10 +74,7 @@ def test_it_is_accepted(name, tmp_path):
 @every_family
 def test_meta_build_and_sharding_start_as_the_plain_constructor(name, mesh):
     """Names, shapes, buffers; mean and spread of each tensor to sampling error."""
-    config = future_config()
-    model = build_future_lm(config, build_toy(name), "cpu")
-    parallelize(model, config, mesh)
-    materialize(model, CPU, seed=1)
+    model = build_sharded(build_toy(name), mesh)
     plain = build_reference(name)
     ours = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.lm.state_dict().items()}
     assert ours.keys() == plain.state_dict().keys()
@@ -82,15 +91,29 @@ def test_meta_build_and_sharding_start_as_the_plain_constructor(name, mesh):
 
 
 @every_family
-def test_the_loss_is_that_of_transformers(name):
-    reference = build_reference(name)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_the_loss_of_loaded_weights_is_that_of_transformers(name, attention, mesh, tmp_path):
+    """From a Hugging Face folder, into a sharded model: the loss of one document longer than any window."""
+    build_reference(name).save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = build_sharded(build_toy(name), mesh, attention)
+    load_hf_weights(model, find_weights(str(tmp_path)))
     batch = random_batch(torch.tensor([0, 40], dtype=torch.int32))
     with torch.no_grad():
         expected = reference(input_ids=batch.input_ids, labels=batch.input_ids).loss
-        for attention in ("sdpa", "varlen"):
-            losses = compute_losses(build_like(reference, attention), batch, future_config(), False)
-            assert losses.ce_sum is not None
-            torch.testing.assert_close(losses.ce_sum / batch.num_labels, expected, rtol=1e-5, atol=0)
+        losses = model(compute_losses, batch, future_config(), False)
+    assert losses.ce_sum is not None
+    torch.testing.assert_close(losses.ce_sum / batch.num_labels, expected, rtol=1e-5, atol=0)
+
+
+@every_family
+def test_an_exported_model_has_the_same_logits(name, tmp_path):
+    model = build_model(build_toy(name, vocab_size=264))
+    convert(make_checkpoint(tmp_path, model), tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = random_batch(torch.tensor([0, 40], dtype=torch.int32), vocab_size=264).input_ids
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @every_family
@@ -193,12 +216,7 @@ def n_pairs(length: int, limit: int, own: bool) -> int:
 
 @every_family
 def test_twenty_steps_lower_both_losses(name, mesh):
-    config = future_config()
-    config.training = Training(seq_len=60)
-    config.optimizer = Optimizer(lr=1e-2)
-    model = build_future_lm(config, build_toy(name), "cpu")
-    parallelize(model, config, mesh)
-    materialize(model, CPU, seed=0)
+    config, model = future_config(), build_sharded(build_toy(name), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch, measured = random_batch(CU), []
     for _ in range(20):

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models import varlen_attention
 from flame.models.families import find_unsupported_layers
-from flame.models.fla_families import NAMED_AS_IN_TRANSFORMERS, find_unsupported_fla, init_weights
+from flame.models.fla_families import find_unsupported_fla, init_weights, register_fla_family
 from flame.models.future_encoder import Attention, is_recurrent
 
 
@@ -31,10 +31,8 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedC
     try:
         path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
-        name = settings.get("model_type")
-        is_unknown = name not in CONFIG_MAPPING or name in NAMED_AS_IN_TRANSFORMERS
-        if is_unknown and not ("auto_map" in settings and trust_remote_code):
-            import fla.models  # noqa: F401 - registers its families; it takes seconds, so only where they may be needed
+        if not ("auto_map" in settings and trust_remote_code):
+            register_fla_family(settings.get("model_type"))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing file, an unknown model_type, a bad value, no network: the library has no common type
         reason = _find_reason(error)
@@ -96,7 +94,8 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
     if tokenizer_size > config.vocab_size:
         faults.append(
             f"model.tokenizer_path has {tokenizer_size} entries but the model's vocab_size is {config.vocab_size}: "
-            "use the model's own tokenizer or raise vocab_size in its configuration"
+            "use the model's own tokenizer, raise vocab_size in its configuration or, with checkpoint.initial_load_path, set "
+            "model.resize_embeddings = true"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and context_len > positions:

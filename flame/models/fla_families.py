@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 TESTED = frozenset({"delta_net", "gated_deltanet", "gla", "hgrn2", "kda", "mamba2", "retnet", "rwkv7"})
 """`tests/test_fla_families.py` holds a toy model of each and checks both passes."""
@@ -17,6 +17,12 @@ TAKES_ROWS = frozenset({"mamba2"})
 """Families whose layers know no `cu_seqlens`: they read one document a row, padded to the longest."""
 READS_ACROSS = frozenset({"mamba", "samba"})
 """Families whose layers ignore `cu_seqlens` and are too slow without it to be fed in rows."""
+
+
+def register_fla_family(model_type: str | None) -> None:
+    """Let transformers know the families of flash-linear-attention where this may be one; importing them takes seconds."""
+    if model_type not in CONFIG_MAPPING or model_type in NAMED_AS_IN_TRANSFORMERS:
+        import fla.models  # noqa: F401 - registers them
 
 
 def is_tested_fla(config: PretrainedConfig) -> bool:

@@ -1,0 +1,170 @@
+"""Export of a checkpoint as an ordinary Hugging Face folder.
+
+    config.json, generation_config.json     with the tokenizer's special tokens
+    model*.safetensors, and their index     the language model, as `save_pretrained` writes it
+    tokenizer.json, ...
+    future_modules.safetensors              predictor and estimator, which Hugging Face does not know
+    README.md                               the model card
+
+It is written aside as `OUT.partial/`, checked, and renamed. No more than one decoder layer is in memory while it is written; the
+check takes the model once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from flame.components.checkpoint import HF_FOLDER
+from flame.components.checkpoint_storage import is_disk_full
+from flame.components.hf_check import check_export
+from flame.components.hf_files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
+from flame.components.model_card import CARD_FILE, write_card
+from flame.components.model_tensors import ModelTensors
+from flame.errors import UserError
+from flame.models.fla_families import register_fla_family
+
+logger = logging.getLogger("flame")
+
+LM_PREFIX = "lm."
+FUTURE_FILE = "future_modules.safetensors"
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    check: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model of a checkpoint, its tokenizer, its future modules and its card.
+
+    Args:
+        checkpoint: a committed `step-N/` folder.
+        out: folder to write. An exported model that is there is replaced when the new one is complete.
+        dtype: of the language model's weights; "float32" is what was trained, to the bit.
+        check: load the result and compare its logits with the checkpoint's, before it gets its name.
+        max_shard_bytes: size of one file.
+
+    Raises:
+        UserError: the folder is no complete checkpoint, or `out` holds something else or cannot be written.
+        ExportMismatch: the result is not what is in the checkpoint. Then `out` is as it was.
+    """
+    tensors = ModelTensors(checkpoint)
+    target = getattr(torch, dtype)
+    with _written_aside(out) as folder:
+        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # the tokenizer
+        config = _read_config(checkpoint, tensors)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=target)
+        _check_names({name: tensor.shape for name, tensor in model.state_dict().items()}, tensors)
+        layout = plan_layout(model, target)
+        weights = stream_weights(model, layout, lambda names: _load(tensors, names), target)
+        write_weights(folder, layout, weights, max_shard_bytes)
+        model.config.dtype = dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)  # a model that cannot generate has none
+        if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # a converted model brings its own
+            generation.save_pretrained(folder)
+        future = tensors.load(name for name in tensors.names if not name.startswith(LM_PREFIX))
+        if future:
+            save_file(future, folder / FUTURE_FILE)
+        if tensors.state["config"]:  # a converted model has no run to tell of
+            write_card(folder / CARD_FILE, tensors.state, checkpoint, model.num_parameters(), dtype)
+        if check:
+            logger.info("export %s: %s", out, check_export(folder, config, tensors, _to_checkpoint, target))
+
+
+def _to_checkpoint(name: str) -> str:
+    return LM_PREFIX + name
+
+
+def _load(tensors: ModelTensors, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    loaded = tensors.load(_to_checkpoint(name) for name in names)
+    return {name.removeprefix(LM_PREFIX): tensor for name, tensor in loaded.items()}
+
+
+def _read_config(checkpoint: Path, tensors: ModelTensors) -> PretrainedConfig:
+    folder = checkpoint / HF_FOLDER
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(folder)
+        register_fla_family(settings.get("model_type"))
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a missing file, an unknown model_type: the library has no common type
+        package = tensors.state["config"].get("experimental", {}).get("custom_model_path")
+        reason = " ".join(str(error).split())[:300]
+        if package:
+            reason = f'its architecture comes from experimental.custom_model_path = "{package}": give --custom-model-path'
+        raise UserError(
+            f'checkpoint "{checkpoint}": {HF_FOLDER}/config.json cannot be loaded by transformers: {reason}'
+        ) from error
+
+
+def _check_names(shapes: dict[str, torch.Size], tensors: ModelTensors) -> None:
+    """The configuration in the checkpoint is the model's."""
+    stored = {name: tensors.shape(name) for name in tensors.names if name.startswith(LM_PREFIX)}
+    wanted = {_to_checkpoint(name): shape for name, shape in shapes.items()}
+    wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if wrong:
+        raise UserError(
+            f'checkpoint "{tensors.checkpoint}": {HF_FOLDER}/config.json is of another model than the weights: {wrong[0]} is '
+            f"{_show(stored.get(wrong[0]))} in the checkpoint and {_show(wanted.get(wrong[0]))} in the model"
+        )
+
+
+def _show(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` when all is in it; until then `out` is as it was."""
+    out = out.expanduser().absolute()
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
+        raise UserError(
+            f'"{out}" holds something else than an exported model, which an export would replace: name another folder'
+        )
+    partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old.partial"))
+    try:
+        for torn in (partial, old):
+            shutil.rmtree(torn, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        _sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(f'the disk of "{out}" is full: free space and export again') from error
+        if isinstance(error, PermissionError | NotADirectoryError):
+            raise UserError(f'"{out}" cannot be written ({error.strerror}): name another folder') from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,241 @@
+"""Weights that a new run starts from, streamed into a model that is sharded already.
+
+Each rank reads the rows that it holds, one tensor at a time: no process ever has all weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from flame.components.checkpoint_agreement import run_on_all
+from flame.components.weight_plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
+from flame.components.weight_source import CONFIG_FILE, WeightSource, find_weights
+from flame.config import JobConfig
+from flame.errors import UserError
+from flame.models.future_lm import FutureLM
+
+GIB = 2**30
+BUFFER_BYTES = 16 * 2**20
+SLOWEST_LOAD = timedelta(hours=2)
+
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+"""Settings that decide what weights mean without showing in their shapes."""
+NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache", "vocab_size", "id2label", "label2id", "auto_map"}
+
+
+def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Load the weights that `checkpoint.initial_load_path` names into a materialized model. All ranks call it.
+
+    Returns:
+        lines for the log: what was loaded from where, what starts fresh, and what differs from how the weights were trained.
+
+    Raises:
+        UserError: they cannot be had, or are not of this model.
+        RankFailure: the machine is at fault.
+    """
+    group = dist.new_group(backend="gloo", timeout=SLOWEST_LOAD)  # a slow disk or network is no dead rank
+    try:
+        source = run_on_all(partial(find_weights, config.checkpoint.initial_load_path), group)
+        differences = run_on_all(partial(check_config, source, model.lm.config), group)
+        run_on_all(partial(source.verify, dist.get_rank(), dist.get_world_size()), group)
+        loaded = run_on_all(partial(load_hf_weights, model, source, resize=config.model.resize_embeddings), group)
+    finally:
+        dist.destroy_process_group(group)
+    return [*loaded, *_describe_fresh(model), *differences, *_compare_tokenizers(source.assets, tokenizer)]
+
+
+def load_hf_weights(model: FutureLM, source: WeightSource, *, resize: bool = False) -> list[str]:
+    """Copy weights into the language model, in the dtype of its parameters; all checks come before the first is read.
+
+    Args:
+        model: materialized; parameters are plain tensors, or DTensors sharded over their first dimension.
+        resize: the embedding and the output head may have more rows than in the files. The new ones get the mean of the others,
+            which is the same on any number of ranks.
+
+    Returns:
+        lines for the log.
+
+    Raises:
+        UserError: the weights are not of this model, or cannot be read. Some may have been copied.
+    """
+    plan = plan_weights(model.lm, source, growing=resize)
+    live = model.lm.state_dict()
+    with torch.no_grad():
+        for name, reading in plan.readings.items():
+            _fill(live[name], reading)
+        for name, repeated in plan.repeated:
+            _check_tied(source, live[name], name, repeated)
+    return [_describe_loaded(source, plan), *_describe_new_rows(live, plan)]
+
+
+def resize_vocabulary(model_config: PretrainedConfig, tokenizer_size: int, config: JobConfig) -> None:
+    """Grow a configuration's vocabulary, in place, to the tokenizer's, if `model.resize_embeddings` asks for it."""
+    if config.model.resize_embeddings:
+        model_config.vocab_size = max(model_config.vocab_size, tokenizer_size)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_config(source: WeightSource, model_config: PretrainedConfig) -> list[str]:
+    """Compare the configuration that comes with weights, if there is one, with that of the model.
+
+    Returns:
+        settings that differ and may be meant to, as lines for the log.
+
+    Raises:
+        UserError: it is of another architecture, or the weights are quantised.
+    """
+    settings = _read_settings(source)
+    if settings is None:
+        return []
+    if (theirs := settings.get("model_type")) != model_config.model_type:
+        raise UserError(
+            f'{source.label} is of another architecture than model.config: model_type "{theirs}" instead of '
+            f'"{model_config.model_type}": {TAKE_OWN_CONFIG}'
+        )
+    if settings.get("quantization_config"):
+        raise UserError(f"{source.label} has quantised weights, which cannot be trained on: take the model they were made from")
+    changes = dict(_list_changes(settings, model_config))
+    if heads := [key for key in HEADS if key in changes]:
+        old, new = changes[heads[0]]
+        raise UserError(
+            f"{source.label} is of another architecture than model.config: {heads[0]} = {old} instead of {new}: {TAKE_OWN_CONFIG}"
+        )
+    return [f"other than the weights were made with: {key} = {new} instead of {old}" for key, (old, new) in changes.items()]
+
+
+def _read_settings(source: WeightSource) -> dict[str, Any] | None:
+    path = source.assets / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source.label}: {CONFIG_FILE} cannot be read ({error}): fetch it again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{source.label}: {CONFIG_FILE} is no Hugging Face model configuration: fetch it again")
+    return settings
+
+
+def _list_changes(settings: dict[str, Any], model_config: PretrainedConfig) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    try:
+        theirs = type(model_config).from_dict(settings).to_dict()
+    except Exception:  # whatever a configuration of another release leads to; shapes are compared all the same
+        return
+    for key, value in model_config.to_dict().items():
+        is_matter = not key.startswith("_") and not key.endswith(("_token_id", "_version")) and key not in NO_MATTER
+        if is_matter and key in theirs and theirs[key] != value:
+            yield key, (theirs[key], value)
+
+
+def _check_tied(source: WeightSource, tensor: Tensor, name: str, repeated: Reading) -> None:
+    local, start, stop = _locate(tensor)
+    stop = min(stop, repeated.shape[0])
+    if stop > start and not torch.equal(local[: stop - start].cpu(), repeated.read(start, stop).to(local.dtype)):
+        raise UserError(
+            f"{source.label} has {repeated.keys[0]} beside {name} with other values, but tie_word_embeddings = true in "
+            "the model's configuration: set it to false there"
+        )
+
+
+def _compare_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Tell of ids that mean other text than they did when the weights were made."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return []
+    try:
+        theirs = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare ones
+        return [f"warning: {path} cannot be read ({' '.join(str(error).split())[:200]}); tokens are not compared with it"]
+    ours = tokenizer.get_vocab()
+    changed = [token for token, number in theirs.items() if ours.get(token) != number]
+    if not changed:
+        return []
+    return [
+        f"warning: {len(changed)} of the {len(theirs)} tokens that the weights know have another id or none in "
+        f"model.tokenizer_path, such as {changed[0]!a}"
+    ]
+
+
+# ---------------------------------------------------------------- copying
+
+
+def find_rows(size: int, shards: int, index: int) -> tuple[int, int]:
+    """Rows [start, stop) of a tensor of `size` rows that FSDP2 gives to one of its shards: torch.chunk's, empty at the end."""
+    length = -(-size // shards)
+    return min(index * length, size), min((index + 1) * length, size)
+
+
+def _locate(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """This process's part of a tensor, and the rows [start, stop) that it is. Without dimensions, the one row that it has."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0, (len(tensor) if tensor.ndim else 1)
+    local, start, stop = tensor.to_local(), 0, len(tensor)
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for dim, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Replicate):
+            assert placement == Shard(0) and (start, stop) == (0, len(tensor))
+            start, stop = find_rows(len(tensor), tensor.device_mesh.size(dim), coordinate[dim])
+    assert len(local) == stop - start
+    return local, start, stop
+
+
+def _fill(tensor: Tensor, reading: Reading) -> None:
+    local, start, stop = _locate(tensor)
+    stored = min(stop, reading.shape[0]) if reading.shape else stop
+    if stored > start:
+        rows = reading.read(start, stored)
+        (local[: stored - start] if tensor.ndim else local).copy_(rows)
+    if stop > max(start, stored):
+        local[max(stored - start, 0) :].copy_(_average_rows(reading))
+
+
+def _average_rows(reading: Reading) -> Tensor:
+    """float64 [columns], computed piece by piece."""
+    rows, columns = reading.shape
+    total = torch.zeros(columns, dtype=torch.float64)
+    length = max(BUFFER_BYTES // (8 * columns), 1)
+    for start in range(0, rows, length):
+        total += reading.read(start, min(start + length, rows)).sum(0, dtype=torch.float64)
+    return total / rows
+
+
+# ---------------------------------------------------------------- the log
+
+
+def _describe_loaded(source: WeightSource, plan: Plan) -> str:
+    entries = [source.entries[key] for key in plan.list_keys()]
+    dtypes = ", ".join(sorted({entry.dtype for entry in entries}))
+    size = sum(entry.nbytes for entry in entries) / GIB
+    files = f"{len(source.files)} file" + ("s" if len(source.files) > 1 else "")
+    return f"weights from {source.label}: {len(entries)} tensors, {size:.2f} GiB in {dtypes}, in {files}"
+
+
+def _describe_new_rows(live: dict[str, Tensor], plan: Plan) -> list[str]:
+    return [
+        f"{name}: rows {reading.shape[0]} to {len(live[name]) - 1} are new and start at the mean of the others"
+        for name, reading in plan.readings.items()
+        if reading.shape and reading.shape[0] < len(live[name])
+    ]
+
+
+def _describe_fresh(model: FutureLM) -> list[str]:
+    return [
+        f"{name} starts fresh (parameters: {sum(parameter.numel() for parameter in module.parameters())})"
+        for name, module in (("predictor", model.predictor), ("estimator", model.estimator))
+        if module is not None
+    ]

@@ -1,0 +1,203 @@
+"""The model card, README.md, of an exported model: what was trained, on what, how far, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from flame.components.loggers import METRICS_FILE, VALIDATION_PREFIX
+from flame.config import LOCAL_FORMATS, STANDARD_LIBRARY, TOKENS_FORMAT
+
+CARD_FILE = "README.md"
+LIBRARIES = ("torch", "transformers")
+SHOWN_METRICS = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "temperature")
+
+Settings = dict[str, Any]
+
+
+def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, dtype: str) -> None:
+    """Write the card of a checkpoint's model. No path of this machine is told, only last components: a card gets published.
+
+    Args:
+        state: the checkpoint's `trainer.json`.
+        checkpoint: its folder, inside the run's, whose metrics are read where they are there.
+        parameters: of the language model.
+        dtype: of the exported weights.
+    """
+    config = state["config"]  # empty where the checkpoint was converted, and no run has made it
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[state["model_config"]["model_type"], *(["future-prediction"] if _uses_future(config) else [])],
+        datasets=_list_hub_datasets(config) or None,
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_name_run(config)}",
+        " ".join(config.get("job", {}).get("description", "").split()),
+        _describe_model(state, parameters, dtype),
+        _describe_loading(path.parent),
+        *(_describe_training(state, checkpoint) if config else []),
+        "Made with " + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
+        f"<details>\n<summary>All options of the run</summary>\n\n````toml\n{_format_config(config)}````\n\n</details>"
+        if config
+        else "",
+    ]
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def _describe_training(state: Settings, checkpoint: Path) -> list[str]:
+    config = state["config"]
+    metrics = _find_run(checkpoint, config) / METRICS_FILE
+    return ["## Training", _describe_data(state), _describe_future(config), _describe_metrics(metrics, state["step"])]
+
+
+def _name_run(config: Settings) -> str:
+    return Path(config["job"]["dump_folder"]).name if config else "Language model"
+
+
+def _find_run(checkpoint: Path, config: Settings) -> Path:
+    """The run's folder as it lies now: that of the configuration may be another machine's."""
+    return checkpoint.absolute().parents[len(Path(config["checkpoint"]["folder"]).parts)]
+
+
+def _uses_future(config: Settings) -> bool:
+    return bool(config) and config["future_encoder"]["enable"] and config["future_encoder"]["loss_weight"] > 0
+
+
+def _list_corpora(config: Settings) -> dict[str, Settings]:
+    return config.get("sources") or ({"training": config["training"]} if config else {})
+
+
+def _list_hub_datasets(config: Settings) -> list[str]:
+    local = {*LOCAL_FORMATS, TOKENS_FORMAT, STANDARD_LIBRARY}
+    names = (corpus["dataset"] for corpus in _list_corpora(config).values())
+    return sorted({name for name in names if name not in local and not _is_local(name)})
+
+
+def _describe_model(state: Settings, parameters: int, dtype: str) -> str:
+    text = (
+        f"A causal language model of the family `{state['model_config']['model_type']}` with {parameters / 1e6:,.1f}M parameters "
+        f"({dtype})"
+    )
+    if not state["config"]:
+        return f"{text}."
+    steps, tokens = state["config"]["training"]["steps"], state["counters"]["tokens_seen"]
+    return f"{text}, after step {state['step']:,} of {steps:,} and {tokens:,} tokens."
+
+
+def _describe_loading(folder: Path) -> str:
+    text = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
+    )
+    others = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith("model")]
+    for name in others:
+        text += (
+            f"\n\n`{name}` holds the modules that predicted summaries of the future during training: `predictor.*` maps a hidden "
+            "state to a guess of its future, `estimator.*` scores the guess. Generation does not need them."
+        )
+    return text
+
+
+def _describe_data(state: Settings) -> str:
+    corpora = _list_corpora(state["config"])
+    total = sum(corpus.get("weight", 1.0) for corpus in corpora.values())
+    tokens = state["counters"].get("tokens_by_source", {})
+    rows = []
+    for name, corpus in corpora.items():
+        places = [corpus["dataset"], corpus["dataset_name"], _shorten_paths(corpus["data_files"])]
+        share = corpus.get("weight", 1.0) / total if total else 0.0
+        seen = tokens.get(name) if len(corpora) > 1 else state["counters"]["tokens_seen"]
+        what = _escape(" ".join(_shorten_paths(place) for place in places if place))
+        rows.append(f"| {_escape(name)} | {what} | {corpus['dataset_split']} | {share:.1%} | {seen or 0:,} |")
+    return "\n".join(["| source | data | split | weight | tokens seen |", "|---|---|---|---|---|", *rows])
+
+
+def _describe_future(config: Settings) -> str:
+    if not _uses_future(config):
+        return "Trained on next-token prediction alone."
+    future = config["future_encoder"]
+    shown = ("loss_weight", "target_shift", "future_k", "temperature", "learnable_temperature", "start_step", "warmup_steps")
+    options = ", ".join(f"{name} {json.dumps(future[name])}" for name in shown if name in future)
+    head = config["future_predictor"]["head_type"]
+    return (
+        "Beside next-token prediction, each position learned to predict a summary of its own future, from an anti-causal pass of "
+        f"the same network: {future['estimator_type']}, {head} predictor, {options}."
+    )
+
+
+def _describe_metrics(path: Path, step: int) -> str:
+    """The last values up to a step, of training and of validation."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return ""
+    train: Settings = {}
+    validation: Settings = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a power cut
+            continue
+        if row["step"] > step:
+            continue
+        target = validation if any(key.startswith(VALIDATION_PREFIX) for key in row) else train
+        target.clear()
+        target.update({key.removeprefix(VALIDATION_PREFIX): value for key, value in row.items()})
+    rows = [
+        f"| {name} | {_show(train.get(name))} | {_show(validation.get(name))} |"
+        for name in SHOWN_METRICS
+        if name in train or name in validation
+    ]
+    if not rows:
+        return ""
+    header = f"| metric | training{_show_step(train)} | validation{_show_step(validation)} |"
+    return "\n".join([header, "|---|---|---|", *rows])
+
+
+def _show_step(row: Settings) -> str:
+    return f", step {row['step']:,}" if row else ""
+
+
+def _show(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _format_config(config: Settings) -> str:
+    sections = {name: options for name, options in config.items() if name != "sources"}
+    sections |= {f"sources.{json.dumps(name)}": options for name, options in config.get("sources", {}).items()}
+    lines = []
+    for section, options in sections.items():
+        lines.append(f"[{section}]")
+        for name, value in options.items():
+            shown = json.dumps(_shorten_paths(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {shown}" if value is not None else f"# {name} = unset")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _shorten_paths(value: Any) -> Any:
+    """Reduce each path of this machine among those separated by commas to its last component."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(_shorten_path(part) for part in value.split(","))
+
+
+def _shorten_path(part: str) -> str:
+    return os.path.basename(part.strip().rstrip("/")) if _is_local(part.strip()) else part
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../"))
+
+
+def _escape(text: str) -> str:
+    """Text in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
