@@ -5,6 +5,9 @@
 Each conversion is a process of its own, as on the command line: the seconds and the peak are the whole process's, with its
 imports. The peak is its largest resident set, to which pages of files count that it has mapped. About four times the model's
 float32 weights are needed on the disk. The check has the weights once in memory, and once mapped, as pages that can be dropped.
+
+The second table is checkpoint.initial_load_path: two processes that hold half the model each, and the memory of their own that
+loading takes beyond that, pages of files not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import transformers
 
 from benchmarks.timing import Report
 
+REPO = Path(__file__).parent.parent
+
 BUILD = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,6 +36,45 @@ from flame.data.tokenizer import build_bytes_tokenizer
 torch.manual_seed(0)
 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.float32).save_pretrained(sys.argv[2])
 build_bytes_tokenizer().save_pretrained(sys.argv[2])
+"""
+
+LOAD = """
+import sys, threading, time
+import torch.distributed as dist
+from flame.components.distributed import start_processes
+from flame.components.hf_weights import load_hf_weights
+from flame.components.weight_source import find_weights
+from flame.config import JobConfig
+from flame.models.causal_lm import load_model_config
+from flame.models.future_lm import build_future_lm
+from flame.models.parallelize import materialize, parallelize
+
+def read_anonymous_gib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 2**20
+
+config = JobConfig()
+device, mesh = start_processes(config)
+model = build_future_lm(config, load_model_config(sys.argv[1]), device.type)
+parallelize(model, config, mesh)
+materialize(model, device, 0)
+before, peak, done = read_anonymous_gib(), 0.0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, read_anonymous_gib())
+        time.sleep(0.01)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+load_hf_weights(model, find_weights(sys.argv[1]))
+seconds = time.perf_counter() - start
+done = True
+watcher.join()
+print(f"{dist.get_rank()} {seconds:.1f} {before:.2f} {peak - before:.2f}")
+dist.destroy_process_group()
 """
 
 
@@ -81,6 +125,13 @@ def measure(config: Path, folder: Path, report: Report) -> None:
         f"{config.name}, torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads"
     )
     report.table(title, ["conversion", "seconds", "peak GiB", "GiB written"], rows)
+    script = folder / "load.py"
+    script.write_text(LOAD)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(source)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run(launcher, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    rows = sorted(line.split() for line in done.stdout.splitlines())
+    report.table("into a sharded model", ["process", "seconds", "GiB held before", "GiB more at most"], rows)
 
 
 def main() -> None:

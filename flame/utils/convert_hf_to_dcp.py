@@ -56,7 +56,7 @@ def convert(model: str, out: Path) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     check_config(source, lm.config)
-    readings = _list_readings(lm, plan_weights(lm, source))
+    readings = _list_readings(lm, plan_weights(lm, source, own_config=True))
 
     unfinished = out.with_name(f"{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,7 +80,7 @@ def _write_tensors(folder: Path, source: WeightSource, readings: dict[str, Readi
         dtypes = [getattr(torch, source.entries[key].dtype) for key in reading.keys]
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         stand_ins[MODEL_PREFIX + name] = torch.empty(reading.shape, dtype=dtype, device="meta")
-    with tqdm(total=len(readings), unit="tensor", desc=folder.stem, disable=None) as progress, warnings.catch_warnings():
+    with tqdm(total=len(readings), unit="tensor", desc=folder.stem) as progress, warnings.catch_warnings():
 
         def read(key: str) -> Tensor:
             progress.update()
