@@ -44,6 +44,9 @@ RUNS_INTERPRETED = ("mamba2", "gla")
 plain integers in the interpreter."""
 JITTER = 0.05
 """Spread of what is added to all weights, so that no initial zero hides a path."""
+ROUNDING = {"rwkv7": 1e-2}
+"""Changes of a state, relative, that are rounding and no leak. RWKV-7's kernel scales a chunk of tokens by its last decay: on an
+H200 a token changed by 1.5 moves the two before it by 4e-3 in bfloat16, by 4e-5 in float32, and no other document."""
 BOUNDARIES = {"cuda": [0, 70, 71, 200, 333, 512], "cpu": [0, 5, 6, 14]}
 TOLERANCE = {"cuda": 3e-2, "cpu": 1e-4}
 """Relative, in the Euclidean norm: bfloat16 on GPUs, float32 on CPUs."""
@@ -96,8 +99,11 @@ def check_no_leak(name: str, device: torch.device) -> None:
         for j in edges:
             changed_tokens = tokens.clone()
             changed_tokens[j] = (changed_tokens[j] + 1) % 61
-            changed = (encode(model, changed_tokens, cu, direction) != base).any(-1).nonzero().flatten().tolist()
+            states = encode(model, changed_tokens, cu, direction)
             start, end = int(cu[cu <= j].max()), int(cu[cu > j].min())
+            least = torch.zeros(len(base))
+            least[start:end] = ROUNDING.get(name, 0.0)
+            changed = ((states - base).norm(dim=-1) / base.norm(dim=-1)).cpu().gt(least).nonzero().flatten().tolist()
             low, high = (j, end - 1) if direction == "causal" else (start, j)
             assert j in changed and min(changed) >= low and max(changed) <= high, (direction, j, changed)
             if high - low > 1:
