@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,10 +21,11 @@ from flame.config import (
     JobConfig,
     Training,
 )
-from flame.model_source import find_model_source, find_tokenizer_source, looks_like_path
+from flame.model_source import find_model_source, find_tokenizer_source, is_checkpoint, looks_like_path
 
 SMALLEST_SHARE = 1e-6
 """Of the largest weight: a smaller one would hardly ever be drawn."""
+TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 FLOAT8_SIZE_STEP = 16
 """What each size of an 8-bit matrix product must be a multiple of."""
 
@@ -63,6 +65,9 @@ def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
 
 def _find_export_conflicts(checkpoint: Checkpoint) -> Iterator[str]:
     interval = checkpoint.export_interval
+    if checkpoint.export_dtype != "float32" and not (checkpoint.enable_checkpoint and checkpoint.export_hf):
+        key = "export_hf" if checkpoint.enable_checkpoint else "enable_checkpoint"
+        yield f'checkpoint.export_dtype = "{checkpoint.export_dtype}" has no effect with checkpoint.{key} = false: leave it out'
     if not interval:
         return
     for key in ("enable_checkpoint", "export_hf"):
@@ -83,10 +88,15 @@ def _find_model_conflicts(config: JobConfig) -> Iterator[str]:
     if looks_like_path(weights) and not os.path.isdir(os.path.expanduser(weights)):
         yield f'checkpoint.initial_load_path = "{weights}": no such folder'
         return
+    if newest := _find_checkpoint_in(weights):
+        yield f'checkpoint.initial_load_path = "{weights}" is a folder of checkpoints: name one of them, such as "{newest}"'
+        return
     if model.resize_embeddings and not weights:
         yield "model.resize_embeddings = true without checkpoint.initial_load_path: name weights whose vocabulary is to grow"
     if not find_model_source(config):
         yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
+    elif not model.config and _lacks(weights, find_model_source(config), ("config.json",)):
+        yield f'checkpoint.initial_load_path = "{weights}" comes without a config.json: name the model\'s in model.config'
     elif os.path.exists(os.path.expanduser(find_model_source(config))):
         option = "model.config" if model.config else "checkpoint.initial_load_path"
         yield from _find_json_faults(find_model_source(config), option)
@@ -94,8 +104,29 @@ def _find_model_conflicts(config: JobConfig) -> Iterator[str]:
         yield f'model.config = "{model.config}": no such file or folder'
     if not find_tokenizer_source(config):
         yield f'model.tokenizer_path is not set: give a folder, a Hub name, or "{BYTES_TOKENIZER}" for the built-in tokenizer'
+    elif not model.tokenizer_path and _lacks(weights, find_tokenizer_source(config), TOKENIZER_FILES):
+        yield f'checkpoint.initial_load_path = "{weights}" comes without a tokenizer: name the model\'s in model.tokenizer_path'
     elif looks_like_path(model.tokenizer_path) and not os.path.isdir(os.path.expanduser(model.tokenizer_path)):
         yield f'model.tokenizer_path = "{model.tokenizer_path}": no such folder'
+
+
+def _find_checkpoint_in(weights: str) -> str:
+    """The newest checkpoint in a folder that is none itself, but a run's or its checkpoints'."""
+    folder = os.path.expanduser(weights)
+    if not os.path.isdir(folder) or is_checkpoint(Path(folder)) or os.path.exists(os.path.join(folder, "config.json")):
+        return ""
+    marks = [
+        mark for depth in ((), ("*",)) for mark in glob.glob(os.path.join(glob.escape(folder), *depth, "step-*", "trainer.json"))
+    ]
+    steps = (os.path.dirname(mark) for mark in marks)
+    found = {int(match[1]): step for step in steps if (match := re.search(r"step-(\d+)$", step))}
+    return found[max(found)] if found else ""
+
+
+def _lacks(weights: str, beside: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the weights are a folder here, and what comes with them holds no file of these names."""
+    is_local = os.path.isdir(os.path.expanduser(weights))
+    return is_local and not any(glob.glob(os.path.join(glob.escape(os.path.expanduser(beside)), name)) for name in patterns)
 
 
 def _find_json_faults(config: str, option: str) -> Iterator[str]:

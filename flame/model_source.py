@@ -20,6 +20,11 @@ def find_tokenizer_source(config: JobConfig) -> str:
     return config.model.tokenizer_path or _find_beside_weights(config)
 
 
+def needs_assets(config: JobConfig) -> bool:
+    """Whether the configuration or the tokenizer is what comes with the weights."""
+    return bool(config.checkpoint.initial_load_path) and not (config.model.config and config.model.tokenizer_path)
+
+
 def _find_beside_weights(config: JobConfig) -> str:
     path = config.checkpoint.initial_load_path
     return os.path.join(path, "hf") if path and is_checkpoint(Path(os.path.expanduser(path))) else path

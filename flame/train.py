@@ -56,6 +56,7 @@ from flame.components.run_record import record_run
 from flame.components.step_guard import SKIPPED_FILE, StepGuard
 from flame.components.throughput import Throughput
 from flame.components.titan import GarbageCollection, clip_grad_norm_
+from flame.components.weight_source import fetch_assets
 from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.data.audit import AuditLog, drop_audit_after
@@ -68,7 +69,7 @@ from flame.data.state import DataState, merge_states
 from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.launch import report_mistake
-from flame.model_source import find_model_source, find_tokenizer_source
+from flame.model_source import find_model_source, find_tokenizer_source, needs_assets
 from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.custom_model import import_custom_model
 from flame.models.future_lm import build_future_lm
@@ -127,6 +128,8 @@ class Trainer:
         self.is_main = self.rank == 0
         init_logging(self.is_main)
 
+        if needs_assets(config):
+            fetch_assets(config.checkpoint.initial_load_path)
         self.tokenizer = load_tokenizer(find_tokenizer_source(config), config.model.trust_remote_code)
         self.fingerprint = fingerprint_tokenizer(self.tokenizer)
         import_custom_model(config.experimental.custom_model_path)

@@ -97,7 +97,7 @@ def test_mixed_dtypes_and_the_command_line(tmp_path):
         ("model", "model", "must be a new folder with the name step-N"),
         ("model", "converted", "must be a new folder with the name step-N"),
         ("nowhere/at/all", "step-0", '--model = "'),
-        ("other", "step-0", "it lacks"),
+        ("other", "step-0", "its own config.json: it lacks"),
     ],
 )
 def test_mistakes(tmp_path, model, out, part):
@@ -108,3 +108,20 @@ def test_mistakes(tmp_path, model, out, part):
     with pytest.raises(UserError, match=part) as caught:
         convert(str(tmp_path / model), tmp_path / out)
     assert len(caught.value.lines) == 1 and not list(tmp_path.glob("step-*"))
+
+
+def test_what_fails_while_writing_is_one_line(tmp_path, monkeypatch):
+    save_reference(tmp_path / "model", "llama-tied")
+
+    def refuse(error: Exception, out: Path, part: str) -> None:
+        def fail(*arguments):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=part) as caught:
+            patch.setattr(SafetensorsSource, "read", fail)
+            convert(str(tmp_path / "model"), out)
+        assert len(caught.value.lines) == 1 and not list(tmp_path.glob("step-*"))
+
+    refuse(OSError(28, "No space left on device"), tmp_path / "step-0", "disk is full")
+    refuse(UserError("the shard is damaged"), tmp_path / "step-0", "the shard is damaged")
+    refuse(AssertionError(), Path("/proc/nowhere/step-0"), "cannot be written")

@@ -258,6 +258,18 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
     assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
 
 
+def test_places_of_the_result(tmp_path, checkpoint):
+    """A link keeps leading to the folder, and a folder that cannot be made is one line."""
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / "big disk")
+    for _ in range(2):
+        convert(checkpoint, tmp_path / "hf", check=False)
+        assert (tmp_path / "hf").is_symlink() and (tmp_path / "big disk" / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"hf", "big disk"} and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(UserError, match=r"cannot be made .*: name another folder"):
+        convert(checkpoint, Path("/proc/nowhere/hf"))
+
+
 def test_a_configuration_of_another_model_is_one_line(tmp_path, checkpoint):
     file = checkpoint / HF_FOLDER / "config.json"
     content = file.read_text().replace('"intermediate_size": 48', '"intermediate_size": 49')  # of the same length

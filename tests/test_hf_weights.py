@@ -39,8 +39,9 @@ from flame.components.hf_weights import (
     load_initial_weights,
     resize_vocabulary,
 )
-from flame.components.weight_source import INDEX_FILE, WEIGHTS_FILE, find_weights
+from flame.components.weight_source import INDEX_FILE, WEIGHTS_FILE, fetch_assets, find_weights
 from flame.config import ActivationCheckpoint, Checkpoint, JobConfig, Model
+from flame.config_conflicts import find_conflicts
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.model_source import find_model_source, find_tokenizer_source
@@ -461,6 +462,34 @@ def test_folders_that_do_not_hold_the_weights(copied, tmp_path):
     refuse(lambda: find_weights(str(empty)), "folder of checkpoints", "step-4")
     refuse(lambda: find_weights(str(copied / "config.json")), "is a file")
     refuse(lambda: find_weights(str(tmp_path / "nowhere")), "no such folder")
+    refuse(lambda: find_weights("x" * 5000), "no such folder")
+
+
+def test_what_must_come_with_the_weights(tmp_path):
+    save_reference(tmp_path / "hf", "llama-tied")
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / "trainer.json").touch()
+
+    def list_conflicts(path: Path, **model: str) -> list[str]:
+        config = JobConfig(model=Model(**model), checkpoint=Checkpoint(initial_load_path=str(path)))
+        return [line for line in find_conflicts(config, 1) if "initial_load_path" in line]
+
+    (line,) = list_conflicts(tmp_path / "hf")
+    assert line.startswith(f'{LABEL}"{tmp_path / "hf"}" comes without a tokenizer') and "model.tokenizer_path" in line
+    assert list_conflicts(tmp_path / "hf", tokenizer_path="bytes") == []
+    (tmp_path / "hf" / "vocab.json").touch()
+    assert list_conflicts(tmp_path / "hf") == []
+    (tmp_path / "hf" / "config.json").unlink()
+    (line,) = list_conflicts(tmp_path / "hf")
+    assert "comes without a config.json" in line and "model.config" in line
+    assert len(list_conflicts(tmp_path / "step-4")) == 2
+    assert list_conflicts(tmp_path / "step-4", tokenizer_path="bytes", config="x/y") == []
+    for step in (8, 16):
+        (tmp_path / "run" / "checkpoint" / f"step-{step}").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoint" / f"step-{step}" / "trainer.json").touch()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint"):
+        (line,) = list_conflicts(folder)
+        assert "is a folder of checkpoints" in line and line.endswith('checkpoint/step-16"')
 
 
 def test_weights_of_another_model(sharded, tmp_path):
@@ -472,6 +501,11 @@ def test_weights_of_another_model(sharded, tmp_path):
     )
     assert check_config(source, tiny_llama(tie_word_embeddings=False)) == []
 
+    save_reference(tmp_path / "gpt2", "gpt2")
+    heads = CONFIGS["gpt2"]()
+    heads.num_attention_heads = 2
+    refuse(lambda: check_config(find_weights(str(tmp_path / "gpt2")), heads), "n_head = 4 instead of 2")
+
     def load(**changes: Any) -> None:
         load_hf_weights(build(tiny_llama(tie_word_embeddings=False, **changes)), source)
 
@@ -479,6 +513,9 @@ def test_weights_of_another_model(sharded, tmp_path):
     refuse(lambda: load(num_hidden_layers=1), "does not know 9 tensors (model.layers.1.", ", ...)")
     refuse(lambda: load(intermediate_size=40), "of another shape are 6 tensors", "[48, 32] instead of [40, 32]")
     refuse(lambda: load_hf_weights(build(CONFIGS["gpt2"]()), source), "it lacks", "does not know")
+    own = build(tiny_llama(tie_word_embeddings=False, num_hidden_layers=3))
+    line = refuse(lambda: load_hf_weights(own, source, own_config=True), "its own config.json", "it lacks", "fetch the weights")
+    assert "model.config" not in line
     moe = tmp_path / "moe"
     save_reference(moe, "qwen3_moe")
     weights = load_file(moe / WEIGHTS_FILE)
@@ -519,6 +556,8 @@ def test_hub_names(sharded, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(error))
         refuse(lambda: find_weights("owner/name"), f'{LABEL}"owner/name"', part)
+        refuse(lambda: fetch_assets("owner/name"), f'{LABEL}"owner/name"', part)
+        fetch_assets(str(sharded))  # nothing is asked for a folder
 
     asked: list[str] = []
 
@@ -528,6 +567,8 @@ def test_hub_names(sharded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     shutil.copytree(sharded, tmp_path / "hub")
+    fetch_assets("owner/name")
+    assert "config.json" in asked and not [name for name in asked if name.endswith(".safetensors")]
     find_weights("owner/name")
     assert {path.name for path in sharded.glob("*.safetensors")} <= set(asked) and INDEX_FILE in asked
     assert not [pattern for pattern in asked if "*" in pattern and "safetensors" in pattern]

@@ -109,6 +109,23 @@ def test_a_card_without_metrics(tmp_path, config):
     assert "## Training" in (tmp_path / "card.md").read_text()
 
 
+def test_checkpoints_outside_the_run_folder(tmp_path, config):
+    run, checkpoints = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run, checkpoints):
+        folder.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 7.5}) + "\n")
+    config.job.dump_folder, config.checkpoint.folder = str(run), str(checkpoints)
+    write_card(tmp_path / "card.md", make_state(config), checkpoints / "step-4", 1, "float32")
+    assert "| loss | 3.2500 |" in (tmp_path / "card.md").read_text()
+
+    config.checkpoint.folder = "checkpoints"  # and the checkpoint has been copied elsewhere: whose metrics lie there?
+    for copied in (checkpoints / "step-4", Path("/step-4")):
+        write_card(tmp_path / "card.md", make_state(config), copied, 1, "float32")
+        text = (tmp_path / "card.md").read_text()
+        assert "## Training" in text and "| metric |" not in text
+
+
 def test_no_path_of_the_machine_is_published(tmp_path, config):
     config.training.data_files = "/secret/a.txt,/secret/dir/b*.txt"
     config.checkpoint.initial_load_path = "/secret/weights/step-9"
@@ -132,6 +149,19 @@ def test_strange_text_stays_text(tmp_path, config):
     options = tomli.loads(text.split("````toml\n")[1].split("````")[0])
     assert options["job"]["description"] == config.job.description
     assert options["sources"]["a|b"]["data_files"] == "x```y"
+
+
+@pytest.mark.parametrize(
+    ("family", "custom", "package"),
+    [("llama", "", ""), ("own", "/secret/my_model/", "my_model"), ("own", "my_model.py", "my_model"), ("gla", "", "fla.models")],
+)
+def test_what_must_be_imported_to_load_it(tmp_path, config, family, custom, package):
+    config.experimental.custom_model_path = custom
+    state = make_state(config) | {"model_config": {"model_type": family}}
+    write_card(tmp_path / "card.md", state, tmp_path / "step-4", 1, "float32")
+    code = (tmp_path / "card.md").read_text().split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert code.startswith(f"import {package}  #" if package else "from transformers import")
 
 
 def test_a_converted_model_has_a_card_without_a_run(tmp_path):

@@ -131,7 +131,7 @@ def _show(shape: torch.Size | None) -> str:
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `out` when all is in it; until then `out` is as it was."""
-    out = out.expanduser().absolute()
+    out = out.expanduser().resolve()  # a link keeps leading to it, and renaming stays on its disk
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
         raise UserError(
@@ -141,7 +141,7 @@ def _written_aside(out: Path) -> Iterator[Path]:
     try:
         for torn in (partial, old):
             shutil.rmtree(torn, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _make_folder(partial)
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
@@ -160,6 +160,13 @@ def _written_aside(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f'"{folder}" cannot be made ({error.strerror}): name another folder') from error
 
 
 def _sync(path: Path) -> None:

@@ -50,19 +50,21 @@ def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrain
         source = run_on_all(partial(find_weights, config.checkpoint.initial_load_path), group)
         differences = run_on_all(partial(check_config, source, model.lm.config), group)
         run_on_all(partial(source.verify, dist.get_rank(), dist.get_world_size()), group)
-        loaded = run_on_all(partial(load_hf_weights, model, source, resize=config.model.resize_embeddings), group)
+        resize, own_config = config.model.resize_embeddings, not config.model.config
+        loaded = run_on_all(partial(load_hf_weights, model, source, resize=resize, own_config=own_config), group)
     finally:
         dist.destroy_process_group(group)
     return [*loaded, *_describe_fresh(model), *differences, *_compare_tokenizers(source.assets, tokenizer)]
 
 
-def load_hf_weights(model: FutureLM, source: WeightSource, *, resize: bool = False) -> list[str]:
+def load_hf_weights(model: FutureLM, source: WeightSource, *, resize: bool = False, own_config: bool = False) -> list[str]:
     """Copy weights into the language model, in the dtype of its parameters; all checks come before the first is read.
 
     Args:
         model: materialized; parameters are plain tensors, or DTensors sharded over their first dimension.
         resize: the embedding and the output head may have more rows than in the files. The new ones get the mean of the others,
             which is the same on any number of ranks.
+        own_config: the model was built from the configuration that comes with the weights.
 
     Returns:
         lines for the log.
@@ -70,7 +72,7 @@ def load_hf_weights(model: FutureLM, source: WeightSource, *, resize: bool = Fal
     Raises:
         UserError: the weights are not of this model, or cannot be read. Some may have been copied.
     """
-    plan = plan_weights(model.lm, source, growing=resize)
+    plan = plan_weights(model.lm, source, growing=resize, own_config=own_config)
     live = model.lm.state_dict()
     with torch.no_grad():
         for name, reading in plan.readings.items():
@@ -109,7 +111,8 @@ def check_config(source: WeightSource, model_config: PretrainedConfig) -> list[s
     if settings.get("quantization_config"):
         raise UserError(f"{source.label} has quantised weights, which cannot be trained on: take the model they were made from")
     changes = dict(_list_changes(settings, model_config))
-    if heads := [key for key in HEADS if key in changes]:
+    names = model_config.attribute_map  # such as GPT-2's own ones
+    if heads := [key for key in (names.get(key, key) for key in HEADS) if key in changes]:
         old, new = changes[heads[0]]
         raise UserError(
             f"{source.label} is of another architecture than model.config: {heads[0]} = {old} instead of {new}: {TAKE_OWN_CONFIG}"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from flame.components.loggers import METRICS_FILE, VALIDATION_PREFIX
 from flame.config import LOCAL_FORMATS, STANDARD_LIBRARY, TOKENS_FORMAT
+from flame.models.fla_families import NAMED_AS_IN_TRANSFORMERS, TESTED
 
 CARD_FILE = "README.md"
 LIBRARIES = ("torch", "transformers")
@@ -25,7 +27,7 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
 
     Args:
         state: the checkpoint's `trainer.json`.
-        checkpoint: its folder, inside the run's, whose metrics are read where they are there.
+        checkpoint: its folder; where it lies in the run's, the metrics there are read.
         parameters: of the language model.
         dtype: of the exported weights.
     """
@@ -41,7 +43,7 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
         f"# {_name_run(config)}",
         " ".join(config.get("job", {}).get("description", "").split()),
         _describe_model(state, parameters, dtype),
-        _describe_loading(path.parent),
+        _describe_loading(path.parent, _find_package(state)),
         *(_describe_training(state, checkpoint) if config else []),
         "Made with " + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
         f"<details>\n<summary>All options of the run</summary>\n\n````toml\n{_format_config(config)}````\n\n</details>"
@@ -53,17 +55,24 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
 
 def _describe_training(state: Settings, checkpoint: Path) -> list[str]:
     config = state["config"]
-    metrics = _find_run(checkpoint, config) / METRICS_FILE
-    return ["## Training", _describe_data(state), _describe_future(config), _describe_metrics(metrics, state["step"])]
+    run = _find_run(checkpoint, config)
+    metrics = _describe_metrics(run / METRICS_FILE, state["step"]) if run is not None else ""
+    return ["## Training", _describe_data(state), _describe_future(config), metrics]
 
 
 def _name_run(config: Settings) -> str:
     return Path(config["job"]["dump_folder"]).name if config else "Language model"
 
 
-def _find_run(checkpoint: Path, config: Settings) -> Path:
-    """The run's folder as it lies now: that of the configuration may be another machine's."""
-    return checkpoint.absolute().parents[len(Path(config["checkpoint"]["folder"]).parts)]
+def _find_run(checkpoint: Path, config: Settings) -> Path | None:
+    """The run's folder as it lies now: that of the configuration may be another machine's. None where it is not known."""
+    folder = Path(config["checkpoint"]["folder"])
+    if folder.is_absolute():
+        return Path(config["job"]["dump_folder"])
+    above = checkpoint.absolute().parent
+    depth = len(folder.parts)
+    is_inside = len(above.parts) > depth and above.parts[len(above.parts) - depth :] == folder.parts
+    return checkpoint.absolute().parents[depth] if is_inside else None
 
 
 def _uses_future(config: Settings) -> bool:
@@ -91,9 +100,19 @@ def _describe_model(state: Settings, parameters: int, dtype: str) -> str:
     return f"{text}, after step {state['step']:,} of {steps:,} and {tokens:,} tokens."
 
 
-def _describe_loading(folder: Path) -> str:
+def _find_package(state: Settings) -> str:
+    """What must be imported for transformers to know the architecture; empty for its own ones."""
+    family, custom = state["model_config"]["model_type"], state["config"].get("experimental", {}).get("custom_model_path")
+    if custom:
+        return Path(custom).stem
+    is_own = family in CONFIG_MAPPING_NAMES and family not in NAMED_AS_IN_TRANSFORMERS
+    return "fla.models" if not is_own and (state["config"] or family in TESTED) else ""
+
+
+def _describe_loading(folder: Path, package: str) -> str:
+    first = f"import {package}  # registers the architecture with transformers\n" if package else ""
     text = (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )

@@ -26,10 +26,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flame.components.weight_source import DTYPES, Entry, WeightSource
+from flame.components.weight_source import CONFIG_FILE, DTYPES, Entry, WeightSource
 from flame.errors import UserError
 
 SHOWN = 3
+FETCH_AGAIN = "fetch the weights and their configuration again"
 TAKE_OWN_CONFIG = "take the weights' own configuration, as an empty model.config does"
 
 
@@ -52,13 +53,14 @@ class Plan:
         return [key for reading in (*self.readings.values(), *(other for _, other in self.repeated)) for key in reading.keys]
 
 
-def plan_weights(lm: PreTrainedModel, source: WeightSource, *, growing: bool = False) -> Plan:
+def plan_weights(lm: PreTrainedModel, source: WeightSource, *, growing: bool = False, own_config: bool = False) -> Plan:
     """Find out how each parameter and persistent buffer of a model is read.
 
     A buffer that the files do not have keeps its value.
 
     Args:
         growing: the embedding and the output head may have more rows than in the files.
+        own_config: the model was built from the configuration that comes with the files, which decides what an error advises.
 
     Raises:
         UserError: the files are of another model, or of a dtype that is no plain float.
@@ -92,9 +94,11 @@ def plan_weights(lm: PreTrainedModel, source: WeightSource, *, growing: bool = F
     faults = _list_faults(missing, unknown, misshapen)
     only_grown = all(can_grow) and not missing and not unknown
     if faults:
+        what = f"its own {CONFIG_FILE}" if own_config else "model.config"
+        advice = FETCH_AGAIN if own_config else TAKE_OWN_CONFIG
         raise UserError(
-            f"{source.label} is of another model than model.config: {'; '.join(faults)}: "
-            + ("set model.resize_embeddings = true to grow the vocabulary" if only_grown else TAKE_OWN_CONFIG)
+            f"{source.label} is of another model than {what}: {'; '.join(faults)}: "
+            + ("set model.resize_embeddings = true to grow the vocabulary" if only_grown else advice)
         )
     return plan
 

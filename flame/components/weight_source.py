@@ -87,21 +87,37 @@ def find_weights(path: str, option: str = OPTION) -> WeightSource:
         UserError: there are none, they are not complete, or not in a format that can be read.
     """
     label = f'{option} = "{path}"'
-    folder = Path(os.path.expanduser(path))
+    folder = Path(os.path.expanduser(path))  # os.path's checks, unlike its own, take any string
     if is_checkpoint(folder):
         return CheckpointSource(label, folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return SafetensorsSource(label, folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{label} is a file: give the folder that holds {WEIGHTS_FILE} or {INDEX_FILE}, or a Hub name")
     if looks_like_path(path):
         raise UserError(f"{label}: no such folder")
     return SafetensorsSource(label, _fetch(label, path))
 
 
+def fetch_assets(path: str, option: str = OPTION) -> None:
+    """Fetch what comes with the weights that a Hub name stands for; nothing for a folder.
+
+    Unlike transformers, it does not try for a minute where there is no network.
+
+    Raises:
+        UserError: there is no such model, or it cannot be reached.
+    """
+    if not looks_like_path(path) and not os.path.exists(path):
+        _fetch_assets(f'{option} = "{path}"', path)
+
+
+def _fetch_assets(label: str, name: str) -> Path:
+    return _ask_hub(label, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=[*ASSETS, INDEX_FILE])))
+
+
 def _fetch(label: str, name: str) -> Path:
     """Fetch a Hub model into the cache: the weights that its index lists, and what comes with them."""
-    folder = _ask_hub(label, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=[*ASSETS, INDEX_FILE])))
+    folder = _fetch_assets(label, name)
     shards = _list_shards(label, folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
     _ask_hub(label, lambda: huggingface_hub.snapshot_download(name, allow_patterns=shards))
     if not (folder / shards[0]).exists():

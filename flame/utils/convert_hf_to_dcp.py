@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flame.components.checkpoint import HF_FOLDER
 from flame.components.checkpoint_files import commit
-from flame.components.checkpoint_storage import TensorWriter
+from flame.components.checkpoint_storage import TensorWriter, is_disk_full
 from flame.components.hf_weights import check_config
 from flame.components.weight_plan import Plan, Reading, plan_weights
 from flame.components.weight_source import ASSETS, CONFIG_FILE, MODEL_PREFIX, WeightSource, find_weights
@@ -45,7 +46,8 @@ def convert(model: str, out: Path) -> None:
         out: the `step-N/` folder to make; it must not exist.
 
     Raises:
-        UserError: the model cannot be read or is not supported, or the folder is there already or has another name.
+        UserError: the model cannot be read or is not supported, or the folder is there already, has another name, or cannot be
+            written.
     """
     if out.exists() or not (out.name.startswith("step-") and out.name.removeprefix("step-").isdecimal()):
         raise UserError(f'--out "{out}" must be a new folder with the name step-N, such as step-0: choose another')
@@ -60,11 +62,27 @@ def convert(model: str, out: Path) -> None:
 
     unfinished = out.with_name(f"{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    _write_tensors(unfinished, source, readings)
-    _copy_assets(source.assets, unfinished / HF_FOLDER)
     state = {"step": int(out.name.removeprefix("step-")), "config": {}, "model_config": lm.config.to_dict(), "world_size": 1}
-    commit(unfinished, out, state)
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(unfinished, source, readings)
+        _copy_assets(source.assets, unfinished / HF_FOLDER)
+        commit(unfinished, out, state)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise _explain(error, out) from error
+
+
+def _explain(error: OSError | CheckpointException, out: Path) -> BaseException:
+    """The user's mistake behind an error, if there is one; else the error."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    if mistakes := [cause for cause in causes if isinstance(cause, UserError)]:
+        return mistakes[0]
+    if is_disk_full(error):
+        return UserError(f'--out "{out}": its disk is full: free space and convert again')
+    if faults := [cause for cause in causes if isinstance(cause, OSError)]:
+        return UserError(f'--out "{out}" cannot be written ({faults[0]}): choose another folder')
+    return error
 
 
 def _list_readings(lm: PreTrainedModel, plan: Plan) -> dict[str, Reading]:
