@@ -153,6 +153,48 @@ def test_leaks_are_found(leak):
     assert expected in text and 'model_type "tiny_transformer"' in text and "cannot be trained" in text
 
 
+def test_positions_of_the_pack_are_found_where_they_weigh_little():
+    """As where embeddings are normalised before small positions are added."""
+    changes, expected = LEAKS["positions of the pack"]
+    model = breaking(build_example(), **changes)
+    with torch.no_grad():
+        model.lm.model.embed_positions.weight.mul_(0.03)
+    with pytest.raises(UserError, match=expected):
+        check_no_leak(model, CPU, with_future=True)
+
+
+HEADS = {
+    "a factor": lambda logits, states: logits * 0.5,
+    "a cap far above the first logits": lambda logits, states: 30 * torch.tanh(logits / 30),
+    "a norm before the head": lambda logits, states: logits / states.norm(dim=-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_that_are_no_plain_product_are_found(head):
+    """The loss is taken from hidden states times the output embedding, which would be another model then."""
+    model, states = build_unsharded(future_config(), load_model_config(str(EXAMPLE))), []
+    model.lm.base_model.register_forward_hook(lambda module, args, outputs: states.append(outputs.last_hidden_state))
+
+    def change(module, args, outputs):
+        outputs.logits = HEADS[head](outputs.logits, states[-1])
+
+    model.lm.register_forward_hook(change)
+    with pytest.raises(UserError, match=r"logits are not its base model's last hidden states times its output embedding"):
+        check_no_leak(model, CPU, with_future=True)
+
+
+@pytest.mark.parametrize("takes", [{"input_ids"}, {"input_ids", "attention_mask"}])
+def test_a_whole_model_need_not_take_what_the_base_model_takes(takes):
+    model = build_example()
+    forward = model.lm.forward
+    model.lm.forward = {
+        1: lambda input_ids: forward(input_ids),
+        2: lambda input_ids, attention_mask: forward(input_ids, attention_mask=attention_mask),
+    }[len(takes)]
+    check_no_leak(model, CPU, with_future=True)
+
+
 def test_without_future_loss_only_the_causal_pass_counts():
     changes, _ = LEAKS["always causal"]
     check_no_leak(breaking(build_example(), **changes), CPU, with_future=False)
@@ -212,6 +254,17 @@ def test_which_families_are_checked(tmp_path):
     assert needs_leak_check(load_model_config(str(EXAMPLE)))
     tiny_llama().save_pretrained(tmp_path)
     assert not needs_leak_check(load_model_config(str(tmp_path)))
+
+
+def test_a_run_begins_with_the_check(workspace, tmp_path, monkeypatch, capsys):  # noqa: F811 - a fixture
+    def refuse(model, device, with_future, window_k):
+        raise UserError(f"checked with {with_future}, {window_k}")
+
+    monkeypatch.setattr("flame.train.check_no_leak", refuse)
+    changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json"}
+    with pytest.raises(SystemExit):
+        run_here(workspace, tmp_path / "run", future_encoder__future_k=5, **changes)
+    assert "checked with True, 5" in capsys.readouterr().err
 
 
 def test_a_tested_family_passes():

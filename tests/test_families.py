@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from unittest.mock import patch
@@ -13,14 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
 
 from flame.components.flops import FlopCounter
 from flame.components.hf_export import convert
 from flame.components.hf_weights import load_hf_weights
 from flame.components.weight_source import find_weights
+from flame.errors import UserError
 from flame.models import future_lm
-from flame.models.causal_lm import load_model_config
+from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.families import FAMILIES, find_limits, list_layer_limits
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize, parallelize
@@ -192,6 +194,30 @@ def test_windows_follow_their_definition(name):
         torch.testing.assert_close(build_like(reference).encode_future(batch, 0), expected, rtol=1e-4, atol=1e-5)
 
 
+OTHER_WINDOWS = {
+    "qwen2": ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, [0, WINDOW - 1]),
+    "smollm3": ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, [0, WINDOW - 1]),
+    "qwen3_moe": ({"use_sliding_window": True}, [WINDOW - 1] * 2),
+    "mixtral": ({}, [WINDOW - 1] * 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_WINDOWS)
+def test_windows_are_those_of_transformers_where_they_are_rare(name):
+    changes, limits = OTHER_WINDOWS[name]
+    torch.manual_seed(0)
+    config = build_toy(name, sliding_window=WINDOW, **changes)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    assert list_layer_limits(reference.config) == limits
+    masked, flash = build_like(reference), build_like(reference, "varlen")
+    batch = random_batch(torch.tensor([0, 40], dtype=torch.int32))
+    with torch.no_grad():
+        expected = reference.base_model(input_ids=batch.input_ids).last_hidden_state[0]
+        torch.testing.assert_close(masked.encode_past(batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(flash.encode_past(batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(flash.encode_future(batch, 0), masked.encode_future(batch, 0), rtol=1e-4, atol=1e-5)
+
+
 @every_family
 def test_flops_count_the_experts_and_pairs_in_use(name):
     model = build_like(build_reference(name))
@@ -208,6 +234,39 @@ def test_flops_count_the_experts_and_pairs_in_use(name):
     width = 4 * 8
     assert flops.future == 2 * matrices * 60 + 4 * width * later
     assert flops.next_token == 3 * (2 * (matrices + 61 * 32) * 60 + 4 * width * pairs)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
+        ("opt", {"layerdrop": 0.1, "dropout": 0.0}, "layerdrop = 0.1 is not supported"),
+        ("dots3_note_text", {}, "not supported with per_layer_config"),
+    ],
+)
+def test_what_would_be_random_or_uneven_is_refused(family, changes, reason, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
+    with pytest.raises(UserError) as refusal:
+        load_model_config(str(tmp_path))
+    (line,) = refusal.value.lines
+    assert reason in line
+
+
+def test_a_head_of_another_width_is_refused():
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 61}
+    with pytest.raises(UserError, match=r'"opt" is not supported with an output head of width 16 beside hidden_size = 32'):
+        build_future_lm(future_config(), OPTConfig(word_embed_proj_dim=16, **shape), "cpu")
+
+
+def test_longrope_keeps_to_its_first_frequencies():
+    """A longer document would switch those of all others in its pack."""
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config, job = build_toy("phi3", rope_parameters=rope, original_max_position_embeddings=24), future_config()
+    job.training.context_len = 25
+    with pytest.raises(UserError, match=r"training\.context_len = 25 is more than the original_max_position_embeddings = 24"):
+        check_fits_run(config, 61, job)
+    job.training.context_len = 24
+    check_fits_run(config, 61, job)
 
 
 def n_pairs(length: int, limit: int, own: bool) -> int:

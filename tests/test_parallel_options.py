@@ -14,6 +14,8 @@ from torchao.float8.float8_linear import Float8Linear
 from flame.components.checkpoint import list_checkpoints
 from flame.components.checkpoint_storage import TensorReader
 from flame.components.distributed import set_single_process_defaults
+from flame.components.resume_check import check_resumable
+from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.errors import UserError
 from flame.models import float8_training
@@ -93,6 +95,10 @@ def test_data_parallelism_of_another_section_is_found():
         ({"training__mixed_precision_param": "float32"}, 'training.mixed_precision_param = "float32"'),
         ({"training__seq_len": 72}, "training.seq_len = 72 is not a multiple of 16"),
         (
+            {"training__float8": False, "checkpoint__export_hf": False, "checkpoint__export_dtype": "bfloat16"},
+            'checkpoint.export_dtype = "bfloat16" has no effect with checkpoint.export_hf = false',
+        ),
+        (
             {"training__float8": False, "optimizer__name": "Muon", "experimental__freeze_lm_for_infonce": True},
             'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true',
         ),
@@ -131,6 +137,18 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, na
     assert measured(read_metrics(tmp_path / "run")) == measured(expected)
     weights = final_weights(tmp_path / "whole")
     assert all(torch.equal(tensor, weights[key]) for key, tensor in final_weights(tmp_path / "run").items())
+
+
+def test_a_run_keeps_its_optimizer():
+    saved, now = dataclasses.asdict(JobConfig()), JobConfig()
+    now.optimizer.name, now.optimizer.state_dtype = "Muon", "bfloat16"
+    with pytest.raises(UserError) as refusal:
+        check_resumable(saved, now)
+    found = [line.split(",")[0] for line in refusal.value.lines]
+    assert found == [
+        'optimizer.name = "Muon"',
+        'optimizer.state_dtype = "bfloat16"',
+    ]
 
 
 def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):  # noqa: F811

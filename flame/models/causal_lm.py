@@ -63,6 +63,8 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
         return [f'model_type "{config.model_type}" is no causal language model known to transformers']
     if config.sub_configs:
         return [f'model_type "{config.model_type}" is not supported: it has a configuration for each of several parts']
+    if getattr(config, "is_heterogeneous", False):
+        return [f'model_type "{config.model_type}" is not supported with per_layer_config: its layers must have the same shapes']
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(config, key, None), int):
             return [f'model_type "{config.model_type}" is not supported: its configuration has no {key}']
@@ -78,7 +80,8 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
             faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
     for key, value in settings.items():
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
-        if ("dropout" in key or key.endswith("_pdrop")) and not unused and isinstance(value, int | float) and value != 0:
+        is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
+        if is_random and not unused and isinstance(value, int | float) and value != 0:
             faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
     return faults
 
@@ -103,6 +106,12 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
             f"training.context_len = {context_len} is more than the model's max_position_embeddings = {positions}: "
             "lower the one or raise the other"
         )
+    switch = _find_position_switch(config)
+    if switch and context_len > switch:
+        faults.append(
+            f"training.context_len = {context_len} is more than the original_max_position_embeddings = {switch} of the model's "
+            "longrope: beyond it, one document would change the position encoding of all others in its packed sequence; lower it"
+        )
     if job.checkpoint.enable_checkpoint and job.checkpoint.export_hf and hasattr(config, "auto_map"):
         faults.append(
             "checkpoint.export_hf = true, but a model that comes with Python code of its own (model.trust_remote_code = true) "
@@ -121,6 +130,12 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
             faults.append(f"future_encoder.future_k = {future.future_k}: {what} and has no window: set it to 0")
     if faults:
         raise UserError(*faults)
+
+
+def _find_position_switch(config: PretrainedConfig) -> int:
+    """The longest text of the first of longrope's two sets of frequencies; 0 for a model that has one set."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") or 0 if rope.get("rope_type") == "longrope" else 0
 
 
 def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attention) -> PreTrainedModel:
@@ -146,6 +161,11 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UserError(f'model_type "{config.model_type}" is not supported: its output head is not one matrix without bias')
+    if head.in_features != config.hidden_size:
+        raise UserError(
+            f'model_type "{config.model_type}" is not supported with an output head of width {head.in_features} beside '
+            f"hidden_size = {config.hidden_size}: they must be equal"
+        )
     return model
 
 

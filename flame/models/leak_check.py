@@ -1,9 +1,14 @@
-"""Does a model obey the boundaries of documents and the direction of a pass? Asked of families that no test vouches for."""
+"""Does a model obey the boundaries of documents and the direction of a pass? Is its head the plain product that the loss takes?
+
+Asked of families that no test vouches for.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +33,13 @@ PERTURBED = (0, 4, 7, 8, 16, 24, 31)
 SEED = 0
 SPREAD = 0.02
 """Of the numbers that stand in for weights that start at zero."""
-WIDEST_SHIFT = 0.2
-"""How much the states of the same text may differ, relative, between two places of the pack: rounding is far below."""
+WIDEST_SHIFTS = {torch.float32: 0.01, torch.bfloat16: 0.2}
+"""How much the states of the same text may differ, relative, between two places of the pack, by the dtype of the products:
+rounding is far below."""
+ENLARGED = 1000.0
+"""Factor of hidden states, so that a cap on logits shows, which the first ones, near zero, do not reach."""
+LARGEST_LOGIT_ERROR = 0.05
+"""Of all logits together, relative: rounding is below."""
 
 
 def needs_leak_check(config: PretrainedConfig) -> bool:
@@ -41,7 +51,8 @@ def check_no_leak(model: FutureLM, device: torch.device, with_future: bool, wind
     """Change single tokens of a small random pack and see whose hidden states change.
 
     In the causal pass only later tokens of the same document may (and the token itself), in the anti-causal one only earlier.
-    And the same text must give the same states wherever in the pack it lies. All ranks must call this together. Weights that
+    And the same text must give the same states wherever in the pack it lies. The model's own logits must be its hidden states
+    times its output embedding. All ranks must call this together. Weights that
     are all zero, which would hide what stands behind them, are random meanwhile. Weights, gradients, random generators and the
     modes of all modules are as before at the end.
 
@@ -51,25 +62,26 @@ def check_no_leak(model: FutureLM, device: torch.device, with_future: bool, wind
         window_k: its window.
 
     Raises:
-        UserError: the model reads what it must not.
+        UserError: the model reads what it must not, or its logits are others.
     """
     vocab_size = model.lm.config.vocab_size
     tokens = _draw_tokens(vocab_size)
     packs = [tokens] + [_change(tokens, place, vocab_size) for place in PERTURBED]
 
-    def run(root: FutureLM) -> dict[str, tuple[Tensor, ...]]:
+    def run(root: FutureLM) -> tuple[dict[str, tuple[Tensor, ...]], bool, torch.dtype]:
         def encode(tokens: np.ndarray, direction: str) -> Tensor:
             batch = _build_pack(tokens).to(device)
             states = root.encode_past(batch) if direction == "causal" else root.encode_future(batch, window_k)
             return states.float().cpu()
 
         directions = ("causal", "future") if with_future else ("causal",)
-        return {d: (encode(tokens, d), *(encode(pack, d) for pack in packs)) for d in directions}
+        found = {d: (encode(tokens, d), *(encode(pack, d) for pack in packs)) for d in directions}
+        return found, _is_head_plain(root, _build_pack(tokens).to(device)), root.output_embedding.dtype
 
     name = f'model_type "{model.lm.config.model_type}"'
     with _left_as_it_was(model, device), torch.no_grad():
         try:
-            found = model(run)
+            found, is_head_plain, dtype = model(run)
         except Exception as error:  # whatever code that nobody has tried does
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
@@ -78,7 +90,12 @@ def check_no_leak(model: FutureLM, device: torch.device, with_future: bool, wind
             ) from error
     faults = []
     for direction, (again, base, *changed) in found.items():
-        faults += _find_leaks(direction, base, again, changed) or _find_shifts(direction, base)
+        faults += _find_leaks(direction, base, again, changed) or _find_shifts(direction, base, WIDEST_SHIFTS[dtype])
+    if not is_head_plain:
+        faults.append(
+            "is not supported: its logits are not its base model's last hidden states times its output embedding, from which the "
+            "loss is taken"
+        )
     if faults:
         raise UserError(*(f"{name} {fault}; it cannot be trained here" for fault in faults))
 
@@ -125,15 +142,45 @@ def _find_leaks(direction: str, base: Tensor, again: Tensor, changed: list[Tenso
     return []
 
 
-def _find_shifts(direction: str, base: Tensor) -> list[str]:
+def _find_shifts(direction: str, base: Tensor, widest: float) -> list[str]:
     """The first and the last document are the same: [] or one fault if their states are not."""
     first, last = base[: LENGTHS[0]], base[-LENGTHS[-1] :]
-    if (first - last).norm() <= WIDEST_SHIFT * first.norm():
+    if (first - last).norm() <= widest * first.norm():
         return []
     return [
         f"gives a document other states at another place of the packed sequence, in its {_name(direction)} pass: it must take "
         "positions from position_ids, which begin at 0 in each document"
     ]
+
+
+def _is_head_plain(root: FutureLM, batch: PackedBatch) -> bool:
+    """Whether the logits are the base model's last hidden states times the output embedding, also of large states.
+
+    Asked of the first document, whose logits are the same where the whole model takes neither mask nor positions.
+    """
+    inputs: dict[str, Any] = {}
+    factors = [1.0]  # a model may use the head's weight without calling the head
+
+    def enlarge(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factors.append(ENLARGED)
+        return args[0] * ENLARGED, *args[1:]
+
+    with ExitStack() as hooks:
+        note = root.lm.base_model.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+        hooks.callback(note.remove)
+        states = root.encode_past(batch)[: LENGTHS[0]]
+        hooks.callback(root.lm.get_output_embeddings().register_forward_pre_hook(enlarge).remove)
+        logits = root.lm(**_select_taken(root.lm, inputs)).logits[0, : LENGTHS[0]]
+    expected = factors[-1] * states.float() @ root.output_embedding.float().T
+    return bool((logits.float() - expected).norm() <= LARGEST_LOGIT_ERROR * expected.norm())
+
+
+def _select_taken(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of the base model's arguments those that the whole model takes too."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def _name(direction: str) -> str:
