@@ -42,8 +42,8 @@ LOAD = """
 import sys, threading, time
 import torch.distributed as dist
 from flame.components.distributed import start_processes
-from flame.components.hf_weights import load_hf_weights
-from flame.components.weight_source import find_weights
+from flame.weights.hf_weights import load_hf_weights
+from flame.weights.weight_source import find_weights
 from flame.config import JobConfig
 from flame.models.causal_lm import load_model_config
 from flame.models.future_lm import build_future_lm

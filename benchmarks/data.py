@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.faults import MODEL, OPTIONS, REPO, count_steps
-from flame.components.checkpoint import list_checkpoints
+from flame.checkpoints.checkpoint import list_checkpoints
 from flame.config import Corpus, Training
 from flame.data.documents import TokenizedSource, open_documents
 from flame.data.loader import PackedLoader

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from flame.components.checkpoint import list_checkpoints
+from flame.checkpoints.checkpoint import list_checkpoints
 from flame.utils.convert_dcp_to_hf import read_model_tensors
 from flame.utils.plotting import read_metrics
 

@@ -38,7 +38,6 @@ from benchmarks.prototypes import Dense, Planned
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns, measure_side_by_side, sample
 from flame.components.distributed import end_processes, set_single_process_defaults, start_processes
 from flame.components.flops import FlopCounter
-from flame.components.optimizer import build_optimizer
 from flame.components.titan import clip_grad_norm_
 from flame.config import FutureEncoder, JobConfig, Training
 from flame.data.batch import PackedBatch
@@ -48,6 +47,7 @@ from flame.models.future_lm import build_future_lm
 from flame.models.parallelize import materialize, parallelize
 from flame.models.softmax_rows import count_chunk_rows
 from flame.objective import compute_losses
+from flame.optimizers.optimizer import build_optimizer
 
 REPO = Path(__file__).parent.parent
 MODEL = REPO / "configs" / "models" / "llama_1B.json"

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from flame.components.checkpoint import Checkpointer, list_checkpoints
+from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
+from flame.checkpoints.resume_check import check_model, check_resumable, check_sources, check_tokenizer, list_changes
 from flame.components.counters import Counters
 from flame.components.distributed import (
     check_same_on_all_ranks,
@@ -34,10 +35,7 @@ from flame.components.distributed import (
     start_processes,
     sum_over_ranks,
 )
-from flame.components.exporter import Exporter
 from flame.components.flops import FlopCounter
-from flame.components.hf_export import convert
-from flame.components.hf_weights import load_initial_weights, resize_vocabulary
 from flame.components.loggers import (
     METRICS_FILE,
     RunLog,
@@ -48,15 +46,12 @@ from flame.components.loggers import (
     init_logging,
 )
 from flame.components.metrics import Metrics
-from flame.components.optimizer import build_optimizer, build_schedule, seek_schedule
 from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
-from flame.components.resume_check import check_model, check_resumable, check_sources, check_tokenizer, list_changes
 from flame.components.run_lock import lock_run
 from flame.components.run_record import record_run
 from flame.components.step_guard import SKIPPED_FILE, StepGuard
 from flame.components.throughput import Throughput
 from flame.components.titan import GarbageCollection, clip_grad_norm_
-from flame.components.weight_source import fetch_assets
 from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.data.audit import AuditLog, drop_audit_after
@@ -83,8 +78,13 @@ from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.mi_estimator import read_temperature
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import compute_losses, record_losses
+from flame.optimizers.optimizer import build_optimizer, build_schedule, seek_schedule
 from flame.utils.plotting import plot_run
 from flame.validation import Validator
+from flame.weights.exporter import Exporter
+from flame.weights.hf_export import convert
+from flame.weights.hf_weights import load_initial_weights, resize_vocabulary
+from flame.weights.weight_source import fetch_assets
 
 __all__ = [
     "Trainer",

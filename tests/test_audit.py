@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.components.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.checkpoint import TRAINER_FILE, list_checkpoints
 from flame.data import audit
 from flame.data.audit import read_audit
 from flame.utils.audit import main as check

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flame.components.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.checkpoint import TRAINER_FILE, list_checkpoints
 from flame.errors import UserError
 from flame.utils.convert_dcp_to_hf import convert
 from tests.test_train import leave_no_trace, run_here, workspace  # noqa: F401 - fixtures

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata as metadata_module
 
-from flame.components import checkpoint
-from flame.components.checkpoint import TRAINER_FILE
-from flame.components.checkpoint_agreement import RankFailure
-from flame.components.checkpoint_storage import TensorReader
+from flame.checkpoints import checkpoint
+from flame.checkpoints.checkpoint import TRAINER_FILE
+from flame.checkpoints.checkpoint_agreement import RankFailure
+from flame.checkpoints.checkpoint_storage import TensorReader
 from flame.errors import UserError
 from flame.utils.convert_dcp_to_hf import read_model_tensors
 from tests.test_checkpoint_saving import Case, assert_equal, build_case, expected, group, names  # noqa: F401 - a fixture

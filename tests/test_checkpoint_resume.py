@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.components.resume_check import FIXED_OPTIONS, check_model, check_resumable, check_tokenizer, flatten, list_changes
+from flame.checkpoints.resume_check import FIXED_OPTIONS, check_model, check_resumable, check_tokenizer, flatten, list_changes
 from flame.config import FutureEncoder, Job, JobConfig, Optimizer, Source, Training
 from flame.errors import UserError
 from tests.helpers import tiny_llama

@@ -24,10 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flame.components import checkpoint, checkpoint_files, random_state
-from flame.components.checkpoint import HF_FOLDER, TRAINER_FILE, Checkpointer, list_checkpoints
-from flame.components.checkpoint_agreement import RankFailure
-from flame.components.checkpoint_storage import TensorWriter
+from flame.checkpoints import checkpoint, checkpoint_files, random_state
+from flame.checkpoints.checkpoint import HF_FOLDER, TRAINER_FILE, Checkpointer, list_checkpoints
+from flame.checkpoints.checkpoint_agreement import RankFailure
+from flame.checkpoints.checkpoint_storage import TensorWriter
 from flame.errors import UserError
 
 PATIENCE = 30  # seconds until a thread that should have been let go gives up

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from flame.components.hf_export import convert
+from flame.weights.hf_export import convert
 from tests.helpers import tiny_llama
 from tests.test_hf_export import build_model, make_checkpoint
 

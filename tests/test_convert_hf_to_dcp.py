@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flame.components.hf_weights import load_hf_weights
-from flame.components.weight_source import WEIGHTS_FILE, SafetensorsSource, find_weights
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.utils import convert_dcp_to_hf
 from flame.utils.convert_dcp_to_hf import read_model_tensors
 from flame.utils.convert_hf_to_dcp import convert
+from flame.weights.hf_weights import load_hf_weights
+from flame.weights.weight_source import WEIGHTS_FILE, SafetensorsSource, find_weights
 from tests.helpers import tiny_llama
 from tests.test_hf_weights import CONFIGS, assert_same_weights, build, save_reference
 

@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
 
 from flame.components.flops import FlopCounter
-from flame.components.hf_export import convert
-from flame.components.hf_weights import load_hf_weights
-from flame.components.weight_source import find_weights
 from flame.errors import UserError
 from flame.models import future_lm
 from flame.models.causal_lm import check_fits_run, load_model_config
@@ -27,6 +24,9 @@ from flame.models.families import FAMILIES, find_limits, list_layer_limits
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import compute_losses
+from flame.weights.hf_export import convert
+from flame.weights.hf_weights import load_hf_weights
+from flame.weights.weight_source import find_weights
 from tests.helpers import CPU, build_unsharded, future_config, pack, random_batch, random_cu_seqlens
 from tests.test_hf_export import build_model, make_checkpoint
 from tests.toy_families import TOYS, WINDOW, build_toy

@@ -32,18 +32,18 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from flame.components import hf_export, hf_files
-from flame.components.checkpoint import HF_FOLDER
-from flame.components.checkpoint_files import commit
-from flame.components.exporter import Exporter
-from flame.components.hf_check import ExportMismatch
-from flame.components.hf_export import FUTURE_FILE, convert
-from flame.components.model_tensors import ModelTensors
+from flame.checkpoints.checkpoint import HF_FOLDER
+from flame.checkpoints.checkpoint_files import commit
 from flame.config import JobConfig
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.utils import convert_hf_to_dcp
 from flame.utils.convert_dcp_to_hf import main
+from flame.weights import hf_export, hf_files
+from flame.weights.exporter import Exporter
+from flame.weights.hf_check import ExportMismatch
+from flame.weights.hf_export import FUTURE_FILE, convert
+from flame.weights.model_tensors import ModelTensors
 from tests.helpers import tiny_llama
 
 REPO = Path(__file__).parent.parent
@@ -229,7 +229,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path, checkpoint):
     out = tmp_path / "hf"
     convert(checkpoint, out)
     code = (
-        "import os, signal, sys; from pathlib import Path; from flame.components import hf_export\n"
+        "import os, signal, sys; from pathlib import Path; from flame.weights import hf_export\n"
         "honest = hf_export.stream_weights\n"
         "def die(*a):\n"
         "    for i, part in enumerate(honest(*a)):\n"

@@ -30,16 +30,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from flame.components import weight_source
-from flame.components.checkpoint import Checkpointer
-from flame.components.hf_weights import (
-    check_config,
-    find_rows,
-    load_hf_weights,
-    load_initial_weights,
-    resize_vocabulary,
-)
-from flame.components.weight_source import INDEX_FILE, WEIGHTS_FILE, fetch_assets, find_weights
+from flame.checkpoints.checkpoint import Checkpointer
 from flame.config import ActivationCheckpoint, Checkpoint, JobConfig, Model
 from flame.config_conflicts import find_conflicts
 from flame.data.tokenizer import build_bytes_tokenizer
@@ -48,6 +39,15 @@ from flame.model_source import find_model_source, find_tokenizer_source
 from flame.models.causal_lm import build_on_meta
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize, parallelize
+from flame.weights import weight_source
+from flame.weights.hf_weights import (
+    check_config,
+    find_rows,
+    load_hf_weights,
+    load_initial_weights,
+    resize_vocabulary,
+)
+from flame.weights.weight_source import INDEX_FILE, WEIGHTS_FILE, fetch_assets, find_weights
 from tests.helpers import CPU, build_unsharded, future_config, tiny_llama
 from tests.test_checkpoint_ranks import run_ranks
 
@@ -281,7 +281,7 @@ def test_new_rows_are_the_same_on_any_number_of_ranks(tmp_path):
 @pytest.mark.parametrize("family", ["llama-tied", "llama-untied"])
 def test_new_tokens_start_at_the_mean(tmp_path, family, monkeypatch):
     reference = save_reference(tmp_path, family)
-    monkeypatch.setattr("flame.components.hf_weights.BUFFER_BYTES", 10 * 8 * 32)
+    monkeypatch.setattr("flame.weights.hf_weights.BUFFER_BYTES", 10 * 8 * 32)
     config = CONFIGS[family]()
     job = JobConfig(model=Model(resize_embeddings=True))
     resize_vocabulary(config, 60, job)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from flame.components.model_card import write_card
 from flame.config import JobConfig, Source
+from flame.weights.model_card import write_card
 
 ROWS = [
     {"step": 2, "loss": 9.5, "ce_loss": 9.0},

@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3MoeConfig
 
-from flame.components.muon import MOMENTUM, Muon, orthogonalize, select_matrices
-from flame.components.optimizer import build_optimizer, build_schedule, seek_schedule
-from flame.components.random_rounding import round_into
-from flame.components.rounded_adamw import RoundedAdamW
 from flame.config import Experimental, JobConfig
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
+from flame.optimizers.muon import MOMENTUM, Muon, orthogonalize, select_matrices
+from flame.optimizers.optimizer import build_optimizer, build_schedule, seek_schedule
+from flame.optimizers.random_rounding import round_into
+from flame.optimizers.rounded_adamw import RoundedAdamW
 from tests.helpers import build_unsharded, future_config, tiny_llama
 
 SHAPES = [(32, 16), (7, 20), (5, 5), (2, 9), (20, 7), (4, 8, 6)]

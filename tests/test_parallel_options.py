@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 
-from flame.components.checkpoint import list_checkpoints
-from flame.components.checkpoint_storage import TensorReader
+from flame.checkpoints.checkpoint import list_checkpoints
+from flame.checkpoints.checkpoint_storage import TensorReader
+from flame.checkpoints.resume_check import check_resumable
 from flame.components.distributed import set_single_process_defaults
-from flame.components.resume_check import check_resumable
 from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.errors import UserError

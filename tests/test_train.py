@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flame.components.checkpoint import list_checkpoints
+from flame.checkpoints.checkpoint import list_checkpoints
 from flame.components.distributed import set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.tokenizer import build_bytes_tokenizer

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
 from flame.components import run_lock
-from flame.components.checkpoint import Checkpointer, list_checkpoints
 from flame.components.distributed import set_single_process_defaults
 from flame.components.preemption import PREEMPTED_EXIT_CODE
 from flame.config_reader import read_config

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame.components.checkpoint import TRAINER_FILE
+from flame.checkpoints.checkpoint import TRAINER_FILE
 from flame.data.audit import read_audit
 from flame.errors import UserError
 

@@ -2,7 +2,7 @@
 
     python -m flame.utils.convert_dcp_to_hf --checkpoint exp/run/checkpoint/step-1000 --out exp/run/hf
 
-One process on the CPU; no GPU and no process group. `flame.components.hf_export` is the machinery.
+One process on the CPU; no GPU and no process group. `flame.weights.hf_export` is the machinery.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 import sys
 from pathlib import Path
 
-from flame.components.hf_export import FUTURE_FILE, convert
-from flame.components.model_tensors import read_model_tensors
 from flame.errors import UserError
+from flame.weights.hf_export import FUTURE_FILE, convert
+from flame.weights.model_tensors import read_model_tensors
 
 __all__ = ["FUTURE_FILE", "convert", "read_model_tensors"]
 

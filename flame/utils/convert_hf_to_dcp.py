@@ -27,15 +27,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flame.components.checkpoint import HF_FOLDER
-from flame.components.checkpoint_files import commit
-from flame.components.checkpoint_storage import TensorWriter, is_disk_full
-from flame.components.hf_weights import check_config
-from flame.components.weight_plan import Plan, Reading, plan_weights
-from flame.components.weight_source import ASSETS, CONFIG_FILE, MODEL_PREFIX, WeightSource, find_weights
+from flame.checkpoints.checkpoint import HF_FOLDER
+from flame.checkpoints.checkpoint_files import commit
+from flame.checkpoints.checkpoint_storage import TensorWriter, is_disk_full
 from flame.errors import UserError
 from flame.models.causal_lm import load_model_config
 from flame.models.custom_model import import_custom_model
+from flame.weights.hf_weights import check_config
+from flame.weights.weight_plan import Plan, Reading, plan_weights
+from flame.weights.weight_source import ASSETS, CONFIG_FILE, MODEL_PREFIX, WeightSource, find_weights
 
 
 def convert(model: str, out: Path) -> None:

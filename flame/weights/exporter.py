@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from flame.components.checkpoint import SLOWEST_SAVE, Checkpointer
-from flame.components.checkpoint_agreement import run_on_main
-from flame.components.hf_export import convert
+from flame.checkpoints.checkpoint import SLOWEST_SAVE, Checkpointer
+from flame.checkpoints.checkpoint_agreement import run_on_main
 from flame.config import JobConfig
+from flame.weights.hf_export import convert
 
 
 class Exporter:

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from flame.components.checkpoint_agreement import run_on_all
-from flame.components.weight_plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
-from flame.components.weight_source import CONFIG_FILE, WeightSource, find_weights
+from flame.checkpoints.checkpoint_agreement import run_on_all
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
+from flame.weights.weight_plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
+from flame.weights.weight_source import CONFIG_FILE, WeightSource, find_weights
 
 GIB = 2**30
 BUFFER_BYTES = 16 * 2**20

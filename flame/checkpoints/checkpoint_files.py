@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from flame.components.checkpoint_storage import METADATA_FILE
+from flame.checkpoints.checkpoint_storage import METADATA_FILE
 from flame.errors import UserError
 
 logger = logging.getLogger("flame")

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from flame.components.checkpoint_staging import TensorTree
+from flame.checkpoints.checkpoint_staging import TensorTree
 
 METADATA_FILE = ".metadata"
 

@@ -26,8 +26,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flame.components.weight_source import CONFIG_FILE, DTYPES, Entry, WeightSource
 from flame.errors import UserError
+from flame.weights.weight_source import CONFIG_FILE, DTYPES, Entry, WeightSource
 
 SHOWN = 3
 FETCH_AGAIN = "fetch the weights and their configuration again"

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from flame.components.muon import Muon, select_matrices
-from flame.components.rounded_adamw import RoundedAdamW
 from flame.components.titan import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig, init_optim_state
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.future_lm import FutureLM
+from flame.optimizers.muon import Muon, select_matrices
+from flame.optimizers.rounded_adamw import RoundedAdamW
 
 
 class _Optimizers(OptimizersContainer):

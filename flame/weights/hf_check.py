@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_logging
 
-from flame.components.hf_files import find_dtype
-from flame.components.model_tensors import ModelTensors
 from flame.models.future_encoder import is_recurrent
+from flame.weights.hf_files import find_dtype
+from flame.weights.model_tensors import ModelTensors
 
 LENGTHS = (1, 7, 24)
 """Tokens of the sequences that are compared, where the model has as many positions."""

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from flame.components.checkpoint_files import TRAINER_FILE, find_missing, list_folders, read_state
-from flame.components.checkpoint_storage import TensorReader, verify_tensors
+from flame.checkpoints.checkpoint_files import TRAINER_FILE, find_missing, list_folders, read_state
+from flame.checkpoints.checkpoint_storage import TensorReader, verify_tensors
 from flame.errors import UserError
 from flame.model_source import is_checkpoint, looks_like_path
 

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from flame.components.checkpoint_files import TRAINER_FILE, find_missing, read_state
-from flame.components.checkpoint_storage import TensorReader, verify_tensors
+from flame.checkpoints.checkpoint_files import TRAINER_FILE, find_missing, read_state
+from flame.checkpoints.checkpoint_storage import TensorReader, verify_tensors
 from flame.errors import UserError
 
 MODEL_PREFIX = "model."

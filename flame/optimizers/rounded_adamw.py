@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from flame.components.random_rounding import get_local, get_shard, round_into
+from flame.optimizers.random_rounding import get_local, get_shard, round_into
 
 
 class RoundedAdamW(Optimizer):

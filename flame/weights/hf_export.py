@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flame.components.checkpoint import HF_FOLDER
-from flame.components.checkpoint_storage import is_disk_full
-from flame.components.hf_check import check_export
-from flame.components.hf_files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
-from flame.components.model_card import CARD_FILE, write_card
-from flame.components.model_tensors import ModelTensors
+from flame.checkpoints.checkpoint import HF_FOLDER
+from flame.checkpoints.checkpoint_storage import is_disk_full
 from flame.errors import UserError
 from flame.models.fla_families import register_fla_family
+from flame.weights.hf_check import check_export
+from flame.weights.hf_files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
+from flame.weights.model_card import CARD_FILE, write_card
+from flame.weights.model_tensors import ModelTensors
 
 logger = logging.getLogger("flame")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from flame.components.random_rounding import find_shard_axis, get_local, get_shard, round_into
+from flame.optimizers.random_rounding import find_shard_axis, get_local, get_shard, round_into
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
