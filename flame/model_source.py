@@ -20,6 +20,11 @@ def find_tokenizer_source(config: JobConfig) -> str:
     return config.model.tokenizer_path or _find_beside_weights(config)
 
 
+def name_model_option(config: JobConfig) -> str:
+    """The key that `find_model_source` goes by."""
+    return "model.config" if config.model.config else "checkpoint.initial_load_path"
+
+
 def needs_assets(config: JobConfig) -> bool:
     """Whether the configuration or the tokenizer is what comes with the weights."""
     return bool(config.checkpoint.initial_load_path) and not (config.model.config and config.model.tokenizer_path)

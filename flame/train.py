@@ -64,7 +64,7 @@ from flame.data.state import DataState, merge_states
 from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.launch import report_mistake
-from flame.model_source import find_model_source, find_tokenizer_source, needs_assets
+from flame.model_source import find_model_source, find_tokenizer_source, name_model_option, needs_assets
 from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.custom_model import import_custom_model
 from flame.models.future_lm import build_future_lm
@@ -133,7 +133,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(find_tokenizer_source(config), config.model.trust_remote_code)
         self.fingerprint = fingerprint_tokenizer(self.tokenizer)
         import_custom_model(config.experimental.custom_model_path)
-        model_config = load_model_config(find_model_source(config), config.model.trust_remote_code)
+        model_config = load_model_config(find_model_source(config), config.model.trust_remote_code, name_model_option(config))
         resize_vocabulary(model_config, len(self.tokenizer), config)
         check_fits_run(model_config, len(self.tokenizer), config)
         self.mixture = open_mixture(config, self.tokenizer)

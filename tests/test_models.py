@@ -74,7 +74,10 @@ def test_a_parameter_that_init_weights_forgets_is_named():
         ('{"model_type": "llama", "attention_dropout": 0.1}', "attention_dropout = 0.1 is not supported"),
         ('{"model_type": "falcon_mamba"}', 'model_type "falcon_mamba" is not supported: its configuration has no num_att'),
         ('{"model_type": "vit"}', 'model_type "vit" is no causal language model'),
-        ('{"model_type": "abacus"}', "cannot be loaded by transformers"),
+        (
+            '{"model_type": "abacus"}',
+            "neither it nor flash-linear-attention has this model_type; experimental.custom_model_path can bring one",
+        ),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path, content, reason):

@@ -69,21 +69,22 @@ def commit(partial: Path, final: Path, state: dict[str, Any]) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     write_durably(partial / TRAINER_FILE, json.dumps(state | {"files": files}, indent=1).encode())
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _sync(folder)
+        sync_to_disk(folder)
     if final.exists():
         remove(final)
     os.replace(partial, final)
-    _sync(final.parent)
+    sync_to_disk(final.parent)
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file, its folder included, and wait until it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    _sync(path)
+    sync_to_disk(path)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,16 +18,17 @@ from flame.models.fla_families import find_unsupported_fla, init_weights, regist
 from flame.models.future_encoder import Attention, is_recurrent
 
 
-def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(path: str, trust_remote_code: bool = False, option: str = "model.config") -> PretrainedConfig:
     """Read a Hugging Face configuration from a JSON file, a folder or the Hub.
 
     Args:
         trust_remote_code: run the Python code that comes with it. The returned `auto_map` names such code only then.
+        option: which key or flag gave the path, for messages.
 
     Raises:
         UserError: it cannot be read, or the model cannot be trained with a future loss yet.
     """
-    option = f'model.config = "{path}"'
+    option = f'{option} = "{path}"'
     try:
         path = os.path.expanduser(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
@@ -38,6 +39,8 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedC
         reason = _find_reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
+        elif "does not recognize this architecture" in reason:  # the library advises to upgrade it
+            reason = "neither it nor flash-linear-attention has this model_type; experimental.custom_model_path can bring one"
         raise UserError(f"{option} cannot be loaded by transformers: {reason}") from error
     if not trust_remote_code and hasattr(config, "auto_map"):
         del config.auto_map

@@ -54,7 +54,7 @@ def convert(model: str, out: Path) -> None:
     source = find_weights(model, "--model")
     if source.is_native or not (source.assets / CONFIG_FILE).exists():
         raise UserError(f"{source.label} is no Hugging Face model with a {CONFIG_FILE}: give one")
-    config = load_model_config(str(source.assets))
+    config = load_model_config(str(source.assets), option="--model")
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     check_config(source, lm.config)

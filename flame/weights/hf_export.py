@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.checkpoints.checkpoint import HF_FOLDER
+from flame.checkpoints.checkpoint_files import sync_to_disk
 from flame.checkpoints.checkpoint_storage import is_disk_full
 from flame.errors import UserError
 from flame.models.fla_families import register_fla_family
@@ -144,11 +145,11 @@ def _written_aside(out: Path) -> Iterator[Path]:
         _make_folder(partial)
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync_to_disk(path)
         if out.exists():
             os.replace(out, old)
         os.replace(partial, out)
-        _sync(out.parent)
+        sync_to_disk(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -167,11 +168,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f'"{folder}" cannot be made ({error.strerror}): name another folder') from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
