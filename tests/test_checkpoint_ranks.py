@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from flame.checkpoints import random_state
 from flame.checkpoints.checkpoint import TRAINER_FILE, list_checkpoints
 from flame.checkpoints.checkpoint_agreement import RankFailure, run_on_all, run_on_main
 from flame.checkpoints.checkpoint_storage import TensorReader, TensorWriter
-from flame.components import random_state
 from flame.errors import UserError
 from tests.test_checkpoint_saving import Case, assert_equal, build_case, expected, read_stored
 

@@ -32,6 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from flame.checkpoints import random_state
 from flame.checkpoints.checkpoint_agreement import RankFailure, run_on_all, run_on_main
 from flame.checkpoints.checkpoint_files import (
     TRAINER_FILE,
@@ -50,7 +51,6 @@ from flame.checkpoints.checkpoint_files import (
 )
 from flame.checkpoints.checkpoint_staging import HostStaging, TensorTree
 from flame.checkpoints.checkpoint_storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
-from flame.components import random_state
 from flame.components.distributed import get_gpu, use_gpu
 from flame.components.titan import OptimizersContainer
 from flame.errors import UserError
