@@ -348,7 +348,7 @@ def test_the_command_line(tmp_path, checkpoint, monkeypatch, capsys, caplog):
         run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--dtype", "bfloat16")
     printed = capsys.readouterr()
     assert printed.out.strip() == f"wrote {tmp_path / 'hf'}"
-    assert "re-loaded, its logits of 32 tokens equal the checkpoint's to the bit" in caplog.text
+    assert "re-loaded, its logits of 32 tokens equal the checkpoint's, with its weights rounded likewise, to the bit" in caplog.text
     assert "writing weights" not in printed.err  # no progress bar where there is no terminal
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     caplog.clear()

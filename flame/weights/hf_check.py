@@ -53,7 +53,8 @@ def check_export(
                 f'the exported model in "{folder}" gives other logits than the checkpoint "{tensors.checkpoint}": '
                 f"they differ by up to {largest:.3g}"
             )
-    return f"re-loaded, its logits of {sum(len(logits) for logits in expected)} tokens equal the checkpoint's to the bit"
+    rounded = "" if dtype == torch.float32 else ", with its weights rounded likewise,"
+    return f"re-loaded, its logits of {sum(len(logits) for logits in expected)} tokens equal the checkpoint's{rounded} to the bit"
 
 
 def load_exported(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
