@@ -212,7 +212,7 @@ class PowerCut(BaseException):
     """Not an Exception: nothing catches it."""
 
 
-@pytest.mark.parametrize("moment", ["write_durably", "_sync", "os.replace"])
+@pytest.mark.parametrize("moment", ["write_durably", "sync_to_disk", "os.replace"])
 def test_a_crash_before_the_commit_leaves_nothing_visible(tmp_path, monkeypatch, moment):
     case = build_case(tmp_path)
     case.fill(1)

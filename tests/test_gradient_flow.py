@@ -94,7 +94,7 @@ def test_reversed_passes_of_a_recurrence():
     """Summary t is the state of the recurrence over t .. end of its document, read backwards."""
     cu = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
     batch = random_batch(cu)
-    model = SimpleNamespace(base_model=RunningMean())
+    model = SimpleNamespace(base_model=RunningMean(), config=SimpleNamespace(model_type="gla"))
     past, future = ReversedPasses().encode_past(model, batch), ReversedPasses().encode_future(model, batch, 0)
     tokens = torch.nn.functional.one_hot(batch.input_ids[0], 61).double()
     for a, b in itertools.pairwise(cu.tolist()):

@@ -317,14 +317,14 @@ def test_a_run_is_not_continued_as_another_one(workspace, tmp_path, plain_run, c
     [
         ({"training__seq_len": 512, "training__context_len": 300}, "max_position_embeddings = 256"),
         ({"model__config": "{small}"}, "vocab_size is 100"),
-        ({"model__config": "{sliding}"}, "sliding_window = 16 is not supported"),
+        ({"model__config": "{sliding}"}, "sliding_window = 1 is not supported"),
         ({"model__config": "{unknown}"}, "cannot be loaded by transformers"),
         ({"training__text_column": "body"}, "yields no usable text"),
     ],
 )
 def test_mistakes_that_only_show_later_are_one_line(workspace, tmp_path, capsys, changes, expected):
     tiny_llama(vocab_size=100).save_pretrained(tmp_path / "small")
-    (tmp_path / "sliding.json").write_text('{"model_type": "mistral", "sliding_window": 16, "vocab_size": 300}')
+    (tmp_path / "sliding.json").write_text('{"model_type": "mistral", "sliding_window": 1, "vocab_size": 300}')
     (tmp_path / "unknown.json").write_text('{"model_type": "abacus"}')
     places = {"small": tmp_path / "small", "sliding": tmp_path / "sliding.json", "unknown": tmp_path / "unknown.json"}
     changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
