@@ -271,6 +271,7 @@ def test_a_tested_family_passes():
     check_no_leak(build_unsharded(future_config()), CPU, with_future=True)
 
 
+@pytest.mark.slow
 def test_ranks_agree(workspace, tmp_path):  # noqa: F811 - a fixture
     """Two ranks, sharded: the run with the check in it is the run of one rank."""
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json", "training__steps": 2}

@@ -160,6 +160,7 @@ def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):  # noqa: F811
     assert (moments, weights) == ({torch.bfloat16}, {torch.float32})
 
 
+@pytest.mark.slow
 def test_ranks_are_interchangeable(workspace, tmp_path):  # noqa: F811
     changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16", "checkpoint__export_hf": False}
     alone = run_here(workspace, tmp_path / "alone", **changes)
