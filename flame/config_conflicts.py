@@ -21,7 +21,7 @@ from flame.config import (
     JobConfig,
     Training,
 )
-from flame.model_source import find_model_source, find_tokenizer_source, is_checkpoint, looks_like_path
+from flame.model_source import find_model_source, find_tokenizer_source, is_checkpoint, looks_like_path, name_model_option
 
 SMALLEST_SHARE = 1e-6
 """Of the largest weight: a smaller one would hardly ever be drawn."""
@@ -98,8 +98,7 @@ def _find_model_conflicts(config: JobConfig) -> Iterator[str]:
     elif not model.config and _lacks(weights, find_model_source(config), ("config.json",)):
         yield f'checkpoint.initial_load_path = "{weights}" comes without a config.json: name the model\'s in model.config'
     elif os.path.exists(os.path.expanduser(find_model_source(config))):
-        option = "model.config" if model.config else "checkpoint.initial_load_path"
-        yield from _find_json_faults(find_model_source(config), option)
+        yield from _find_json_faults(find_model_source(config), name_model_option(config))
     elif looks_like_path(model.config):
         yield f'model.config = "{model.config}": no such file or folder'
     if not find_tokenizer_source(config):

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
@@ -14,15 +13,15 @@ from torchao.float8.float8_linear import Float8Linear
 from flame.checkpoints.checkpoint import list_checkpoints
 from flame.checkpoints.checkpoint_storage import TensorReader
 from flame.checkpoints.resume_check import check_resumable
-from flame.components.distributed import set_single_process_defaults
 from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.errors import UserError
 from flame.models import float8_training
 from flame.models.float8_training import check_float8, convert_to_float8
-from flame.train import Trainer, main
+from flame.train import main
 from tests.helpers import build_unsharded, future_config
 from tests.test_train import (  # noqa: F401 - fixtures
+    cut_power_after,
     final_weights,
     leave_no_trace,
     measured,
@@ -119,20 +118,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, na
     expected = run_here(workspace, tmp_path / "whole", **changes)
     assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
     argv = options(workspace, tmp_path / "run", **changes)
-
-    class PowerCut(Exception):
-        pass
-
-    class Interrupted(Trainer):
-        def train_step(self):
-            super().train_step()
-            if self.step == 5:
-                raise PowerCut
-
-    set_single_process_defaults()
-    with pytest.raises(PowerCut):
-        Interrupted(read_config(argv, 1)).train()
-    dist.destroy_process_group()
+    cut_power_after(5, argv)
     main(argv)
     assert measured(read_metrics(tmp_path / "run")) == measured(expected)
     weights = final_weights(tmp_path / "whole")

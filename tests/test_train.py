@@ -89,6 +89,24 @@ def run_here(workspace: Path, run: Path, **changes: object) -> list[dict]:
     return read_metrics(run)
 
 
+def cut_power_after(step: int, argv: list[str]) -> None:
+    """Train here until a step is done, and then leave nothing in order."""
+
+    class PowerCut(Exception):
+        pass
+
+    class Interrupted(Trainer):
+        def train_step(self):
+            super().train_step()
+            if self.step == step:
+                raise PowerCut
+
+    set_single_process_defaults()
+    with pytest.raises(PowerCut):
+        Interrupted(read_config(argv, 1)).train()
+    dist.destroy_process_group()
+
+
 def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
     done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
@@ -154,20 +172,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, pl
     """Stopped after the checkpoint of step 3 and two more steps; the same command goes on from step 3, to the bit."""
     run = tmp_path / "run"
     argv = options(workspace, run)
-
-    class PowerCut(Exception):
-        pass
-
-    class Interrupted(Trainer):
-        def train_step(self):
-            super().train_step()
-            if self.step == 5:
-                raise PowerCut
-
-    set_single_process_defaults()
-    with pytest.raises(PowerCut):
-        Interrupted(read_config(argv, 1)).train()
-    dist.destroy_process_group()
+    cut_power_after(5, argv)
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
 
     main(argv)

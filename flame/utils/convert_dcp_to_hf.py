@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from flame.errors import UserError
+from flame.models.custom_model import import_custom_model
 from flame.weights.hf_export import FUTURE_FILE, convert
 from flame.weights.model_tensors import read_model_tensors
 
@@ -34,10 +35,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("flame").setLevel(logging.INFO)
     try:
-        if arguments.custom_model_path:
-            from flame.models.custom_model import import_custom_model
-
-            import_custom_model(arguments.custom_model_path)
+        import_custom_model(arguments.custom_model_path)
         convert(arguments.checkpoint, arguments.out, arguments.dtype, check=not arguments.skip_check)
     except UserError as error:
         print(error, file=sys.stderr)
