@@ -23,6 +23,8 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 BYTES_TOKENIZER = "bytes"
 STANDARD_LIBRARY = "stdlib"
+PATHSTAR = "pathstar"
+DEFAULT_SEPARATOR = "="
 LOWEST_LEARNED_TEMPERATURE = 0.01
 LOCAL_FORMATS = ("text", "json", "parquet")
 TOKENS_FORMAT = "tokens"
@@ -48,8 +50,8 @@ class Model:
     """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
     unless there is checkpoint.initial_load_path, whose configuration is taken where this is empty."""
     tokenizer_path: str = ""
-    """Tokenizer: a folder, a Hub name, or "bytes" for the built-in byte-level one (258 entries, no download). Empty: the one
-    in checkpoint.initial_load_path."""
+    """Tokenizer: a folder, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or "pathstar" for
+    that of path-star graphs (pathstar.labels + 5 entries). Empty: the one in checkpoint.initial_load_path."""
     resize_embeddings: bool = False
     """With checkpoint.initial_load_path: grow the vocabulary to the tokenizer's where that has more entries. New rows start at
     the mean of the old ones."""
@@ -65,9 +67,11 @@ class Corpus:
 
     dataset: str = STANDARD_LIBRARY
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
-    (JSON lines), "parquet" or "tokens" (a folder made by flame.utils.preprocess) with data_files, or a Hub dataset's name."""
+    (JSON lines), "parquet" or "tokens" (a folder made by flame.utils.preprocess) with data_files, "pathstar" (graphs that are
+    generated, see [pathstar]), or a Hub dataset's name."""
     dataset_name: str = ""
-    """Configuration of the Hub dataset, where it has several."""
+    """Configuration of the Hub dataset, where it has several. Of path-star graphs the size, arms x nodes of a path with the
+    center, such as "5x5", or several sizes, equally often, such as "2x3,5x5"."""
     dataset_split: str = "train"
     """Split of the Hub dataset."""
     data_files: str = ""
@@ -112,6 +116,11 @@ class Training(Corpus):
     """Packed sequences per rank in one optimizer step."""
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
+    loss_on: Literal["all", "answer"] = "all"
+    """Which tokens both losses are about: all, or only those behind the first training.answer_separator of their document.
+    A piece that does not begin its document has lost its prompt and counts for nothing."""
+    answer_separator: str = DEFAULT_SEPARATOR
+    """With loss_on = "answer": text of the one token that ends the prompt."""
     max_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
     skip_nan_inf: bool = True
@@ -145,6 +154,21 @@ class Training(Corpus):
     a GPU of compute capability 8.9 or above, and training.compile to be fast."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, made on all ranks at once so that none waits for another."""
+
+
+@dataclass(kw_only=True)
+class Pathstar:
+    """Path-star graphs, which dataset = "pathstar" generates. Those to validate on are never trained on."""
+
+    __pydantic_config__ = STRICT
+
+    labels: Annotated[int, Field(gt=0, le=10_000)] = 30
+    """Labels that the nodes of a graph are drawn from, without repetition."""
+    graphs: NonNegativeInt = 0
+    """Graphs in the training set, each with one order of edges; epochs go through them in new orders. 0 generates new ones all
+    the time."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides the graphs; training.seed decides their order."""
 
 
 @dataclass(kw_only=True)
@@ -326,6 +350,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     sources: dict[str, Source] = field(default_factory=dict)
+    pathstar: Pathstar = field(default_factory=Pathstar)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     future_encoder: FutureEncoder = field(default_factory=FutureEncoder)

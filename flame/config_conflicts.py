@@ -12,15 +12,19 @@ from pathlib import Path
 
 from flame.config import (
     BYTES_TOKENIZER,
+    DEFAULT_SEPARATOR,
     LOCAL_FORMATS,
     LOWEST_LEARNED_TEMPERATURE,
+    PATHSTAR,
     STANDARD_LIBRARY,
     TOKENS_FORMAT,
     Checkpoint,
     Corpus,
     JobConfig,
+    Pathstar,
     Training,
 )
+from flame.data.pathstar import FEWEST_GRAPHS, parse_sizes
 from flame.model_source import find_model_source, find_tokenizer_source, is_checkpoint, looks_like_path, name_model_option
 
 SMALLEST_SHARE = 1e-6
@@ -41,6 +45,8 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
     yield from _find_model_conflicts(config)
     yield from _find_data_conflicts(config, world_size)
     yield from _find_validation_conflicts(config)
+    yield from _find_pathstar_conflicts(config)
+    yield from _find_answer_conflicts(config)
     yield from _find_schedule_conflicts(config)
     yield from _find_export_conflicts(config.checkpoint)
     yield from _find_future_conflicts(config)
@@ -179,15 +185,15 @@ def find_corpus_conflicts(section: str, corpus: Corpus) -> Iterator[str]:
             f"{section}.data_files is set but {chosen} does not read files: "
             f"allowed with {', '.join((*LOCAL_FORMATS, TOKENS_FORMAT))}"
         )
-    from_hub = corpus.dataset not in (STANDARD_LIBRARY, TOKENS_FORMAT, *LOCAL_FORMATS)
+    from_hub = corpus.dataset not in (STANDARD_LIBRARY, TOKENS_FORMAT, PATHSTAR, *LOCAL_FORMATS)
     for option, default, has_effect in (
-        ("dataset_name", "", from_hub),
+        ("dataset_name", "", from_hub or corpus.dataset == PATHSTAR),
         ("dataset_split", "train", from_hub),
         ("text_column", "text", from_hub or corpus.dataset in ("json", "parquet")),
     ):
         if getattr(corpus, option) != default and not has_effect:
             yield f'{section}.{option} = "{getattr(corpus, option)}" has no effect with {chosen}: leave it out'
-    if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT):
+    if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT, PATHSTAR):
         yield (
             f"{section}.streaming = true but {chosen} is read in place: allowed with {', '.join(LOCAL_FORMATS)} and Hub datasets"
         )
@@ -237,6 +243,63 @@ def expand_glob(pattern: str) -> list[Path]:
     """Paths that a pattern from `training.data_files` stands for, sorted; `**` reaches into sub-folders."""
     # Unlike pathlib's, these and the os.path checks above take any string: one that cannot be a path matches nothing.
     return sorted(map(Path, glob.glob(os.path.expanduser(pattern.strip()), recursive=True)))
+
+
+def _find_pathstar_conflicts(config: JobConfig) -> Iterator[str]:
+    sections: dict[str, Corpus] = dict(config.corpora)
+    if config.validation.dataset:
+        sections["validation"] = config.validation
+    graphs = {section: corpus for section, corpus in sections.items() if corpus.dataset == PATHSTAR}
+    for section, corpus in graphs.items():
+        yield from _find_size_conflicts(config, f"{section}.dataset_name", corpus.dataset_name)
+        if section != "validation" and config.validation.holdout_every:
+            yield (
+                f'validation.holdout_every = {config.validation.holdout_every} beside {section}.dataset = "{PATHSTAR}", where '
+                f'another number is not another graph: set validation.dataset = "{PATHSTAR}", whose graphs are never trained on'
+            )
+    for section, corpus in sections.items():
+        if config.model.tokenizer_path == PATHSTAR and corpus.dataset != PATHSTAR:
+            yield (
+                f'model.tokenizer_path = "{PATHSTAR}" knows no text but graphs, and {section}.dataset = "{corpus.dataset}": '
+                "change one of them"
+            )
+    for option in fields(Pathstar) if not graphs and config.model.tokenizer_path != PATHSTAR else ():
+        if (value := getattr(config.pathstar, option.name)) != option.default:
+            yield f'pathstar.{option.name} = {value} has no effect without a dataset = "{PATHSTAR}": leave it out'
+
+
+def _find_size_conflicts(config: JobConfig, option: str, names: str) -> Iterator[str]:
+    try:
+        sizes = parse_sizes(names)
+    except ValueError as error:
+        yield (
+            f'{option} = "{names}": "{error}" is no size of path-star graphs: give arms x nodes of a path with the center, both '
+            '2 to 999, such as "5x5", or several, "2x3,5x5"'
+        )
+        return
+    labels, context_len = config.pathstar.labels, config.training.context_len
+    for size in sizes:
+        if labels < size.num_nodes:
+            yield f"pathstar.labels = {labels} are too few for {option}: a graph {size} has {size.num_nodes} nodes: raise it"
+        elif size.count_graphs(labels) < FEWEST_GRAPHS:
+            yield (
+                f"pathstar.labels = {labels} leaves {size.count_graphs(labels)} graphs of {option} = {size}, too few to keep "
+                f"some for validation (at least {FEWEST_GRAPHS}): raise it"
+            )
+        if config.model.tokenizer_path == PATHSTAR and context_len < size.num_tokens:
+            yield (
+                f"training.context_len = {context_len} cuts the graphs {size} of {option}, which have {size.num_tokens} tokens: "
+                "raise it"
+            )
+
+
+def _find_answer_conflicts(config: JobConfig) -> Iterator[str]:
+    training = config.training
+    if training.loss_on == "all" and training.answer_separator != DEFAULT_SEPARATOR:
+        yield (
+            f"training.answer_separator = {json.dumps(training.answer_separator)} has no effect with training.loss_on = "
+            '"all": leave it out, or set loss_on to "answer"'
+        )
 
 
 def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from flame.components.metrics import Metrics
 from flame.config import JobConfig
-from flame.data.batch import PackedBatch
+from flame.data.batch import NO_LABEL, PackedBatch
 from flame.models.future_lm import FutureLM
-from flame.models.future_mask import draw_anchors, find_anchors, find_neighbors
+from flame.models.future_mask import count_anchors, draw_anchors, find_anchors, find_neighbors, find_room, list_marked
 from flame.models.gradient_guard import guard_gradient
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import Contrast
+from flame.models.softmax_rows import count_chunk_rows
 
 
 class Losses(NamedTuple):
@@ -22,9 +23,11 @@ class Losses(NamedTuple):
 
     ce_sum: Tensor | None
     contrast: Contrast | None
+    is_hit: Tensor | None = None
+    """bool [T]: where the label is the token that scores highest."""
 
 
-def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_future: bool) -> Losses:
+def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_future: bool, with_hits: bool = False) -> Losses:
     """Both forwards and both losses of one packed batch of T tokens. Run it as `model(compute_losses, ...)`."""
     future, frozen = config.future_encoder, config.experimental.freeze_lm_for_infonce
 
@@ -37,26 +40,43 @@ def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_
 
     # 2. Causal forward of the same network: hidden states h [T, d], and next-token cross entropy from them.
     hidden_states = model.encode_past(batch)
-    ce_sum = None if frozen else linear_cross_entropy(hidden_states, model.output_embedding, batch.labels[0])
+    ce_sum = None if frozen else _compare_with_next(model, hidden_states, batch, config)
+    is_hit = find_hits(hidden_states, model.output_embedding, batch.labels[0]) if with_hits else None
     if summaries is None:
-        return Losses(ce_sum, None)
+        return Losses(ce_sum, None, is_hit)
 
     # 3. Position t guesses F at t + target_shift; the summaries of all other anchors are the negatives.
-    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, config))
+    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, config), is_hit)
+
+
+def _compare_with_next(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, config: JobConfig) -> Tensor:
+    """Sum of the cross entropies from hidden_states [T, d]. Where only answers count, no other position has logits."""
+    labels = batch.labels[0]
+    if config.training.loss_on == "answer":
+        positions = list_marked(labels != NO_LABEL, find_room(batch.num_labels, len(labels)))
+        hidden_states, labels = hidden_states[positions], labels[positions]
+    return linear_cross_entropy(hidden_states, model.output_embedding, labels)
 
 
 def _contrast_with_future(
     model: FutureLM, hidden_states: Tensor, summaries: Tensor, batch: PackedBatch, config: JobConfig
 ) -> Contrast:
-    """Compare guesses from hidden_states [T, d] with summaries [T, d], at all anchors or at `max_anchors` of them."""
+    """Compare guesses from hidden_states [T, d] with summaries [T, d], at all anchors or at `max_anchors` of them.
+
+    Where only answers count, so do only the anchors whose next token is one. The others are neither guessed for nor negatives.
+    """
     assert model.predictor is not None and model.estimator is not None
     future = config.future_encoder
     shift = future.target_shift
     segment_ids = batch.segment_ids[0]
     valid = find_anchors(segment_ids, shift)
     excluded = find_neighbors(segment_ids, future.exclude_neighbors) if future.exclude_neighbors else None
-    if future.max_anchors and future.max_anchors < len(valid):
-        positions, valid = draw_anchors(valid, future.max_anchors, (config.training.seed << 32) + batch.sequence_index)
+    room = future.max_anchors or len(valid)
+    if config.training.loss_on == "answer":
+        valid = valid & (batch.labels[0] != NO_LABEL)
+        room = find_room(count_anchors(batch.cu_seqlens, shift, room, batch.piece_labels), min(room, len(valid)))
+    if room < len(valid):
+        positions, valid = draw_anchors(valid, room, (config.training.seed << 32) + batch.sequence_index)
         hidden_states, targets = hidden_states[positions], summaries[(positions + shift) % len(summaries)]
         if excluded is not None:
             first, last = (edge[positions] for edge in excluded)
@@ -64,6 +84,17 @@ def _contrast_with_future(
     else:
         targets = torch.cat([summaries[shift:], summaries[:shift]])
     return model.estimator.contrast(model.predictor(hidden_states), targets, valid, excluded)
+
+
+@torch.no_grad()
+def find_hits(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Where the highest logit of hidden_states [T, d] @ weight.T, weight [V, d], is the label's: bool [T]. The logits of all
+    positions with a label are never held at once; the others are not computed. Waits for the device."""
+    positions = (labels != NO_LABEL).nonzero().flatten()
+    is_hit = torch.zeros_like(labels, dtype=torch.bool)
+    for chunk in positions.split(count_chunk_rows(max(len(positions), 1), len(weight), hidden_states.dtype)):
+        is_hit[chunk] = (hidden_states[chunk] @ weight.t()).argmax(dim=-1) == labels[chunk]
+    return is_hit
 
 
 def record_losses(

@@ -130,7 +130,7 @@ class Trainer:
 
         if needs_assets(config):
             fetch_assets(config.checkpoint.initial_load_path)
-        self.tokenizer = load_tokenizer(find_tokenizer_source(config), config.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(find_tokenizer_source(config), config.model.trust_remote_code, config.pathstar.labels)
         self.fingerprint = fingerprint_tokenizer(self.tokenizer)
         import_custom_model(config.experimental.custom_model_path)
         model_config = load_model_config(find_model_source(config), config.model.trust_remote_code, name_model_option(config))
@@ -287,7 +287,9 @@ class Trainer:
         stop_votes, labels, anchors, bad_rows, *tokens = sum_over_ranks(
             self.is_stop_requested(),
             sum(batch.num_labels for batch in batches),
-            sum(count_anchors(batch.cu_seqlens, future.target_shift, future.max_anchors) for batch in batches),
+            sum(
+                count_anchors(batch.cu_seqlens, future.target_shift, future.max_anchors, batch.piece_labels) for batch in batches
+            ),
             sum(batch.bad_rows for batch in batches),
             *by_source,
         )
@@ -316,7 +318,8 @@ class Trainer:
     def _count_step(self, batches: list[PackedBatch], weight: float, counts: StepCounts) -> None:
         self.throughput.count_step(counts.tokens)
         for batch in batches:
-            self.throughput.count_flops(self.flop_counter.count(batch.cu_seqlens, with_future=weight > 0))
+            labels = batch.piece_labels if self.config.training.loss_on == "answer" else None
+            self.throughput.count_flops(self.flop_counter.count(batch.cu_seqlens, weight > 0, labels))
 
     def _log_when_due(self) -> None:
         """Log every `metrics.log_freq` steps, at the end, and before a checkpoint: a resumed run averages the same steps."""

@@ -1,18 +1,22 @@
-"""Losses on a fixed set of held-out sequences."""
+"""Losses, and right answers, on a fixed set of held-out sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from flame.components.distributed import check_same_on_all_ranks, sum_over_ranks
 from flame.components.loggers import VALIDATION_PREFIX
 from flame.components.metrics import Metrics
-from flame.config import JobConfig
+from flame.config import PATHSTAR, JobConfig
 from flame.data.batch import PackedBatch, build_batch
+from flame.data.loader import explain_no_answers
 from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
@@ -31,6 +35,8 @@ class Validator:
 
     def __init__(self, config: JobConfig, held_out: Mixture, rank: int, world_size: int, device: torch.device):
         self._config, self._device = config, device
+        self._has_answers = config.training.loss_on == "answer"
+        self._has_branches = config.model.tokenizer_path == PATHSTAR
         self._sources = [source.name for source in held_out.sources]
         batches = pack_once(config, held_out)
         if not batches:
@@ -38,6 +44,8 @@ class Validator:
                 f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
                 "validation.holdout_every, or give validation.dataset more"
             )
+        if not any(batch.piece_labels.any() for batch in batches) and self._has_answers:
+            raise UserError(explain_no_answers(held_out.sources[0].option, config.training))
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
         check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))
         self.num_sequences = len(batches)
@@ -66,14 +74,46 @@ class Validator:
                         return None
                     has_own = turn < len(self._own)
                     batch = (self._own[turn] if has_own else self._filler).to(self._device)
-                    losses = model(compute_losses, batch, self._config, with_future)
+                    losses = model(compute_losses, batch, self._config, with_future, self._has_answers)
                     record_losses(metrics, losses, batch, self._sources, VALIDATION_PREFIX, times=int(has_own))
+                    if losses.is_hit is not None:
+                        self._record_answers(metrics, losses.is_hit, batch, times=int(has_own))
         finally:
             model.train()
         values = metrics.collect()
         weights = {"ce_loss": 1.0, "aux_loss": self._config.future_encoder.loss_weight}
         found = {name: VALIDATION_PREFIX + name for name in weights if VALIDATION_PREFIX + name in values}
         return values | {VALIDATION_PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
+
+    def _record_answers(self, metrics: Metrics, is_hit: Tensor, batch: PackedBatch, times: int) -> None:
+        answers = judge_answers(is_hit, batch)
+        record = {"exact_match": answers.is_exact}
+        if self._has_branches:
+            record["first_branch"] = answers.has_third_token
+        for name, is_right in record.items():
+            metrics.record_mean(VALIDATION_PREFIX + name, float(is_right.sum()) * times, len(is_right) * times)
+
+
+class AnswersJudged(NamedTuple):
+    """Of the A answers of a batch whose documents it holds whole: bool [A] each."""
+
+    is_exact: Tensor
+    """Greedy decoding from the prompt gives the answer, up to and with the end of the text. It does exactly where each token of
+    the answer scores highest behind the true tokens before it: up to the first miss, those are what decoding has produced."""
+    has_third_token: Tensor
+    """Its third token scores highest behind the true ones before. The answer to a path-star graph begins with the start node and
+    a comma, so that is the first arm taken."""
+
+
+def judge_answers(is_hit: Tensor, batch: PackedBatch) -> AnswersJudged:
+    """Sum up is_hit, bool [T], by document."""
+    is_whole = np.array([piece.start == 0 and piece.is_last for piece in batch.documents]) & (batch.piece_labels > 0)
+    counts = torch.from_numpy(batch.piece_labels[is_whole]).to(is_hit.device)
+    ends = batch.cu_seqlens[1:].long()[torch.from_numpy(is_whole).to(is_hit.device)]
+    hits = torch.cat([is_hit.new_zeros(1, dtype=torch.long), is_hit.cumsum(0)])  # before each position
+    first = ends - 1 - counts  # predicts the first token of the answer
+    third = torch.minimum(first + 2, ends - 2)  # or the last one of a shorter answer
+    return AnswersJudged(hits[ends - 1] - hits[first] == counts, is_hit[third])
 
 
 def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -67,19 +68,24 @@ class FlopCounter:
         self.future = config.future_encoder
         self.frozen = config.experimental.freeze_lm_for_infonce
 
-    def count(self, cu_seqlens: Tensor, with_future: bool) -> Flops:
-        """FLOPs of one packed batch, int32 cu_seqlens [S+1] on the CPU."""
+    def count(self, cu_seqlens: Tensor, with_future: bool, labels: np.ndarray | None = None) -> Flops:
+        """FLOPs of one packed batch, int32 cu_seqlens [S+1] on the CPU.
+
+        Args:
+            labels: int64 [S], labels in each piece, where only answers count: the others need neither logits nor guesses.
+        """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).double()
         tokens = float(lengths.sum())
+        predicted = tokens if labels is None else float(labels.sum())
         causal_pairs = {limit: _count_later_pairs(lengths, limit) + tokens for limit in self.channels}
         causal_forward = 2 * self.body * tokens + 4 * self._weigh(causal_pairs)
-        next_token = causal_forward if self.frozen else 3 * (causal_forward + 2 * self.head * tokens)
+        next_token = causal_forward if self.frozen else 3 * (causal_forward + 2 * self.head * predicted)
         if not with_future:
             return Flops(next_token, 0.0, 0.0)
         future_pairs = {limit: _count_later_pairs(lengths, tighten(limit, self.future.future_k)) for limit in self.channels}
         future = 2 * self.body * tokens + 4 * self._weigh(future_pairs)
-        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors)
-        guesses = min(tokens, self.future.max_anchors or tokens)
+        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors, labels)
+        guesses = min(tokens, self.future.max_anchors or tokens) if labels is None else anchors
         return Flops(next_token, future, 6 * self.predictor * guesses + 4 * anchors**2 * self.width)
 
     def _weigh(self, pairs: dict[int, float]) -> float:

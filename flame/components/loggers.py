@@ -282,6 +282,9 @@ def format_validation(step: int, total_steps: int, values: dict[str, float]) -> 
             fields.append(f"{label} {value:6.3f}")
     if (accuracy := values.get(VALIDATION_PREFIX + "infonce_accuracy")) is not None:
         fields.append(f"top-1 {100 * accuracy:5.1f}%")
+    for name, label in (("exact_match", "exact match"), ("first_branch", "first branch")):
+        if (share := values.get(VALIDATION_PREFIX + name)) is not None:
+            fields.append(f"{label} {100 * share:5.1f}%")
     return " · ".join(fields)
 
 

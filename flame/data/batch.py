@@ -26,7 +26,7 @@ class PackedBatch:
     input_ids: torch.Tensor
     """int64 [1, T]"""
     labels: torch.Tensor
-    """int64 [1, T]: the next token of the same piece, -100 at the last token of each."""
+    """int64 [1, T]: the next token of the same piece, -100 at the last token of each and where that is no answer."""
     position_ids: torch.Tensor
     """int64 [1, T]: from 0 in each piece."""
     segment_ids: torch.Tensor
@@ -37,6 +37,8 @@ class PackedBatch:
     """Number of this sequence in the run, over all ranks."""
     num_labels: int
     """Labels that are not -100."""
+    piece_labels: np.ndarray
+    """int64 [S]: labels in each piece, the last ones."""
     source: str
     """Name of the source of all its documents."""
     stream: int
@@ -67,6 +69,11 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
     lengths = ends.astype(np.int64) - starts
     labels = np.append(sequence.input_ids[1:], NO_LABEL)
     labels[ends - 1] = NO_LABEL
+    piece_labels = lengths - 1
+    if sequence.num_labels is not None:
+        piece_labels = sequence.num_labels
+        from_end = np.repeat(ends, lengths) - np.arange(len(labels)) - 1  # 0 at the last token of a piece
+        labels[from_end > np.repeat(piece_labels, lengths)] = NO_LABEL
     positions = np.arange(len(sequence.input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     return PackedBatch(
@@ -76,7 +83,8 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         segment_ids=torch.from_numpy(segments)[None],
         cu_seqlens=torch.from_numpy(sequence.cu_seqlens),
         sequence_index=sequence_index,
-        num_labels=int((lengths - 1).sum()),
+        num_labels=int(piece_labels.sum()),
+        piece_labels=piece_labels,
         source=sequence.source,
         stream=sequence.stream,
         cursor=sequence.cursor,

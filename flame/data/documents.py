@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from flame.config import TOKENS_FORMAT, Corpus
+from flame.config import TOKENS_FORMAT, Corpus, Pathstar
 from flame.data.sources import Origin, Source, StreamingSource, open_source
 from flame.data.token_folder import open_token_folder
 from flame.data.tokenizer import encode_document
@@ -94,8 +94,13 @@ class TokenizedShards:
                 yield place, None if text is None else self._encode(text)
 
 
-def open_documents(corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerFast) -> Documents | TokenizedShards:
+def open_documents(
+    corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerFast, pathstar: Pathstar | None = None
+) -> Documents | TokenizedShards:
     """Open the corpus that `{section}.dataset` names, as token ids.
+
+    Args:
+        pathstar: options of path-star graphs, where they may be asked for.
 
     Raises:
         UserError: it cannot be read, holds nothing, or was tokenized by another tokenizer.
@@ -104,5 +109,5 @@ def open_documents(corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerF
         origin = Origin(corpus, section)
         option = f"{origin.option} ({section}.data_files = {corpus.data_files})"
         return open_token_folder(corpus.data_files, option, origin.name, tokenizer)
-    source, encode = open_source(corpus, section), partial(encode_document, tokenizer)
+    source, encode = open_source(corpus, section, pathstar), partial(encode_document, tokenizer)
     return TokenizedShards(source, encode) if isinstance(source, StreamingSource) else TokenizedSource(source, encode)

@@ -8,6 +8,7 @@ stream lives in one worker.
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,8 @@ from flame.data.streams import PackedSequence, Stream
 from flame.errors import UserError
 
 PARENT_CHECK_SECONDS = 1.0
+MOST_VAIN_SEQUENCES = 16
+"""That one worker may pack in a row without a label, where only answers count. More are a mistake of the user."""
 
 
 class PackedLoader:
@@ -92,6 +95,7 @@ class RankShare(IterableDataset):
         num_streams = self._training.num_streams
         streams: dict[tuple[int, int], Stream] = {}
         cursors = {name: dict(known) for name, known in self._cursors.items()}
+        vain_sequences = 0
         for sequence_index in itertools.count(self._first + worker * self._stride, self._stride * num_workers):
             key = self._mixture.choose(sequence_index, num_streams), sequence_index % num_streams
             try:
@@ -100,11 +104,23 @@ class RankShare(IterableDataset):
                 stream = streams[key]
                 known = cursors.setdefault(self._mixture.sources[key[0]].name, {})
                 sequence = stream.next_sequence(known.get(key[1], stream.first_cursor))
+                vain_sequences = 0 if sequence.has_labels() else vain_sequences + 1
+                if vain_sequences == MOST_VAIN_SEQUENCES:
+                    raise UserError(explain_no_answers(self._mixture.sources[key[0]].option, self._training))
             except UserError as error:  # raised, it would reach the training process as a traceback in a message
                 yield error
                 return
             known[key[1]] = sequence.cursor
             yield sequence
+
+
+def explain_no_answers(option: str, training: Training) -> str:
+    """What to say where packs of a source hold no answer."""
+    return (
+        f'{option} has no answers that training.loss_on = "answer" could count: check that training.answer_separator = '
+        f"{json.dumps(training.answer_separator)} ends its prompts, and that training.context_len = {training.context_len} is "
+        "more than their length"
+    )
 
 
 def start_workers(share: RankShare, num_workers: int, prefetch_factor: int) -> Iterator[PackedSequence | UserError]:

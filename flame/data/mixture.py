@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +12,7 @@ from flame.config import JobConfig, Training
 from flame.data.documents import WHOLE, Documents, Part, TokenizedShards, open_documents
 from flame.data.lines import open_line
 from flame.data.streams import Stream
+from flame.data.tokenizer import find_separator
 from flame.errors import UserError
 
 # Weyl's sequence of the golden ratio and van der Corput's in base 2, both as 64-bit fractions.
@@ -30,6 +31,8 @@ class Mixture:
     sources: tuple[Documents | TokenizedShards, ...]
     weights: tuple[float, ...]
     part: Part = WHOLE
+    separator: int | None = None
+    """Token that ends the prompt, where only answers count."""
 
     def choose(self, sequence_index: int, num_streams: int) -> int:
         """Index of the source that a global sequence comes from, in constant time and without memory.
@@ -52,7 +55,7 @@ class Mixture:
         """One logical stream of one source."""
         documents = self.sources[source]
         line = open_line(documents, self.part, stream, num_streams, training.seed)
-        return Stream(line, documents.name, stream, training.seq_len, training.context_len)
+        return Stream(line, documents.name, stream, training.seq_len, training.context_len, self.separator)
 
     def count_units(self) -> dict[str, int]:
         """Documents of this part, or shards, in each source, by name."""
@@ -93,8 +96,11 @@ def open_mixture(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixtu
         UserError: a source cannot be opened, or is too small for the run's streams or for holding documents out.
     """
     corpora = config.corpora
-    sources = tuple(open_documents(corpus, section, tokenizer) for section, corpus in corpora.items())
-    mixture = Mixture(sources, tuple(corpus.weight for corpus in corpora.values()), Part(config.validation.holdout_every))
+    sources = tuple(open_documents(corpus, section, tokenizer, config.pathstar) for section, corpus in corpora.items())
+    training = config.training
+    separator = find_separator(tokenizer, training.answer_separator) if training.loss_on == "answer" else None
+    weights = tuple(corpus.weight for corpus in corpora.values())
+    mixture = Mixture(sources, weights, Part(config.validation.holdout_every), separator)
     for source in sources:
         _check_size(source, mixture.part, config)
     return mixture
@@ -103,8 +109,9 @@ def open_mixture(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixtu
 def open_held_out(config: JobConfig, tokenizer: PreTrainedTokenizerFast, trained: Mixture) -> Mixture:
     """Open what the run is validated on: a corpus of its own, or the documents held out from each source of training."""
     if not config.validation.dataset:
-        return Mixture(trained.sources, trained.weights, Part(config.validation.holdout_every, is_held_out=True))
-    return Mixture((open_documents(config.validation, "validation", tokenizer),), (1.0,))
+        return replace(trained, part=Part(config.validation.holdout_every, is_held_out=True))
+    source = open_documents(config.validation, "validation", tokenizer, config.pathstar)
+    return replace(trained, sources=(source,), weights=(1.0,), part=WHOLE)
 
 
 def _check_size(source: Documents | TokenizedShards, part: Part, config: JobConfig) -> None:

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-from flame.config import LOCAL_FORMATS, Corpus
+from flame.config import LOCAL_FORMATS, PATHSTAR, Corpus, Pathstar
 from flame.config_conflicts import expand_glob
+from flame.data.pathstar import PathstarSource, parse_sizes
 from flame.errors import UserError
 
 ROWS_AT_ONCE = 256  # of a streaming source
@@ -61,13 +62,21 @@ class Origin:
         return f"{self.section}.data_files = {self.corpus.data_files}"
 
 
-def open_source(corpus: Corpus, section: str) -> Source | StreamingSource:
+def open_source(corpus: Corpus, section: str, pathstar: Pathstar | None = None) -> Source | StreamingSource:
     """Open the text corpus that `{section}.dataset` names.
+
+    Args:
+        pathstar: options of path-star graphs, where they may be asked for. Section "validation" has held-out graphs.
 
     Raises:
         UserError: it cannot be found or read, or has no rows, or no column of text of the given name.
     """
     origin = Origin(corpus, section)
+    if corpus.dataset == PATHSTAR:
+        if pathstar is None:
+            raise UserError(f"{origin.option} is generated while a run trains: it cannot be read before")
+        sizes = tuple(parse_sizes(corpus.dataset_name))
+        return PathstarSource(origin.name, origin.option, sizes, pathstar, is_held_out=section == "validation")
     if corpus.streaming:
         return _open_streaming(origin)
     source = _open_unchecked(origin)

@@ -40,12 +40,18 @@ class PackedSequence:
     """The S pieces, in order."""
     bad_rows: int
     """Rows passed over on the way."""
+    num_labels: np.ndarray | None = None
+    """int64 [S]: how many tokens, the last ones of each piece, are labels. None: all that have a token before them."""
+
+    def has_labels(self) -> bool:
+        """Whether any token counts; not asked where all do."""
+        return self.num_labels is None or bool(self.num_labels.any())
 
 
 class Stream:
     """One logical stream of one source. It keeps its current document and nothing else: a `Cursor` is its whole state."""
 
-    def __init__(self, line: Line, source: str, index: int, seq_len: int, context_len: int):
+    def __init__(self, line: Line, source: str, index: int, seq_len: int, context_len: int, separator: int | None = None):
         """
         Args:
             line: the stream's documents.
@@ -53,9 +59,10 @@ class Stream:
             index: which stream this is.
             seq_len: tokens in a sequence, T.
             context_len: longest piece, in tokens.
+            separator: token that ends the prompt of a document, where only answers count.
         """
         self._line, self._source, self._index = line, source, index
-        self._seq_len, self._context_len = seq_len, context_len
+        self._seq_len, self._context_len, self._separator = seq_len, context_len, separator
         self._place: Cursor | None = None
         self._entry: Entry | None = None
 
@@ -72,6 +79,7 @@ class Stream:
         input_ids = np.empty(self._seq_len, dtype=np.int64)
         pieces: list[Piece] = []
         boundaries = [0]
+        num_labels: list[int] = []
         filled = bad_rows = 0
         while filled < self._seq_len:
             document, tokens, epoch, following = self._open(cursor)
@@ -89,10 +97,15 @@ class Stream:
             input_ids[filled : filled + end - offset] = tokens[offset:end]
             filled += end - offset
             boundaries.append(filled)
+            if self._separator is not None:
+                num_labels.append(_count_answer(tokens, self._separator, offset, end))
             pieces.append(Piece(document, offset, end, epoch, end == len(tokens)))
             cursor = following if end == len(tokens) else cursor._replace(offset=end)
         cu_seqlens = np.asarray(boundaries, dtype=np.int32)
-        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows)
+        if self._separator is None:
+            return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows)
+        counts = np.asarray(num_labels, dtype=np.int64)
+        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows, counts)
 
     def _open(self, cursor: Cursor) -> Entry:
         """The document at a cursor, kept while it lasts."""
@@ -100,3 +113,14 @@ class Stream:
         if self._entry is None or self._place != place:
             self._place, self._entry = place, self._line.read(place)
         return self._entry
+
+
+def _count_answer(tokens: np.ndarray, separator: int, start: int, end: int) -> int:
+    """Tokens of the piece [start, end) behind the first separator of the document, if the piece holds it from its beginning on.
+
+    Without the whole prompt nobody could tell the answer, so pieces that begin later have none.
+    """
+    if start:
+        return 0
+    places = np.flatnonzero(tokens[:end] == separator)
+    return end - 1 - int(places[0]) if len(places) else 0

@@ -8,24 +8,34 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame.config import BYTES_TOKENIZER
+from flame.config import BYTES_TOKENIZER, PATHSTAR
+from flame.data.pathstar import MARKS
 from flame.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that `model.tokenizer_path` names: "bytes", a folder or a Hub name.
+def load_tokenizer(path: str, trust_remote_code: bool = False, labels: int | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that `model.tokenizer_path` names: "bytes", "pathstar", a folder or a Hub name.
+
+    Args:
+        labels: `pathstar.labels`, which "pathstar" needs.
 
     Raises:
         UserError: it cannot be loaded, or has no end-of-text token to end documents with.
     """
     if path == BYTES_TOKENIZER:
         return build_bytes_tokenizer()
+    if path == PATHSTAR:
+        if labels is None:
+            raise UserError(
+                f'tokenizer "{PATHSTAR}" depends on pathstar.labels, so it exists in training runs only: give another'
+            )
+        return build_pathstar_tokenizer(labels)
     option = f'model.tokenizer_path = "{path}"'
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
@@ -56,6 +66,39 @@ def build_bytes_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         name_or_path=BYTES_TOKENIZER,
     )
+
+
+def build_pathstar_tokenizer(labels: int) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of path-star graphs: id i is the label i; then come the marks `, | / =`, and the end of a text.
+
+    Other text has no tokens, and raises.
+    """
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*map(str, range(labels)), *MARKS])}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]+|."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, name_or_path=PATHSTAR
+    )
+
+
+def find_separator(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """Id of the token that `training.answer_separator` spells.
+
+    Raises:
+        UserError: the tokenizer makes another number of tokens of it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        ids = backend.encode(text, add_special_tokens=False).ids
+    except Exception:  # what a tokenizer without a token for unknown text raises
+        ids = []
+    if len(ids) != 1:
+        raise UserError(
+            f"training.answer_separator = {json.dumps(text)} is {len(ids)} tokens of model.tokenizer_path = "
+            f'"{tokenizer.name_or_path}": give the text of exactly one'
+        )
+    return ids[0]
 
 
 def _list_byte_symbols() -> dict[str, int]:

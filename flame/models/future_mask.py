@@ -9,6 +9,7 @@ document, which has no key, with a uniform softmax over the whole pack. See `fla
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,11 +91,31 @@ def find_anchors(segment_ids: Tensor, target_shift: int) -> Tensor:
     return anchors
 
 
-def count_anchors(cu_seqlens: Tensor, target_shift: int, at_most: int = 0) -> int:
-    """Number of true entries of `find_anchors`, from the document lengths alone, or `at_most` (where not 0) if that is less."""
+def count_anchors(cu_seqlens: Tensor, target_shift: int, at_most: int = 0, labels: np.ndarray | None = None) -> int:
+    """Number of true entries of `find_anchors`, from the document lengths alone, or `at_most` (where not 0) if that is less.
+
+    Args:
+        labels: int64 [S], labels in each document, the last ones; then only positions with a label are anchors.
+    """
     cu = cu_seqlens.reshape(-1)
-    count = int((cu[1:] - cu[:-1] - max(target_shift, 1)).clamp(min=0).sum())
+    lengths = cu[1:] - cu[:-1] if labels is None else torch.from_numpy(labels) + 1
+    count = int((lengths - max(target_shift, 1)).clamp(min=0).sum())
     return min(count, at_most) if at_most else count
+
+
+def list_marked(marks: Tensor, room: int) -> Tensor:
+    """Positions of the true entries of bool [T], in order, then others: int64 [room], without asking the device how many."""
+    return marks.byte().argsort(descending=True, stable=True)[:room]
+
+
+def find_room(count: int, at_most: int) -> int:
+    """A number of rows that holds `count`, one of few: kernels are made, and memory is kept, for each number that occurs.
+
+    Returns:
+        `count` rounded up to four sizes an octave, 64 at least and `at_most` at most.
+    """
+    grain = max(64, 1 << max((count - 1).bit_length() - 3, 0))
+    return min(max(-(-count // grain), 1) * grain, at_most)
 
 
 def draw_anchors(anchors: Tensor, at_most: int, seed: int) -> tuple[Tensor, Tensor]:

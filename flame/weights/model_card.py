@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from flame.components.loggers import METRICS_FILE, VALIDATION_PREFIX
-from flame.config import LOCAL_FORMATS, STANDARD_LIBRARY, TOKENS_FORMAT
+from flame.config import LOCAL_FORMATS, PATHSTAR, STANDARD_LIBRARY, TOKENS_FORMAT
 from flame.models.fla_families import NAMED_AS_IN_TRANSFORMERS, TESTED
 
 CARD_FILE = "README.md"
@@ -84,7 +84,7 @@ def _list_corpora(config: Settings) -> dict[str, Settings]:
 
 
 def _list_hub_datasets(config: Settings) -> list[str]:
-    local = {*LOCAL_FORMATS, TOKENS_FORMAT, STANDARD_LIBRARY}
+    local = {*LOCAL_FORMATS, TOKENS_FORMAT, STANDARD_LIBRARY, PATHSTAR}
     names = (corpus["dataset"] for corpus in _list_corpora(config).values())
     return sorted({name for name in names if name not in local and not _is_local(name)})
 
