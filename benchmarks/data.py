@@ -1,4 +1,4 @@
-"""Speed of the data pipeline: preprocessing, packing from text and from tokens, and starting in the middle of a run.
+"""Speed of the data pipeline: preprocessing, packing from text, tokens and generated graphs, and starting in the middle of a run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.data OUT
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import shutil
 import statistics
 import subprocess
@@ -24,14 +25,18 @@ import numpy as np
 
 from benchmarks.faults import MODEL, OPTIONS, REPO, count_steps
 from flame.checkpoints.checkpoint import list_checkpoints
-from flame.config import Corpus, Training
-from flame.data.documents import TokenizedSource, open_documents
+from flame.config import Corpus, JobConfig, Pathstar, Training
+from flame.data.batch import build_batch
+from flame.data.documents import WHOLE, GeneratedDocuments, TokenizedSource, open_documents
+from flame.data.lines import open_line
 from flame.data.loader import PackedLoader
 from flame.data.mixture import Mixture
+from flame.data.pathstar import Size
 from flame.data.sources import open_source
 from flame.data.state import DataState
+from flame.data.streams import Stream
 from flame.data.token_folder import FORMAT_VERSION, MANIFEST_FILE, OFFSETS_FILE, TOKENS_FILE
-from flame.data.tokenizer import encode_document, fingerprint_tokenizer, load_tokenizer
+from flame.data.tokenizer import encode_document, find_separator, fingerprint_tokenizer, load_tokenizer
 
 PASSES = 5
 TOKENS = 40_000_000
@@ -126,6 +131,34 @@ def measure_packing_tokens(out: Path) -> None:
             show(f"packing from tokens, mean length {mean_length:,}, sequences of {seq_len:,}", rates, "M tokens/s a core")
 
 
+def measure_generating() -> None:
+    """G(5, 5) over 30 labels as packs of 2,048 graphs: made anew all the time, and drawn from a set that has been made."""
+    corpus, seq_len = Corpus(dataset="pathstar", dataset_name="5x5"), 2048 * Size(5, 5).num_tokens
+    for name, graphs in (("new graphs", 0), ("graphs of a set of 300,000", 300_000)):
+        generators = JobConfig(pathstar=Pathstar(graphs=graphs)).generators
+        tokenizer = load_tokenizer("pathstar", generators=generators)
+        documents = open_documents(corpus, "training", tokenizer, generators)
+        if graphs:
+            assert isinstance(documents, GeneratedDocuments)
+            for block in range(-(-graphs // documents.block_size)):
+                documents.read_block(block)
+        separator = find_separator(tokenizer, "=")
+        stream = Stream(open_line(documents, WHOLE, 0, 192, 42), "pathstar", 0, seq_len, 128, separator)
+        cursor = stream.first_cursor
+        packing, receiving = [], []
+        for index in range(PASSES):
+            start = time.perf_counter()
+            sequence = stream.next_sequence(cursor)
+            message = pickle.dumps(sequence)
+            packed = time.perf_counter()
+            build_batch(pickle.loads(message), index)
+            receiving.append((time.perf_counter() - packed) / 2048 * 1e6)
+            packing.append((packed - start) / 2048 * 1e6)
+            cursor = sequence.cursor
+        show(f"packing {name}, in a worker", packing, "us a document")
+        show(f"receiving {name}, in the training process", receiving, "us a document")
+
+
 def measure_resume(out: Path) -> None:
     """From the command to the first step, of a run of a toy model that is at step 0, and one that is at step 100,000."""
     make_token_folder(out / "mean_256", 256)
@@ -191,6 +224,7 @@ def main(argv: list[str]) -> None:
         "preprocess": measure_preprocess,
         "text": lambda out: measure_packing_text(),
         "tokens": measure_packing_tokens,
+        "generated": lambda out: measure_generating(),
         "resume": measure_resume,
     }
     parser.add_argument("--only", choices=parts, help="one part")

@@ -48,7 +48,7 @@ OPTIONS = {
     "training.gradient_accumulation_steps": 2,
     "training.num_streams": 24,
     "training.num_workers": 1,
-    "future_encoder.enable": "true",
+    "objective.name": "future",
     "future_predictor.dropout": 0.1,
     "metrics.log_freq": 1,
     "checkpoint.interval": 5,

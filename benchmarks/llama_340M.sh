@@ -23,6 +23,6 @@ if [ "$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then
     run two_gpus 2 1
     runs+=("$out/two_gpus")
 fi
-run next_token 1 2 --future_encoder.enable false
+run next_token 1 2 --objective.name next_token
 python3 -m benchmarks.summarize "${runs[@]}" "$out/next_token"
 python3 -m flame.utils.plotting "${runs[@]}" "$out/next_token" --out "$out/curves.png"

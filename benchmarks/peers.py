@@ -46,7 +46,7 @@ from flame.models.causal_lm import load_model_config
 from flame.models.future_lm import build_future_lm
 from flame.models.parallelize import materialize, parallelize
 from flame.models.softmax_rows import count_chunk_rows
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from flame.optimizers.optimizer import build_optimizer
 
 REPO = Path(__file__).parent.parent
@@ -124,10 +124,10 @@ class Ours:
 
     def step(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> None:
         self.model._fp8 = self._fp8 if in_fp8 else None
-        losses = self.model(compute_losses, self.batch, self.config, with_future)
+        losses = self.model(compute_losses, self.batch, self.config, Parts(aux=with_future))
         loss = losses.ce_sum / self.batch.num_labels
-        if losses.contrast is not None:
-            loss = loss + self.config.future_encoder.loss_weight * losses.contrast.loss_sum / losses.contrast.num_anchors
+        if losses.aux is not None:
+            loss = loss + self.config.future_encoder.loss_weight * losses.aux.loss_sum / losses.aux.num_anchors
         loss.backward()
         if with_optimizer:
             clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
@@ -242,7 +242,7 @@ class Measurement:
         try:
             note(f"{self.length}: building")
             ours = Ours(self.model_config, self.config, self.batch_on_gpu, self.mesh)
-            counted = ours.flop_counter.count(self.batch.cu_seqlens, with_future=True)
+            counted = ours.flop_counter.count(self.batch.cu_seqlens, with_aux=True)
             self.flops_next_token, self.flops_future = counted.next_token, sum(counted)
             planned, planned_gib = self._build_held(Planned)
 

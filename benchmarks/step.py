@@ -41,9 +41,9 @@ from flame.train import Trainer
 
 REPO = Path(__file__).parent.parent
 VARIANTS = {
-    "next token": ["--future_encoder.enable", "false"],
-    "future": ["--future_encoder.enable", "true"],
-    "future, fp8": ["--future_encoder.enable", "true", "--future_encoder.precision", "fp8"],
+    "next token": ["--objective.name", "next_token"],
+    "future": ["--objective.name", "future"],
+    "future, fp8": ["--objective.name", "future", "--future_encoder.precision", "fp8"],
 }
 PHASES = ["anti-causal forward", "causal forward", "cross entropy", "predictor and InfoNCE", "backward", "clipping", "optimizer"]
 WARMUP = 4

@@ -19,7 +19,7 @@ SPEEDS = {
     "tokens_per_second": 1.0,
     "mfu": 100.0,
     "mfu_future": 100.0,
-    "mfu_infonce": 100.0,
+    "mfu_heads": 100.0,
     "peak_memory_gib": 1.0,
     "data_wait_fraction": 100.0,
 }

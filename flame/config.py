@@ -8,7 +8,7 @@ hold between options that of `flame.config_conflicts`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -19,13 +19,20 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
+ObjectiveName = Literal["next_token", "future", "mtp", "top", "fsp_bow"]
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 BYTES_TOKENIZER = "bytes"
 STANDARD_LIBRARY = "stdlib"
 PATHSTAR = "pathstar"
+SIBLINGS = "siblings"
+GENERATED = (PATHSTAR, SIBLINGS)
 DEFAULT_SEPARATOR = "="
+CONTRASTIVE = ("infonce", "bilinear")
+"""Values of `future_encoder.estimator_type` that compare with negatives."""
 LOWEST_LEARNED_TEMPERATURE = 0.01
+HIGHEST_LEARNED_TEMPERATURE = 1.0
 LOCAL_FORMATS = ("text", "json", "parquet")
 TOKENS_FORMAT = "tokens"
 
@@ -50,8 +57,9 @@ class Model:
     """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
     unless there is checkpoint.initial_load_path, whose configuration is taken where this is empty."""
     tokenizer_path: str = ""
-    """Tokenizer: a folder, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or "pathstar" for
-    that of path-star graphs (pathstar.labels + 5 entries). Empty: the one in checkpoint.initial_load_path."""
+    """Tokenizer: a folder, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or that of a
+    generated dataset: "pathstar" (pathstar.labels + 4 entries) or "siblings" (siblings.parents x (siblings.children + 1) + 2).
+    Empty: the one in checkpoint.initial_load_path."""
     resize_embeddings: bool = False
     """With checkpoint.initial_load_path: grow the vocabulary to the tokenizer's where that has more entries. New rows start at
     the mean of the old ones."""
@@ -68,7 +76,7 @@ class Corpus:
     dataset: str = STANDARD_LIBRARY
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
     (JSON lines), "parquet" or "tokens" (a folder made by flame.utils.preprocess) with data_files, "pathstar" (graphs that are
-    generated, see [pathstar]), or a Hub dataset's name."""
+    generated, see [pathstar]), "siblings" (likewise, see [siblings]), or a Hub dataset's name."""
     dataset_name: str = ""
     """Configuration of the Hub dataset, where it has several. Of path-star graphs the size, arms x nodes of a path with the
     center, such as "5x5", or several sizes, equally often, such as "2x3,5x5"."""
@@ -165,10 +173,34 @@ class Pathstar:
     labels: Annotated[int, Field(gt=0, le=10_000)] = 30
     """Labels that the nodes of a graph are drawn from, without repetition."""
     graphs: NonNegativeInt = 0
-    """Graphs in the training set, each with one order of edges; epochs go through them in new orders. 0 generates new ones all
-    the time."""
+    """Graphs in the training set, each with one order of edges; epochs go through them in new orders, and each worker process
+    keeps them in memory. 0 generates new ones all the time."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides the graphs; training.seed decides their order."""
+
+
+@dataclass(kw_only=True)
+class Siblings:
+    """Pairs of siblings, which dataset = "siblings" generates. Those to validate on, one in 8, are never trained on."""
+
+    __pydantic_config__ = STRICT
+
+    parents: Annotated[int, Field(ge=2, le=64)] = 5
+    """Families."""
+    children: Annotated[int, Field(ge=20, le=1000)] = 500
+    """Of each parent."""
+    pairs: NonNegativeInt = 0
+    """Documents in the training set, each a pair in one order; epochs go through them in new orders. 0 draws from all pairs that
+    are not held out all the time."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides whose child each label is, and the documents; training.seed decides their order."""
+
+
+class Generators(NamedTuple):
+    """Options of all datasets that are generated."""
+
+    pathstar: Pathstar
+    siblings: Siblings
 
 
 @dataclass(kw_only=True)
@@ -208,14 +240,39 @@ class LRScheduler:
 
 
 @dataclass(kw_only=True)
+class Objective:
+    """What is learned beside the next token, and the options of the rivals of the future loss."""
+
+    __pydantic_config__ = STRICT
+
+    name: ObjectiveName | None = None
+    """"next_token" alone; or with it "future", the summary of the anti-causal pass (see [future_encoder]); "mtp", the tokens
+    behind the next one; "top", the order in which upcoming tokens come; "fsp_bow", the set of upcoming tokens. Unset:
+    "future" with future_encoder.enable = true, else "next_token"."""
+    loss_weight: PositiveFloat = 1.0
+    """Factor of the loss of "mtp", "top" and "fsp_bow". (That of "future" is future_encoder.loss_weight.)"""
+    mtp_tokens: Annotated[int, Field(ge=2)] = 4
+    """Tokens that "mtp" predicts at each position, the next one included: each further one has a head of one layer."""
+    window: NonNegativeInt = 0
+    """Tokens ahead that "top" and "fsp_bow" are about; 0 is all up to the end of the document."""
+
+
+@dataclass(kw_only=True)
 class FutureEncoder:
     __pydantic_config__ = STRICT
 
-    enable: bool = False
-    """Add the future loss: a second, anti-causal forward gives each position a summary of its future to predict."""
+    enable: bool | None = None
+    """true is short for objective.name = "future", false for "next_token"; it cannot contradict it."""
     future_k: NonNegativeInt = 0
     """Window of the anti-causal attention, in tokens; 0 means up to the end of the document. The window is per layer:
     with L layers a summary reaches L x future_k tokens ahead."""
+    target: Literal["self", "random", "ema", "mean_embedding", "causal", "shuffled"] = "self"
+    """Where summaries come from: "self", the anti-causal pass of the network itself. The others are controls: that pass of a
+    frozen network with random weights ("random") or of a running average of the weights ("ema"); the mean embedding of the
+    tokens ahead ("mean_embedding"); the causal pass, which has not seen the future ("causal"); the network's own, dealt to
+    other anchors at random ("shuffled")."""
+    ema_decay: Probability = 0.999
+    """With target = "ema": share of the average that one step keeps."""
     target_shift: NonNegativeInt = 1
     """Position t predicts the summary of position t + target_shift. 0 is the method as first published: there the summary
     still holds token t itself, which the hidden state has already seen."""
@@ -228,21 +285,29 @@ class FutureEncoder:
     them in the model's width."""
     max_anchors: NonNegativeInt = 0
     """Anchors per packed sequence, drawn at random; the others are neither guessed for nor negatives. 0 takes all."""
+    negatives: Literal["local", "global"] = "local"
+    """Negatives of an anchor: the summaries of its own packed sequence, or of all packed sequences of the step, on all ranks and
+    in all micro-steps ("global")."""
     exclude_neighbors: NonNegativeInt = 0
     """Summaries at most this many tokens from an anchor's own, in its document, are no negatives of it: much of their future
     is the same."""
+    exclude_duplicates: bool = False
+    """Summaries of the same tokens as an anchor's own, as far as the window sees, are no negatives of it."""
     loss_weight: NonNegativeFloat = 0.1
-    """Factor of the future loss beside the cross entropy. 0 is the same run as enable = false."""
+    """Factor of the future loss beside the cross entropy. 0 is the same run as objective.name = "next_token"."""
     start_step: NonNegativeInt = 0
     """First step with the future loss. Steps are counted from 1."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the factor grows linearly to loss_weight."""
-    estimator_type: Literal["infonce"] = "infonce"
-    """Lower bound on the mutual information that serves as loss."""
+    decay_steps: NonNegativeInt = 0
+    """Steps, the last of the run, over which the factor falls linearly to 0, which it reaches one step after the last."""
+    estimator_type: Literal["infonce", "bilinear", "cosine", "smooth_l1"] = "infonce"
+    """How a guess is compared with its summary: "infonce" by cosine similarity, "bilinear" by a learned matrix between them (as
+    in CPC), both against negatives; "cosine" and "smooth_l1" pull the two together without negatives, for comparison."""
     temperature: PositiveFloat = 0.1
-    """Divides the cosine similarities."""
+    """Divides the scores of "infonce" and "bilinear"."""
     learnable_temperature: bool = False
-    """Learn the temperature, starting from future_encoder.temperature; it is kept at 0.01 or above."""
+    """Learn the temperature, starting from future_encoder.temperature; it is kept between 0.01 and 1."""
 
 
 @dataclass(kw_only=True)
@@ -251,6 +316,8 @@ class FuturePredictor:
 
     head_type: Literal["linear", "mlp", "gated"] = "mlp"
     """Map from a hidden state to the guess of its future."""
+    input: Literal["hidden_states", "embedding"] = "hidden_states"
+    """What is mapped: hidden states, or, as a control, the current token's embedding alone, without gradient."""
     dropout: Probability = 0.0
     """Dropout before the last layer of the head."""
     lr_scale: PositiveFloat = 1.0
@@ -325,6 +392,8 @@ class Metrics:
 
     log_freq: PositiveInt = 10
     """Steps between log lines. Each line covers all steps since the last one."""
+    future_interval: NonNegativeInt = 250
+    """Steps between measurements of what the future loss learns, see docs/instruments.md; step 1 is measured too. 0 is never."""
     enable_tensorboard: bool = False
     """Write TensorBoard events to tb/ in job.dump_folder."""
     enable_wandb: bool = False
@@ -340,6 +409,12 @@ class Comm:
     tenth of this, and ends the run after nine tenths."""
 
 
+def resolve_objective(name: ObjectiveName | None, enable: bool | None, loss_weight: float) -> ObjectiveName:
+    """What is learned under `objective.name`, `future_encoder.enable` and `future_encoder.loss_weight`."""
+    chosen: ObjectiveName = name or ("future" if enable else "next_token")
+    return "next_token" if chosen == "future" and loss_weight == 0 else chosen
+
+
 @dataclass(kw_only=True)
 class JobConfig:
     """All options of a run."""
@@ -351,8 +426,10 @@ class JobConfig:
     training: Training = field(default_factory=Training)
     sources: dict[str, Source] = field(default_factory=dict)
     pathstar: Pathstar = field(default_factory=Pathstar)
+    siblings: Siblings = field(default_factory=Siblings)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    objective: Objective = field(default_factory=Objective)
     future_encoder: FutureEncoder = field(default_factory=FutureEncoder)
     future_predictor: FuturePredictor = field(default_factory=FuturePredictor)
     experimental: Experimental = field(default_factory=Experimental)
@@ -365,7 +442,18 @@ class JobConfig:
     @property
     def uses_future(self) -> bool:
         """Whether any step of this run computes the future loss."""
-        return self.future_encoder.enable and self.future_encoder.loss_weight > 0
+        return self.objective_name == "future"
+
+    @property
+    def objective_name(self) -> ObjectiveName:
+        """What is learned: a value of `objective.name`."""
+        future = self.future_encoder
+        return resolve_objective(self.objective.name, future.enable, future.loss_weight)
+
+    @property
+    def generators(self) -> Generators:
+        """What datasets that are generated need to know."""
+        return Generators(self.pathstar, self.siblings)
 
     @property
     def corpora(self) -> dict[str, Source]:

@@ -12,19 +12,25 @@ from pathlib import Path
 
 from flame.config import (
     BYTES_TOKENIZER,
+    CONTRASTIVE,
     DEFAULT_SEPARATOR,
+    GENERATED,
+    HIGHEST_LEARNED_TEMPERATURE,
     LOCAL_FORMATS,
     LOWEST_LEARNED_TEMPERATURE,
     PATHSTAR,
+    SIBLINGS,
     STANDARD_LIBRARY,
     TOKENS_FORMAT,
     Checkpoint,
     Corpus,
+    FutureEncoder,
     JobConfig,
-    Pathstar,
+    Objective,
     Training,
 )
 from flame.data.pathstar import FEWEST_GRAPHS, parse_sizes
+from flame.data.siblings import NUM_TOKENS
 from flame.model_source import find_model_source, find_tokenizer_source, is_checkpoint, looks_like_path, name_model_option
 
 SMALLEST_SHARE = 1e-6
@@ -45,8 +51,9 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
     yield from _find_model_conflicts(config)
     yield from _find_data_conflicts(config, world_size)
     yield from _find_validation_conflicts(config)
-    yield from _find_pathstar_conflicts(config)
+    yield from _find_generated_conflicts(config)
     yield from _find_answer_conflicts(config)
+    yield from _find_objective_conflicts(config)
     yield from _find_schedule_conflicts(config)
     yield from _find_export_conflicts(config.checkpoint)
     yield from _find_future_conflicts(config)
@@ -185,7 +192,7 @@ def find_corpus_conflicts(section: str, corpus: Corpus) -> Iterator[str]:
             f"{section}.data_files is set but {chosen} does not read files: "
             f"allowed with {', '.join((*LOCAL_FORMATS, TOKENS_FORMAT))}"
         )
-    from_hub = corpus.dataset not in (STANDARD_LIBRARY, TOKENS_FORMAT, PATHSTAR, *LOCAL_FORMATS)
+    from_hub = corpus.dataset not in (STANDARD_LIBRARY, TOKENS_FORMAT, *GENERATED, *LOCAL_FORMATS)
     for option, default, has_effect in (
         ("dataset_name", "", from_hub or corpus.dataset == PATHSTAR),
         ("dataset_split", "train", from_hub),
@@ -193,7 +200,7 @@ def find_corpus_conflicts(section: str, corpus: Corpus) -> Iterator[str]:
     ):
         if getattr(corpus, option) != default and not has_effect:
             yield f'{section}.{option} = "{getattr(corpus, option)}" has no effect with {chosen}: leave it out'
-    if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT, PATHSTAR):
+    if corpus.streaming and corpus.dataset in (STANDARD_LIBRARY, TOKENS_FORMAT, *GENERATED):
         yield (
             f"{section}.streaming = true but {chosen} is read in place: allowed with {', '.join(LOCAL_FORMATS)} and Hub datasets"
         )
@@ -245,27 +252,32 @@ def expand_glob(pattern: str) -> list[Path]:
     return sorted(map(Path, glob.glob(os.path.expanduser(pattern.strip()), recursive=True)))
 
 
-def _find_pathstar_conflicts(config: JobConfig) -> Iterator[str]:
+def _find_generated_conflicts(config: JobConfig) -> Iterator[str]:
     sections: dict[str, Corpus] = dict(config.corpora)
     if config.validation.dataset:
         sections["validation"] = config.validation
-    graphs = {section: corpus for section, corpus in sections.items() if corpus.dataset == PATHSTAR}
-    for section, corpus in graphs.items():
-        yield from _find_size_conflicts(config, f"{section}.dataset_name", corpus.dataset_name)
-        if section != "validation" and config.validation.holdout_every:
-            yield (
-                f'validation.holdout_every = {config.validation.holdout_every} beside {section}.dataset = "{PATHSTAR}", where '
-                f'another number is not another graph: set validation.dataset = "{PATHSTAR}", whose graphs are never trained on'
-            )
     for section, corpus in sections.items():
-        if config.model.tokenizer_path == PATHSTAR and corpus.dataset != PATHSTAR:
+        if corpus.dataset == PATHSTAR:
+            yield from _find_size_conflicts(config, f"{section}.dataset_name", corpus.dataset_name)
+        if corpus.dataset in GENERATED and section != "validation" and config.validation.holdout_every:
             yield (
-                f'model.tokenizer_path = "{PATHSTAR}" knows no text but graphs, and {section}.dataset = "{corpus.dataset}": '
-                "change one of them"
+                f'validation.holdout_every = {config.validation.holdout_every} beside {section}.dataset = "{corpus.dataset}", '
+                f'where another number is not another content: set validation.dataset = "{corpus.dataset}", which is never '
+                "trained on"
             )
-    for option in fields(Pathstar) if not graphs and config.model.tokenizer_path != PATHSTAR else ():
-        if (value := getattr(config.pathstar, option.name)) != option.default:
-            yield f'pathstar.{option.name} = {value} has no effect without a dataset = "{PATHSTAR}": leave it out'
+        if config.model.tokenizer_path in GENERATED and corpus.dataset != config.model.tokenizer_path:
+            yield (
+                f'model.tokenizer_path = "{config.model.tokenizer_path}" knows no text but its own, and {section}.dataset = '
+                f'"{corpus.dataset}": change one of them'
+            )
+    used = {config.model.tokenizer_path, *(corpus.dataset for corpus in sections.values())}
+    if config.model.tokenizer_path == SIBLINGS and config.training.context_len < NUM_TOKENS:
+        yield f"training.context_len = {config.training.context_len} cuts pairs of siblings, of {NUM_TOKENS} tokens: raise it"
+    for name in GENERATED:
+        options = getattr(config, name)
+        for option in fields(options) if name not in used else ():
+            if (value := getattr(options, option.name)) != option.default:
+                yield f'{name}.{option.name} = {value} has no effect without a dataset = "{name}": leave it out'
 
 
 def _find_size_conflicts(config: JobConfig, option: str, names: str) -> Iterator[str]:
@@ -302,18 +314,36 @@ def _find_answer_conflicts(config: JobConfig) -> Iterator[str]:
         )
 
 
+def _find_objective_conflicts(config: JobConfig) -> Iterator[str]:
+    objective, future = config.objective, config.future_encoder
+    if None not in (objective.name, future.enable) and future.enable != (objective.name == "future"):
+        yield (
+            f'future_encoder.enable = {json.dumps(future.enable)} beside objective.name = "{objective.name}": leave it out, '
+            "the name alone decides"
+        )
+    users = {"loss_weight": ("mtp", "top", "fsp_bow"), "mtp_tokens": ("mtp",), "window": ("top", "fsp_bow")}
+    for option in fields(Objective):
+        value, allowed = getattr(objective, option.name), users.get(option.name, (config.objective_name,))
+        if value != option.default and config.objective_name not in allowed:
+            names = " or ".join(f'"{name}"' for name in allowed)
+            yield (
+                f'objective.{option.name} = {value} has no effect with objective.name = "{config.objective_name}": leave it out, '
+                f"or set the name to {names}"
+            )
+
+
 def _find_schedule_conflicts(config: JobConfig) -> Iterator[str]:
     steps = config.training.steps
     if config.uses_future and config.future_encoder.start_step > steps:
         yield (
             f"future_encoder.start_step = {config.future_encoder.start_step} is after the last step, training.steps = {steps}: "
-            "start earlier or set future_encoder.enable = false"
+            'start earlier or set objective.name = "next_token"'
         )
     if config.experimental.freeze_lm_for_infonce:
         if not config.uses_future:
             yield (
                 "experimental.freeze_lm_for_infonce = true leaves nothing to train: "
-                "it needs future_encoder.enable = true and future_encoder.loss_weight > 0"
+                'it needs objective.name = "future" and future_encoder.loss_weight > 0'
             )
         elif config.future_encoder.start_step > 1:
             yield (
@@ -338,6 +368,33 @@ def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
         yield (
             f"future_encoder.temperature = {future.temperature} is below {LOWEST_LEARNED_TEMPERATURE}, the "
             "lowest that future_encoder.learnable_temperature allows: raise it or do not learn it"
+        )
+    if future.learnable_temperature and future.temperature > HIGHEST_LEARNED_TEMPERATURE:
+        yield (
+            f"future_encoder.temperature = {future.temperature} is above {HIGHEST_LEARNED_TEMPERATURE}, the "
+            "highest that future_encoder.learnable_temperature allows: lower it or do not learn it"
+        )
+    if future.learnable_temperature and future.estimator_type != "infonce":
+        yield (
+            f"future_encoder.learnable_temperature = true has no effect with future_encoder.estimator_type = "
+            f'"{future.estimator_type}": leave it out'
+        )
+    if future.estimator_type not in CONTRASTIVE:
+        for name in ("negatives", "exclude_neighbors", "exclude_duplicates"):
+            if getattr(future, name) != getattr(FutureEncoder(), name):
+                yield (
+                    f"future_encoder.{name} is about negatives, and future_encoder.estimator_type = "
+                    f'"{future.estimator_type}" has none: leave it out'
+                )
+    if future.ema_decay != FutureEncoder().ema_decay and future.target != "ema":
+        yield (
+            f'future_encoder.ema_decay = {future.ema_decay} has no effect with future_encoder.target = "{future.target}": leave '
+            "it out"
+        )
+    if future.target in ("mean_embedding", "causal") and future.precision == "fp8":
+        yield (
+            f'future_encoder.precision = "fp8" has no effect with future_encoder.target = "{future.target}", which has no '
+            "anti-causal pass: leave it out"
         )
     if future.max_anchors == 1:
         yield "future_encoder.max_anchors = 1 leaves no negatives: allowed are 0 (all) and 2 or more"

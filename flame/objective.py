@@ -1,4 +1,4 @@
-"""The method: both forwards and both losses of one packed batch, and what is logged of them."""
+"""The method: both forwards and both losses of one packed batch."""
 
 from __future__ import annotations
 
@@ -6,84 +6,161 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from flame.components.metrics import Metrics
+from flame.components.seeds import derive_seed
 from flame.config import JobConfig
 from flame.data.batch import NO_LABEL, PackedBatch
+from flame.instruments.representations import Observed
+from flame.models.anchors import Anchors, find_anchor_room, find_excluded, select_anchors
+from flame.models.candidate_pool import Pool, Share, agree_on_size, build_pools
+from flame.models.estimator import Contrast
 from flame.models.future_lm import FutureLM
-from flame.models.future_mask import count_anchors, draw_anchors, find_anchors, find_neighbors, find_room, list_marked
+from flame.models.future_mask import find_room, list_marked
+from flame.models.future_targets import hash_futures
 from flame.models.gradient_guard import guard_gradient
 from flame.models.losses import linear_cross_entropy
-from flame.models.mi_estimator import Contrast
 from flame.models.softmax_rows import count_chunk_rows
+from flame.models.summaries import shuffle_valid, summarize
+
+
+class Parts(NamedTuple):
+    """What to compute of a packed batch."""
+
+    aux: bool
+    """The loss beside the next token's."""
+    ce: bool = True
+    hits: bool = False
+    observed: bool = False
 
 
 class Losses(NamedTuple):
     """Sums over one packed batch, to be divided by global counts; None where not computed."""
 
     ce_sum: Tensor | None
-    contrast: Contrast | None
+    aux: Contrast | None
+    """Of the objective beside the next token. The anchors of one that is not the future's are all labels."""
     is_hit: Tensor | None = None
     """bool [T]: where the label is the token that scores highest."""
+    observed: Observed | None = None
 
 
-def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, with_future: bool, with_hits: bool = False) -> Losses:
-    """Both forwards and both losses of one packed batch of T tokens. Run it as `model(compute_losses, ...)`."""
-    future, frozen = config.future_encoder, config.experimental.freeze_lm_for_infonce
+def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, parts: Parts, pool: Pool | None = None) -> Losses:
+    """Both forwards and both losses of one packed batch of T tokens. Run it as `model(compute_losses, ...)`.
 
+    Args:
+        pool: candidates of all packed batches of the step, this one's among them; None compares within the batch.
+    """
     # 1. Anti-causal forward: summaries F [T, d] of each position's future. Labels: no gradient, no logits. It comes before the
     #    causal forward, so that its working memory is free again before that one's activations are kept.
-    summaries = None
-    if with_future:
-        with torch.no_grad():
-            summaries = model.encode_future(batch, future.future_k).detach()
+    share: Share | Pool | None = pool
+    anchors = None
+    if parts.aux and model.predictor is not None:
+        room = find_anchor_room(batch, config) if pool is None else pool.size
+        anchors = select_anchors(batch, config, room)
+        share = pool or collect_candidates(model, batch, config, room)
 
     # 2. Causal forward of the same network: hidden states h [T, d], and next-token cross entropy from them.
     hidden_states = model.encode_past(batch)
-    ce_sum = None if frozen else _compare_with_next(model, hidden_states, batch, config)
-    is_hit = find_hits(hidden_states, model.output_embedding, batch.labels[0]) if with_hits else None
-    if summaries is None:
-        return Losses(ce_sum, None, is_hit)
+    positions = _list_predicted(batch, config)
+    ce_sum = None
+    if parts.ce and not config.experimental.freeze_lm_for_infonce:
+        ce_sum = linear_cross_entropy(_pick(hidden_states, positions), model.output_embedding, _pick(batch.labels[0], positions))
+    is_hit = find_hits(hidden_states, model.output_embedding, batch.labels[0]) if parts.hits else None
 
-    # 3. Position t guesses F at t + target_shift; the summaries of all other anchors are the negatives.
-    return Losses(ce_sum, _contrast_with_future(model, guard_gradient(hidden_states), summaries, batch, config), is_hit)
+    # 3. Position t guesses F at t + target_shift; the summaries of other anchors are the negatives. (Or a rival of this loss.)
+    aux = observed = None
+    if anchors is not None and share is not None:
+        seen = anchors.pick(_choose_inputs(model, hidden_states, batch, config))
+        aux, observed = _contrast_with_future(model, seen, batch, anchors, share, config, parts.observed)
+    elif parts.aux and model.rival is not None:
+        aux = _run_rival(model, guard_gradient(hidden_states), batch, positions)
+    return Losses(ce_sum, aux, is_hit, observed)
 
 
-def _compare_with_next(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, config: JobConfig) -> Tensor:
-    """Sum of the cross entropies from hidden_states [T, d]. Where only answers count, no other position has logits."""
-    labels = batch.labels[0]
+def collect_candidates(model: FutureLM, batch: PackedBatch, config: JobConfig, room: int) -> Share:
+    """The summaries that the guesses of a packed batch are for, row by row of its anchors; they are each other's negatives.
+
+    Args:
+        room: places for anchors, from `find_anchor_room` or more.
+    """
+    assert model.estimator is not None
+    future = config.future_encoder
+    anchors = select_anchors(batch, config, room)
+    with torch.no_grad():
+        summaries = summarize(model, batch, future).detach()
+        targets = anchors.pick_ahead(summaries, future.target_shift)
+        keys = None
+        if future.exclude_duplicates:
+            reach = future.future_k * model.lm.config.num_hidden_layers + 1 if future.future_k else 0
+            keys = anchors.pick_ahead(hash_futures(batch.input_ids[0], batch.segment_ids[0], reach), future.target_shift)
+        if future.target == "shuffled":
+            order = shuffle_valid(anchors.is_valid, derive_seed(config.training.seed, batch.sequence_index))
+            targets, keys = targets[order], None if keys is None else keys[order]
+        return Share(model.estimator.encode_targets(targets), anchors.is_valid, keys)
+
+
+def gather_pools(model: FutureLM, batches: list[PackedBatch], config: JobConfig) -> list[Pool] | list[None]:
+    """For each packed batch of this rank the candidates of the whole step, before its first forward with gradient; None where
+    candidates are those of the batch. A collective call, once a step."""
+    if not config.uses_future or config.future_encoder.negatives == "local":
+        return [None] * len(batches)
+    room = max(find_anchor_room(batch, config) for batch in batches)
     if config.training.loss_on == "answer":
-        positions = list_marked(labels != NO_LABEL, find_room(batch.num_labels, len(labels)))
-        hidden_states, labels = hidden_states[positions], labels[positions]
-    return linear_cross_entropy(hidden_states, model.output_embedding, labels)
+        room = agree_on_size(room, batches[0].input_ids.device)
+    return build_pools([model(collect_candidates, batch, config, room) for batch in batches])
+
+
+def _choose_inputs(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, config: JobConfig) -> Tensor:
+    """What guesses are made from: [T, d]."""
+    if config.future_predictor.input == "embedding":
+        return model.lm.get_input_embeddings()(batch.input_ids)[0].detach()
+    return guard_gradient(hidden_states)
 
 
 def _contrast_with_future(
-    model: FutureLM, hidden_states: Tensor, summaries: Tensor, batch: PackedBatch, config: JobConfig
-) -> Contrast:
-    """Compare guesses from hidden_states [T, d] with summaries [T, d], at all anchors or at `max_anchors` of them.
-
-    Where only answers count, so do only the anchors whose next token is one. The others are neither guessed for nor negatives.
-    """
+    model: FutureLM,
+    seen: Tensor,
+    batch: PackedBatch,
+    anchors: Anchors,
+    share: Share | Pool,
+    config: JobConfig,
+    with_observed: bool,
+) -> tuple[Contrast, Observed | None]:
+    """Compare guesses from seen [n, d] with their summaries."""
     assert model.predictor is not None and model.estimator is not None
-    future = config.future_encoder
-    shift = future.target_shift
-    segment_ids = batch.segment_ids[0]
-    valid = find_anchors(segment_ids, shift)
-    excluded = find_neighbors(segment_ids, future.exclude_neighbors) if future.exclude_neighbors else None
-    room = future.max_anchors or len(valid)
-    if config.training.loss_on == "answer":
-        valid = valid & (batch.labels[0] != NO_LABEL)
-        room = find_room(count_anchors(batch.cu_seqlens, shift, room, batch.piece_labels), min(room, len(valid)))
-    if room < len(valid):
-        positions, valid = draw_anchors(valid, room, (config.training.seed << 32) + batch.sequence_index)
-        hidden_states, targets = hidden_states[positions], summaries[(positions + shift) % len(summaries)]
-        if excluded is not None:
-            first, last = (edge[positions] for edge in excluded)
-            excluded = torch.searchsorted(positions, first), torch.searchsorted(positions, last, side="right") - 1
-    else:
-        targets = torch.cat([summaries[shift:], summaries[:shift]])
-    return model.estimator.contrast(model.predictor(hidden_states), targets, valid, excluded)
+    guesses = model.predictor(seen)
+    candidates = share.compare_with(find_excluded(batch, anchors, config.future_encoder.exclude_neighbors))
+    aux = model.estimator.contrast_among(guesses, anchors.is_valid, candidates)
+    if not with_observed:
+        return aux, None
+    positions = torch.arange(len(seen), device=seen.device) if anchors.positions is None else anchors.positions
+    targets = candidates.summaries[candidates.own]
+    return aux, Observed(seen.detach(), guesses.detach(), targets, positions, anchors.is_valid)
+
+
+def _run_rival(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, positions: Tensor | None) -> Contrast:
+    assert model.rival is not None
+
+    def encode(part: PreTrainedModel, embeddings: Tensor) -> Tensor:
+        return model.encode_embeddings(part, embeddings, batch)
+
+    labels = _pick(batch.labels[0], positions)
+    loss_sum = model.rival(hidden_states, batch, positions, labels, model.output_embedding, encode)
+    count = loss_sum.new_full((), batch.num_labels)
+    return Contrast(loss_sum, count, torch.zeros_like(count), {})
+
+
+def _list_predicted(batch: PackedBatch, config: JobConfig) -> Tensor | None:
+    """Positions that have logits, int64 [n]: where only answers count, those with labels and some to fill up. None is all T."""
+    if config.training.loss_on == "all":
+        return None
+    labels = batch.labels[0]
+    return list_marked(labels != NO_LABEL, find_room(batch.num_labels, len(labels)))
+
+
+def _pick(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows[positions]
 
 
 @torch.no_grad()
@@ -95,30 +172,3 @@ def find_hits(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     for chunk in positions.split(count_chunk_rows(max(len(positions), 1), len(weight), hidden_states.dtype)):
         is_hit[chunk] = (hidden_states[chunk] @ weight.t()).argmax(dim=-1) == labels[chunk]
     return is_hit
-
-
-def record_losses(
-    metrics: Metrics, losses: Losses, batch: PackedBatch, sources: list[str], prefix: str = "", times: int = 1
-) -> None:
-    """Record the losses of one packed batch as means per label and per anchor.
-
-    Args:
-        sources: names of all sources of the mixture. Where there are several, cross entropy is recorded for each.
-        prefix: of the metrics' names.
-        times: 0 records the names alone, which all ranks must have in common.
-    """
-
-    def record(name: str, total: Tensor, count: Tensor | int, weight: int = times) -> None:
-        metrics.record_mean(prefix + name, total if weight else 0.0, count if weight else 0)
-
-    if losses.ce_sum is not None:
-        record("ce_loss", losses.ce_sum, batch.num_labels)
-        for name in sources if len(sources) > 1 else ():
-            record(f"ce_loss/{name}", losses.ce_sum, batch.num_labels, times * (name == batch.source))
-    if losses.contrast is not None:
-        contrast = losses.contrast
-        record("aux_loss", contrast.loss_sum, contrast.num_anchors)
-        record("mi_lower_bound", contrast.mi_sum, contrast.num_anchors)
-        record("infonce_accuracy", contrast.correct, contrast.num_anchors)
-        record("positive_cosine", contrast.positive_cosine_sum, contrast.num_anchors)
-        record("negative_cosine", contrast.negative_cosine_sum, contrast.num_anchors)

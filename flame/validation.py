@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flame.components.distributed import check_same_on_all_ranks, sum_over_ranks
 from flame.components.loggers import VALIDATION_PREFIX
+from flame.components.loss_metrics import record_losses
 from flame.components.metrics import Metrics
 from flame.config import PATHSTAR, JobConfig
 from flame.data.batch import PackedBatch, build_batch
@@ -20,7 +21,7 @@ from flame.data.loader import explain_no_answers
 from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
-from flame.objective import compute_losses, record_losses
+from flame.objective import Parts, compute_losses
 
 
 class Validator:
@@ -54,11 +55,11 @@ class Validator:
         self._rounds = -(-len(batches) // world_size)
         self._filler = batches[0]
 
-    def run(self, model: FutureLM, with_future: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+    def run(self, model: FutureLM, with_aux: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Measure; all ranks call it.
 
         Args:
-            with_future: compute the future loss too.
+            with_aux: compute the loss beside the next token's too.
             is_stopped: asked before each sequence; when it is true on any rank, all give up.
 
         Returns:
@@ -74,14 +75,15 @@ class Validator:
                         return None
                     has_own = turn < len(self._own)
                     batch = (self._own[turn] if has_own else self._filler).to(self._device)
-                    losses = model(compute_losses, batch, self._config, with_future, self._has_answers)
+                    losses = model(compute_losses, batch, self._config, Parts(with_aux, hits=self._has_answers))
                     record_losses(metrics, losses, batch, self._sources, VALIDATION_PREFIX, times=int(has_own))
                     if losses.is_hit is not None:
                         self._record_answers(metrics, losses.is_hit, batch, times=int(has_own))
         finally:
             model.train()
         values = metrics.collect()
-        weights = {"ce_loss": 1.0, "aux_loss": self._config.future_encoder.loss_weight}
+        chosen = self._config.future_encoder if self._config.uses_future else self._config.objective
+        weights = {"ce_loss": 1.0, "aux_loss": chosen.loss_weight}
         found = {name: VALIDATION_PREFIX + name for name in weights if VALIDATION_PREFIX + name in values}
         return values | {VALIDATION_PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
 
@@ -89,9 +91,9 @@ class Validator:
         answers = judge_answers(is_hit, batch)
         record = {"exact_match": answers.is_exact}
         if self._has_branches:
-            record["first_branch"] = answers.has_third_token
+            record["first_branch"] = answers.has_second_token
         for name, is_right in record.items():
-            metrics.record_mean(VALIDATION_PREFIX + name, float(is_right.sum()) * times, len(is_right) * times)
+            metrics.record_mean(VALIDATION_PREFIX + name, is_right.sum() if times else 0.0, len(is_right) * times)
 
 
 class AnswersJudged(NamedTuple):
@@ -100,9 +102,9 @@ class AnswersJudged(NamedTuple):
     is_exact: Tensor
     """Greedy decoding from the prompt gives the answer, up to and with the end of the text. It does exactly where each token of
     the answer scores highest behind the true tokens before it: up to the first miss, those are what decoding has produced."""
-    has_third_token: Tensor
-    """Its third token scores highest behind the true ones before. The answer to a path-star graph begins with the start node and
-    a comma, so that is the first arm taken."""
+    has_second_token: Tensor
+    """Its second token scores highest behind the true ones before. The answer to a path-star graph begins with the start node,
+    so that is the arm taken."""
 
 
 def judge_answers(is_hit: Tensor, batch: PackedBatch) -> AnswersJudged:
@@ -112,8 +114,8 @@ def judge_answers(is_hit: Tensor, batch: PackedBatch) -> AnswersJudged:
     ends = batch.cu_seqlens[1:].long()[torch.from_numpy(is_whole).to(is_hit.device)]
     hits = torch.cat([is_hit.new_zeros(1, dtype=torch.long), is_hit.cumsum(0)])  # before each position
     first = ends - 1 - counts  # predicts the first token of the answer
-    third = torch.minimum(first + 2, ends - 2)  # or the last one of a shorter answer
-    return AnswersJudged(hits[ends - 1] - hits[first] == counts, is_hit[third])
+    second = torch.minimum(first + 1, ends - 2)  # or the last one of a shorter answer
+    return AnswersJudged(hits[ends - 1] - hits[first] == counts, is_hit[second])
 
 
 def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:

@@ -19,7 +19,7 @@ from triton.runtime.autotuner import Autotuner
 from flame.models.causal_lm import load_model_config
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from tests.helpers import CPU, future_config, pack, random_batch
 
 TOYS: dict[str, dict] = {
@@ -131,7 +131,7 @@ def check_loss_is_the_familys_own(name: str, device: torch.device) -> None:
     total = BOUNDARIES[device.type][-1]
     batch = random_batch(torch.tensor([0, total], dtype=torch.int32)).to(device)
     with torch.no_grad():
-        found = model(compute_losses, batch, future_config(), False).ce_sum / batch.num_labels
+        found = model(compute_losses, batch, future_config(), Parts(aux=False)).ce_sum / batch.num_labels
         if device.type == "cuda":
             expected = model.lm(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
         else:  # the fused loss needs a GPU

@@ -25,7 +25,7 @@ from flame.data.state import DataState
 from flame.data.streams import PackedSequence, Piece, Stream
 from flame.errors import UserError
 from flame.models.future_mask import count_anchors, find_anchors, find_room
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from flame.train import Trainer
 from flame.validation import judge_answers
 from tests.helpers import build_unsharded, future_config
@@ -128,14 +128,14 @@ def test_both_losses_are_their_definitions(model, seed, reach, at_most, shift):
     config = answer_config(exclude_neighbors=reach, max_anchors=at_most, target_shift=shift)
     (batch,) = pack_documents([[int(i) for i in document] for document in documents], 100, 16, 1)
     assert batch.num_labels < 64 < 100  # so that rows are chosen, and fill up
-    found = model(compute_losses, batch, config, True)
+    found = model(compute_losses, batch, config, Parts(aux=True))
     rows = [t for t, label in enumerate(batch.labels[0].tolist()) if label != NO_LABEL]
     segment = batch.segment_ids[0].tolist()
     anchors = [t for t in rows if t + shift < 100 and segment[t + shift] == segment[t]]
     if at_most == 3:
-        assert found.contrast.num_anchors == 3
+        assert found.aux.num_anchors == 3
         return
-    assert found.contrast.num_anchors == len(anchors)
+    assert found.aux.num_anchors == len(anchors)
 
     hidden = model.encode_past(batch)
     with torch.no_grad():
@@ -147,19 +147,19 @@ def test_both_losses_are_their_definitions(model, seed, reach, at_most, shift):
         kept = [u for u in anchors if u == t or segment[u] != segment[t] or abs(u - t) > reach]
         scores = torch.stack([torch.cosine_similarity(guesses[t], summaries[u + shift], dim=0) for u in kept]) / 0.1
         aux = aux + scores.logsumexp(0) - scores[kept.index(t)]
-    assert found.ce_sum.item() == pytest.approx(ce.item()) and found.contrast.loss_sum.item() == pytest.approx(aux.item())
+    assert found.ce_sum.item() == pytest.approx(ce.item()) and found.aux.loss_sum.item() == pytest.approx(aux.item())
     weights = [*model.parameters()]
     expected = torch.autograd.grad(ce + 0.3 * aux, weights, allow_unused=True)
-    gradients = torch.autograd.grad(found.ce_sum + 0.3 * found.contrast.loss_sum, weights, allow_unused=True)
+    gradients = torch.autograd.grad(found.ce_sum + 0.3 * found.aux.loss_sum, weights, allow_unused=True)
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-7, atol=1e-9)
 
 
 def test_a_pack_without_answers_counts_nothing_and_runs_backward(model):
     (batch,) = pack_documents([[1, 2, 3, 4]], SEQ_LEN, CONTEXT_LEN, 1)
-    losses = model(compute_losses, batch, answer_config(), True)
-    assert losses.ce_sum == losses.contrast.loss_sum == losses.contrast.num_anchors == 0
-    gradients = torch.autograd.grad(losses.ce_sum + losses.contrast.loss_sum, [*model.parameters()], allow_unused=True)
+    losses = model(compute_losses, batch, answer_config(), Parts(aux=True))
+    assert losses.ce_sum == losses.aux.loss_sum == losses.aux.num_anchors == 0
+    gradients = torch.autograd.grad(losses.ce_sum + losses.aux.loss_sum, [*model.parameters()], allow_unused=True)
     assert not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
@@ -168,7 +168,7 @@ def test_flops_are_those_of_what_counts():
     (batch,) = pack_documents([[1, 2, 0, 4, 5, 6]], SEQ_LEN, CONTEXT_LEN, 1)  # 4 documents with 3 answer tokens each
     every, counted = (counter.count(batch.cu_seqlens, True, labels) for labels in (None, batch.piece_labels))
     assert every.next_token - counted.next_token == 6 * counter.head * (24 - 12) and every.future == counted.future
-    assert counted.infonce == 6 * counter.predictor * 12 + 4 * 12**2 * counter.width
+    assert counted.heads == 6 * counter.predictor * 12 + 4 * 12**2 * counter.width
 
 
 # --- validation ---
@@ -179,15 +179,15 @@ def test_flops_are_those_of_what_counts():
 def test_answers_are_judged_by_document(data, documents):
     (batch,) = pack_documents(documents, SEQ_LEN, CONTEXT_LEN, 1)
     is_hit = data.draw(st.lists(st.booleans(), min_size=SEQ_LEN, max_size=SEQ_LEN))
-    exact, third = [], []
+    exact, second = [], []
     for piece, (start, end) in zip(batch.documents, zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False), strict=True):
         document = documents[piece.document]
         if (piece.start, piece.end) == (0, len(document)) and SEPARATOR in document[:-1]:
             first = int(start) + document.index(SEPARATOR)
             exact.append(all(is_hit[first : int(end) - 1]))
-            third.append(is_hit[min(first + 2, int(end) - 2)])
+            second.append(is_hit[min(first + 1, int(end) - 2)])
     judged = judge_answers(torch.tensor(is_hit) & (batch.labels[0] != NO_LABEL), batch)
-    assert (judged.is_exact.tolist(), judged.has_third_token.tolist()) == (exact, third)
+    assert (judged.is_exact.tolist(), judged.has_second_token.tolist()) == (exact, second)
 
 
 def test_an_exact_match_is_what_greedy_decoding_gives(model):
@@ -211,7 +211,7 @@ def test_an_exact_match_is_what_greedy_decoding_gives(model):
     cu_seqlens = np.asarray(cuts, dtype=np.int32)
     batch = build_batch(PackedSequence(np.asarray(ids), cu_seqlens, "a", 0, Cursor(0, 0, 0, 0), pieces, 0, counts), 0)
     with torch.no_grad():
-        losses = model(compute_losses, batch, answer_config(), False, True)
+        losses = model(compute_losses, batch, answer_config(), Parts(aux=False, hits=True))
     assert judge_answers(losses.is_hit, batch).is_exact.tolist() == expected
     assert 2 <= sum(expected) <= 10
 
@@ -259,7 +259,7 @@ def test_losses_of_a_run_are_means_over_its_answers(workspace, tmp_path):  # noq
     set_single_process_defaults()
     changes = GRAPHS | {"training__steps": 1, "future_predictor__dropout": 0.0, "checkpoint__enable_checkpoint": False}
     trainer = Trainer(read_config(options(workspace, run, **changes), 1))
-    sums = []
+    sums = {}  # of the packs; one that is looked at more closely is run several times
     original = trainer.model.forward
 
     def keep(step, batch, *args):
@@ -269,20 +269,19 @@ def test_losses_of_a_run_are_means_over_its_answers(workspace, tmp_path):  # noq
             t
             for start, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False)
             for t in range(start, end - 1)
-            if 12 in batch.input_ids[0, start : t + 1].tolist() and batch.documents[_index(batch, start)].start == 0
+            if 11 in batch.input_ids[0, start : t + 1].tolist() and batch.documents[_index(batch, start)].start == 0
         ]
         if trainer.model.training:
-            sums.append(
-                (F.cross_entropy(logits[rows], batch.input_ids[0][[t + 1 for t in rows]], reduction="sum").item(), len(rows))
-            )
+            total = F.cross_entropy(logits[rows], batch.input_ids[0][[t + 1 for t in rows]], reduction="sum").item()
+            sums[batch.sequence_index] = total, len(rows)
         return original(step, batch, *args)
 
     trainer.model.forward = keep
     trainer.train()
     row = next(row for row in read_metrics(run) if "ce_loss" in row)
-    assert len(sums) == 4
-    assert row["ce_loss"] == pytest.approx(math.fsum(s for s, _ in sums) / sum(n for _, n in sums), rel=1e-5)
-    assert row["anchors"] == sum(n for _, n in sums)
+    assert list(sums) == [0, 1, 2, 3]
+    assert row["ce_loss"] == pytest.approx(math.fsum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()), rel=1e-5)
+    assert row["anchors"] == sum(n for _, n in sums.values())
 
 
 def _index(batch: PackedBatch, start: int) -> int:

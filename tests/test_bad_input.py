@@ -240,7 +240,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def prepare(config: JobConfig) -> None:
     """What a run does, options read, before its processes meet."""
-    tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.generators)
     check_fits_run(load_model_config(config.model.config, config.model.trust_remote_code), len(tokenizer), config)
     mixture = open_mixture(config, tokenizer)
     if config.validation.interval:

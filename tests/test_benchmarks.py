@@ -21,7 +21,7 @@ from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turn
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
 from flame.models.causal_lm import load_model_config
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from flame.train import Trainer
 from tests.helpers import build_unsharded, future_config, random_batch, tiny_llama
 from tests.test_train import leave_no_trace, options, workspace  # noqa: F401 - fixtures
@@ -97,13 +97,13 @@ def test_planned_has_our_losses(uncompiled):
     cu = torch.tensor([0, 1, 60, 100, 133], dtype=torch.int32)
     batch, config, model_config = random_batch(cu), future_config(), tiny_llama(initializer_range=0.3)
     ours = build_unsharded(config, model_config)
-    expected = ours(compute_losses, batch, config, True)
-    assert expected.contrast.num_anchors == 129
+    expected = ours(compute_losses, batch, config, Parts(aux=True))
+    assert expected.aux.num_anchors == 129
     planned = in_float32(Planned(model_config, batch), ours)
     planned.anchors = (batch.labels[0] >= 0).nonzero()[:, 0]  # all, where a step would take 128
     ce, aux = planned.losses()
     torch.testing.assert_close(ce, expected.ce_sum / batch.num_labels)
-    torch.testing.assert_close(aux, expected.contrast.loss_sum / 129)
+    torch.testing.assert_close(aux, expected.aux.loss_sum / 129)
 
 
 def test_planned_takes_whole_blocks_of_anchors(uncompiled):
@@ -116,7 +116,7 @@ def test_dense_has_our_cross_entropy_and_steps():
     batch = random_batch(torch.tensor([0, 1, 60, 100, 140], dtype=torch.int32))
     config, model_config = future_config(), tiny_llama(initializer_range=0.3)
     ours = build_unsharded(config, model_config)
-    expected = ours(compute_losses, batch, config, False).ce_sum / batch.num_labels
+    expected = ours(compute_losses, batch, config, Parts(aux=False)).ce_sum / batch.num_labels
     dense = in_float32(Dense(model_config, batch), ours)
     dense.future = dense.future.float()
     ce, aux = dense.losses()

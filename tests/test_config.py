@@ -109,7 +109,7 @@ BAD_COMMAND_LINES = {
     ),
     "not the only choice": (
         ["--future_encoder.estimator_type", "nwj"],
-        ['future_encoder.estimator_type = nwj (command line): allowed is "infonce"'],
+        ['future_encoder.estimator_type = nwj (command line): allowed is "infonce" or "bilinear" or "cosine" or "smooth_l1"'],
     ),
     "not UTF-8": (
         ["--job.description", "\udc80"],
@@ -155,6 +155,25 @@ BAD_COMMAND_LINES = {
         [
             "training.context_len = 9000 is more than training.seq_len = 8192: "
             "a document's piece must fit in a packed sequence; lower the one or raise the other"
+        ],
+    ),
+    "more tokens than a document has": (
+        ["--objective.name", "mtp", "--objective.mtp_tokens", "8", "--training.context_len", "8"],
+        [
+            "objective.mtp_tokens = 8 leaves the last head no token to predict: it must be less than training.context_len = 8",
+        ],
+    ),
+    "an empty bag": (
+        ["--objective.name", "fsp_bow", "--objective.window", "1"],
+        [
+            'objective.window = 1 with objective.name = "fsp_bow": the bag holds the tokens after the next one, up to that many '
+            "ahead: set it to 2 or more, or to 0 for all up to the end of the document"
+        ],
+    ),
+    "a window of a pass that is not made": (
+        ["--objective.name", "future", "--future_encoder.target", "causal", "--future_encoder.future_k", "4"],
+        [
+            'future_encoder.future_k = 4 has no effect with future_encoder.target = "causal", which looks at the past: leave it out'
         ],
     ),
     "conflict with the machine": (

@@ -210,6 +210,21 @@ def test_a_leak_behind_weights_that_start_at_zero_is_found():
     assert not any(layer.attention.o_proj.weight.any() for layer in model.lm.model.layers)
 
 
+def test_a_leak_behind_a_teacher_s_zero_weights_is_found():
+    """A network that reads itself alone may be taught by one whose branches begin at zero."""
+    model = build_unsharded(future_config(target="random"), load_model_config(str(EXAMPLE)))
+
+    def see_all(module, args, kwargs):
+        return args, kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}
+
+    model.teacher.base_model.register_forward_pre_hook(see_all, with_kwargs=True)
+    for layer in model.teacher.model.layers:
+        torch.nn.init.zeros_(layer.attention.o_proj.weight)
+    with pytest.raises(UserError, match="reads across documents: in its anti-causal pass"):
+        check_no_leak(model, CPU, with_future=True)
+    assert not any(layer.attention.o_proj.weight.any() for layer in model.teacher.model.layers)
+
+
 def test_a_forward_that_refuses_what_it_is_given_is_one_line():
     def refuse(_):
         raise TypeError("unexpected keyword argument")
@@ -260,7 +275,7 @@ def test_a_run_begins_with_the_check(workspace, tmp_path, monkeypatch, capsys): 
     def refuse(model, device, with_future, window_k):
         raise UserError(f"checked with {with_future}, {window_k}")
 
-    monkeypatch.setattr("flame.train.check_no_leak", refuse)
+    monkeypatch.setattr("flame.run_setup.check_no_leak", refuse)
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json"}
     with pytest.raises(SystemExit):
         run_here(workspace, tmp_path / "run", future_encoder__future_k=5, **changes)

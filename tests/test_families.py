@@ -23,7 +23,7 @@ from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.families import FAMILIES, find_limits, list_layer_limits
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize, parallelize
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from flame.weights.hf_export import convert
 from flame.weights.hf_weights import load_hf_weights
 from flame.weights.weight_source import find_weights
@@ -103,7 +103,7 @@ def test_the_loss_of_loaded_weights_is_that_of_transformers(name, attention, mes
     batch = random_batch(torch.tensor([0, 40], dtype=torch.int32))
     with torch.no_grad():
         expected = reference(input_ids=batch.input_ids, labels=batch.input_ids).loss
-        losses = model(compute_losses, batch, future_config(), False)
+        losses = model(compute_losses, batch, future_config(), Parts(aux=False))
     assert losses.ce_sum is not None
     torch.testing.assert_close(losses.ce_sum / batch.num_labels, expected, rtol=1e-5, atol=0)
 
@@ -222,7 +222,7 @@ def test_windows_are_those_of_transformers_where_they_are_rare(name):
 def test_flops_count_the_experts_and_pairs_in_use(name):
     model = build_like(build_reference(name))
     config = future_config()
-    flops = FlopCounter(model, config).count(CU, with_future=True)
+    flops = FlopCounter(model, config).count(CU, with_aux=True)
     lengths, limits = CU.diff().tolist(), list_layer_limits(model.lm.config)
     pairs = sum(n_pairs(n, limit or n, own=True) for limit in limits for n in lengths)
     later = sum(n_pairs(n, limit or n, own=False) for limit in limits for n in lengths)
@@ -279,11 +279,11 @@ def test_twenty_steps_lower_both_losses(name, mesh):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch, measured = random_batch(CU), []
     for _ in range(20):
-        losses = model(compute_losses, batch, config, True)
-        assert losses.ce_sum is not None and losses.contrast is not None
-        loss = losses.ce_sum / batch.num_labels + losses.contrast.loss_sum / losses.contrast.num_anchors
+        losses = model(compute_losses, batch, config, Parts(aux=True))
+        assert losses.ce_sum is not None and losses.aux is not None
+        loss = losses.ce_sum / batch.num_labels + losses.aux.loss_sum / losses.aux.num_anchors
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        measured.append((losses.ce_sum.item(), losses.contrast.loss_sum.item()))
+        measured.append((losses.ce_sum.item(), losses.aux.loss_sum.item()))
     assert measured[-1][0] < 0.85 * measured[0][0] and measured[-1][1] < 0.95 * measured[0][1]

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from flame.errors import UserError
 from flame.models import fp8, future_lm
 from flame.models.fp8 import LARGEST, install_fp8, multiply_fp8, quantize_rows
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from tests.helpers import build_unsharded, future_config, random_batch, random_cu_seqlens
 
 
@@ -79,5 +79,5 @@ def test_only_the_anti_causal_pass_is_rounded(monkeypatch):
     with torch.no_grad():  # as in validation
         model.encode_past(batch)
     assert not calls
-    model(compute_losses, batch, future_config(precision="fp8"), True).ce_sum.backward()
+    model(compute_losses, batch, future_config(precision="fp8"), Parts(aux=True)).ce_sum.backward()
     assert len(calls) == 2 * 7  # layers times their matrices, in one pass

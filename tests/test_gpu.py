@@ -19,7 +19,7 @@ from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.parallelize import materialize
 from flame.models.softmax_rows import softmax_rows_
 from flame.models.varlen_attention import DocumentLayout, attend
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
 from tests.toy_families import TOYS, WINDOW, build_toy
@@ -177,9 +177,11 @@ def test_row_kernel_equals_its_definition():
         scores = torch.randn(300, columns, generator=generator).to(dtype)
         own = torch.randint(0, columns - 100, (300,), generator=generator)
         excluded = (own - 3).clamp(min=0), own + 5
+        column_keys = torch.randint(0, 40, (columns,), generator=generator, dtype=torch.int32)
+        keys = column_keys, column_keys[own]
         own[::7] = -1
         scale, count = torch.tensor(10.0), torch.tensor(columns - 50)
-        for options in ((None, None), (count, None), (count, excluded)):
+        for options in ((None, None), (count, None), (count, excluded), (count, None, keys), (count, excluded, keys)):
             exact, found = scores.double(), scores.to(CUDA)
             expected = softmax_rows_(exact, own, scale.double(), *options)
             on_gpu = [
@@ -206,7 +208,7 @@ def test_infonce_equals_float64():
     assert (outcome.loss_sum / outcome.num_anchors).item() == pytest.approx(loss.item(), rel=1e-3)
     error = (found.grad.double().cpu() - exact.grad).norm() / exact.grad.norm()
     assert error < 2e-2
-    assert outcome.mi_sum.item() / len(a) == pytest.approx(math.log(len(a)) - loss.item(), abs=1e-2)
+    assert outcome.measures["mi_lower_bound"][0].item() / len(a) == pytest.approx(math.log(len(a)) - loss.item(), abs=1e-2)
 
 
 def test_cross_entropy_equals_float64():
@@ -319,8 +321,8 @@ def test_a_future_loss_that_is_not_finite_leaves_no_trace_in_the_backbone():
     assert model.predictor is not None
     with torch.no_grad():
         model.predictor.out.weight[0, 0] = math.nan
-    losses = model(compute_losses, batch, future_config(), True)
-    assert losses.contrast.failed == 1 and losses.contrast.loss_sum == 0
-    losses.contrast.loss_sum.backward()
+    losses = model(compute_losses, batch, future_config(), Parts(aux=True))
+    assert losses.aux.failed == 1 and losses.aux.loss_sum == 0
+    losses.aux.loss_sum.backward()
     for name, parameter in model.lm.named_parameters():
         assert parameter.grad is None or not parameter.grad.any(), name

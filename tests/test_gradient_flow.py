@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from flame.config import Experimental, FuturePredictor
 from flame.models.future_encoder import ReversedPasses, reverse_documents
 from flame.models.future_lm import FutureLM
-from flame.train import compute_losses
+from flame.objective import Parts, compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 
 # Families whose layers differ: grouped heads and tied embeddings; QK-norm; norms after the sub-layers; biases.
@@ -106,8 +106,8 @@ def test_reversed_passes_of_a_recurrence():
 def gradients(model: FutureLM, batch, config, weight: float | None = None) -> dict[str, torch.Tensor]:
     """Gradients of the aux loss alone, or of ce + weight * aux."""
     model.zero_grad()
-    losses = model(compute_losses, batch, config, True)
-    loss = losses.contrast.loss_sum if weight is None else losses.ce_sum + weight * losses.contrast.loss_sum
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    loss = losses.aux.loss_sum if weight is None else losses.ce_sum + weight * losses.aux.loss_sum
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -157,7 +157,7 @@ def test_the_anti_causal_pass_builds_no_graph_and_no_logits(monkeypatch):
     monkeypatch.setattr(model, "encode_past", spy(model.encode_past))
     monkeypatch.setattr(model, "encode_future", spy(model.encode_future))
     monkeypatch.setattr(model.lm.lm_head, "forward", lambda *_: pytest.fail("logits were computed"))
-    model(compute_losses, random_batch(random_cu_seqlens(20, 2, seed=3)), config, True)
+    model(compute_losses, random_batch(random_cu_seqlens(20, 2, seed=3)), config, Parts(aux=True))
     (future_grad, summaries), (causal_grad, hidden) = seen
     assert causal_grad and hidden.requires_grad
     assert not future_grad and summaries.grad_fn is None and not summaries.requires_grad
@@ -168,9 +168,9 @@ def test_frozen_language_model_gets_no_gradient_and_no_cross_entropy():
     config.experimental = Experimental(freeze_lm_for_infonce=True)
     model = build_unsharded(config)
     batch = random_batch(random_cu_seqlens(30, 3, seed=4))
-    losses = model(compute_losses, batch, config, True)
+    losses = model(compute_losses, batch, config, Parts(aux=True))
     assert losses.ce_sum is None
-    losses.contrast.loss_sum.backward()
+    losses.aux.loss_sum.backward()
     assert all(p.grad is None for p in model.lm.parameters())
     assert all(p.grad is not None for m in (model.predictor, model.estimator) for p in m.parameters())
 
@@ -182,7 +182,7 @@ def test_targets_are_shifted_inside_documents(shift, seed):
     model = build_unsharded(config).double()
     cu = random_cu_seqlens(24, 4, seed)
     batch = random_batch(cu, seed=seed)
-    losses = model(compute_losses, batch, config, True)
+    losses = model(compute_losses, batch, config, Parts(aux=True))
     with torch.no_grad():
         hidden, summaries = summarize(model, batch, "causal"), summarize(model, batch, "future")
         pairs = [
@@ -192,12 +192,12 @@ def test_targets_are_shifted_inside_documents(shift, seed):
             if t + max(shift, 1) < end
         ]
         if not pairs:
-            assert losses.contrast.loss_sum == 0
+            assert losses.aux.loss_sum == 0
             return
         x = torch.nn.functional.normalize(model.predictor(hidden[[t for t, _ in pairs]]), dim=-1)
         y = torch.nn.functional.normalize(summaries[[u for _, u in pairs]], dim=-1)
         expected = torch.nn.functional.cross_entropy(x @ y.T / 0.1, torch.arange(len(pairs)), reduction="sum")
-    torch.testing.assert_close(losses.contrast.loss_sum, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses.aux.loss_sum, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_pack_without_anchors_adds_exactly_zero_and_runs_backward():
@@ -206,8 +206,8 @@ def test_a_pack_without_anchors_adds_exactly_zero_and_runs_backward():
     batch = random_batch(torch.arange(9, dtype=torch.int32))  # single-token documents
     grads = gradients(model, batch, config, weight=0.5)
     assert all((grad == 0).all() for grad in grads.values())
-    losses = model(compute_losses, batch, config, True)
-    assert losses.contrast.loss_sum == 0 and losses.contrast.num_anchors == 0 and losses.ce_sum == 0
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    assert losses.aux.loss_sum == 0 and losses.aux.num_anchors == 0 and losses.ce_sum == 0
 
 
 def test_the_language_model_starts_the_same_with_and_without_the_future_loss():

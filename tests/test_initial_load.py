@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.tokenizer import build_bytes_tokenizer
-from flame.objective import compute_losses
+from flame.objective import Parts, compute_losses
 from flame.train import Trainer
 from tests.test_train import leave_no_trace, measured, options, run_here, workspace  # noqa: F401 - fixtures
 from tests.toy_families import build_toy
@@ -40,7 +40,7 @@ def test_the_first_loss_is_that_of_the_weights(source, workspace, tmp_path):  # 
     trainer._open_run(trainer._resume())
     batch = trainer._next_batches()[0]
     with torch.no_grad():
-        losses = trainer.model(compute_losses, batch, trainer.config, True)
+        losses = trainer.model(compute_losses, batch, trainer.config, Parts(aux=True))
     trainer._close_run()
     end_processes()
 

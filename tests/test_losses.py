@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.config import LOWEST_LEARNED_TEMPERATURE
+from flame.config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from flame.models import softmax_rows
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.losses import linear_cross_entropy
@@ -57,10 +57,15 @@ def test_infonce_is_its_definition(rows_per_chunk, n, seed, temperature, learnab
     count = int(valid.sum())
     tolerance = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(found.loss_sum, total, **tolerance)
-    assert found.num_anchors == count and found.correct == correct
-    assert found.positive_cosine_sum.item() == pytest.approx(positive, abs=1e-9)
-    assert found.negative_cosine_sum.item() == pytest.approx(negative, abs=1e-9)
-    assert found.mi_sum.item() == pytest.approx(count * math.log(max(count, 1)) - total.item(), abs=1e-8)
+    assert found.num_anchors == count
+    expected = {
+        "mi_lower_bound": count * math.log(max(count, 1)) - total.item(),
+        "infonce_accuracy": correct,
+        "positive_cosine": positive,
+        "negative_cosine": negative,
+    }
+    assert {name: sums.item() for name, (sums, _) in found.measures.items()} == pytest.approx(expected, abs=1e-8)
+    assert all(counted == count for _, counted in found.measures.values())
     if count:
         (3.0 * total).backward()
         torch.testing.assert_close(x.grad, x_loop.grad, **tolerance)
@@ -80,14 +85,14 @@ def test_reductions_and_shapes():
     assert estimator(x, y, torch.zeros(2, 3, dtype=torch.bool)) == 0
     with pytest.raises(ValueError, match="median"):
         estimator(x, y, valid, reduction="median")
-    with pytest.raises(ValueError, match="nwj"):
+    with pytest.raises(ValueError, match='"nwj": allowed are "infonce", "bilinear", "cosine", "smooth_l1"'):
         build_mi_estimator("nwj", 4)
 
 
 def test_collapsed_summaries_are_not_called_accurate():
     x, y = torch.randn(8, 4), torch.ones(8, 4)
     outcome = InfoNCEEstimator(4).contrast(x, y, torch.ones(8, dtype=torch.bool))
-    assert outcome.correct == 0
+    assert outcome.measures["infonce_accuracy"][0] == 0
     assert outcome.loss_sum.item() / 8 == pytest.approx(math.log(8), rel=1e-5)
 
 
@@ -98,15 +103,16 @@ def test_invalid_rows_cannot_be_seen():
     assert InfoNCEEstimator(4)(x, y, valid) == base
 
 
-def test_learned_temperature_has_a_floor():
+@pytest.mark.parametrize(("start", "bound"), [(-20.0, LOWEST_LEARNED_TEMPERATURE), (3.0, HIGHEST_LEARNED_TEMPERATURE)])
+def test_learned_temperature_has_bounds(start, bound):
     estimator = InfoNCEEstimator(4, temperature=0.5, learnable_temperature=True)
     with torch.no_grad():
-        estimator.log_temperature.fill_(-20.0)
+        estimator.log_temperature.fill_(start)
     estimator.limit_temperature()
-    assert estimator.temperature(like=torch.zeros(1)).item() == pytest.approx(LOWEST_LEARNED_TEMPERATURE)
+    assert estimator.temperature(like=torch.zeros(1)).item() == pytest.approx(bound)
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     estimator(x, y, torch.ones(5, dtype=torch.bool)).backward()
-    assert estimator.log_temperature.grad != 0  # it can come back up
+    assert estimator.log_temperature.grad != 0  # it can come back
 
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp", "gated"])
@@ -153,19 +159,3 @@ def test_half_precision_inputs_are_summed_in_float32():
     found = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=1e-2, atol=0.0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["x", "y", "temperature"])
-def test_a_contrast_that_is_not_finite_is_exactly_zero(bad, where):
-    x, y = torch.randn(6, 4).requires_grad_(), torch.randn(6, 4)
-    estimator = InfoNCEEstimator(4, 0.1, learnable_temperature=True)
-    with torch.no_grad():
-        {"x": x[2], "y": y[2], "temperature": estimator.log_temperature}[where][0] = bad
-    outcome = estimator.contrast(x, y, torch.ones(6, dtype=torch.bool))
-    outcome.loss_sum.backward()
-    assert outcome.failed == 1
-    assert all(number == 0 for number in outcome[:-1])
-    # What was not finite itself still turns the zeros that reach it into NaN; the step guard deals with that.
-    assert where == "temperature" or not estimator.log_temperature.grad.any()
-    assert where == "x" or not x.grad.any()

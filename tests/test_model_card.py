@@ -47,7 +47,7 @@ def write(tmp_path: Path, config: JobConfig, rows: list[dict] = ROWS, **counters
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").touch()
-    if config.future_encoder.enable:
+    if config.objective_name != "next_token":
         (tmp_path / "hf" / "future_modules.safetensors").touch()
     write_card(tmp_path / "hf" / "README.md", make_state(config, **counters), checkpoint, 1_234_567, "bfloat16")
     return (tmp_path / "hf" / "README.md").read_text()
@@ -98,8 +98,15 @@ def test_the_future_loss_is_told(tmp_path, config):
     config.future_encoder.loss_weight = 0.25
     config.future_predictor.head_type = "gated"
     text = write(tmp_path, config)
-    assert "infonce, gated predictor, loss_weight 0.25, target_shift 1" in text
+    assert 'infonce, gated predictor, loss_weight 0.25, target "self", target_shift 1' in text
     assert "`future_modules.safetensors` holds the modules that predicted summaries" in text
+
+
+def test_another_objective_is_told(tmp_path, config):
+    config.objective.name, config.objective.mtp_tokens = "mtp", 3
+    text = write(tmp_path, config)
+    assert 'beside it, "mtp": loss_weight 1.0, mtp_tokens 3' in text and "future-prediction" not in text
+    assert '`future_modules.safetensors` holds the heads of "mtp"' in text and "predictor.*" not in text
 
 
 def test_a_card_without_metrics(tmp_path, config):

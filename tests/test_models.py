@@ -92,7 +92,7 @@ def test_flops_count_what_is_computed(lengths, window, shift, tied):
     config = future_config(future_k=window, target_shift=shift)
     model = build_unsharded(config, tiny_llama(tie_word_embeddings=tied))
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    flops = FlopCounter(model, config).count(cu, with_future=True)
+    flops = FlopCounter(model, config).count(cu, with_aux=True)
     few_config = future_config(target_shift=shift, max_anchors=2, projection_dim=8)
 
     tokens = sum(lengths)
@@ -104,10 +104,10 @@ def test_flops_count_what_is_computed(lengths, window, shift, tied):
     predictor = sum(m.weight.numel() for m in model.predictor.modules() if isinstance(m, nn.Linear))
     assert flops.next_token == 6 * (body + head) * tokens + 12 * channels * causal_pairs
     assert flops.future == 2 * body * tokens + 4 * channels * future_pairs
-    assert flops.infonce == 6 * predictor * tokens + 4 * anchors**2 * 32
+    assert flops.heads == 6 * predictor * tokens + 4 * anchors**2 * 32
 
-    few = FlopCounter(build_unsharded(few_config), few_config).count(cu, with_future=True) if tokens > 2 else None
-    assert few is None or few.infonce == 6 * (32 * 32 + 32 * 8) * 2 + 4 * min(anchors, 2) ** 2 * 8
+    few = FlopCounter(build_unsharded(few_config), few_config).count(cu, with_aux=True) if tokens > 2 else None
+    assert few is None or few.heads == 6 * (32 * 32 + 32 * 8) * 2 + 4 * min(anchors, 2) ** 2 * 8
 
 
 def test_an_exported_folder_of_a_family_is_read_back(tmp_path):

@@ -7,27 +7,39 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from flame.config import Corpus, Pathstar
+from flame.config import Corpus, Generators, Pathstar, Siblings
 from flame.config_reader import read_config
-from flame.data.documents import WHOLE, TokenizedSource, open_documents
-from flame.data.lines import open_line
-from flame.data.pathstar import ENDLESS, Size, parse_sizes
+from flame.data.batch import build_batch
+from flame.data.documents import WHOLE, GeneratedDocuments, open_documents
+from flame.data.generated import ENDLESS
+from flame.data.lines import Cursor, open_line
+from flame.data.pathstar import Size, parse_sizes
 from flame.data.sources import open_source
-from flame.data.streams import Stream
+from flame.data.streams import Piece, Stream
 from flame.data.tokenizer import build_bytes_tokenizer, encode_document, find_separator, load_tokenizer
 from flame.errors import UserError
+from flame.validation import judge_answers
 from tests.test_bad_input import expect_one_line
 
 BASE = ["--model.config", "configs/models/pathstar_cpu.json", "--model.tokenizer_path", "pathstar"]
 GRAPHS = [*BASE, "--training.dataset", "pathstar", "--training.dataset_name"]
 
 
+def generate(**options: int) -> Generators:
+    return Generators(Pathstar(**options), Siblings())
+
+
+def load_pathstar(labels: int):
+    return load_tokenizer("pathstar", generators=generate(labels=labels))
+
+
 def open_graphs(sizes: str, section: str = "training", **options: int):
-    return open_source(Corpus(dataset="pathstar", dataset_name=sizes), section, Pathstar(**options))
+    return open_source(Corpus(dataset="pathstar", dataset_name=sizes), section, generate(**options))
 
 
 def parse(document: str) -> tuple[list[tuple[int, int]], int, int, list[int]]:
@@ -81,7 +93,46 @@ def test_documents_are_path_stars_with_the_only_answer(arms, nodes, spare, numbe
     assert len(set(seen)) == len(seen) == size.num_nodes and set(seen) <= set(range(labels))
     (way,) = [arm for arm in found if arm[-1] == goal]
     assert answer == [start, *way]
-    assert len(encode_document(load_tokenizer("pathstar", labels=labels), document)) == size.num_tokens
+    assert len(encode_document(load_pathstar(labels=labels), document)) == size.num_tokens
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(2, 5), st.integers(2, 5)), min_size=1, max_size=3),
+    block=st.integers(0, 2**30 - 1),
+    seed=st.integers(0, 2**31 - 1),
+    section=st.sampled_from(["training", "validation"]),
+    labels=st.sampled_from([21, 30, 10_000]),
+)
+def test_ids_are_those_of_the_text(sizes, block, seed, section, labels):
+    """Whether generated as such or by way of text, and also by a tokenizer that came with exported weights."""
+    names = ",".join(f"{arms}x{nodes}" for arms, nodes in sizes)
+    corpus, options = Corpus(dataset="pathstar", dataset_name=names), generate(labels=labels, seed=seed)
+    tokenizer, texts = load_pathstar(labels=labels), build_bytes_tokenizer()
+    source = open_source(corpus, section, options)
+    documents = open_documents(corpus, section, tokenizer, options)
+    written = open_documents(corpus, section, texts, options)
+    assert isinstance(documents, GeneratedDocuments) and isinstance(written, GeneratedDocuments)
+    size = documents.block_size
+    assert size == written.block_size >= 16
+    for number in (block * size, block * size + 1, block * size + size - 1):
+        text = source.read(number)
+        assert documents.read(number).tolist() == encode_document(tokenizer, text).tolist()
+        assert written.read(number).tolist() == encode_document(texts, text).tolist()
+
+
+def test_ids_are_not_made_by_way_of_text(monkeypatch, tmp_path: Path):
+    def refuse(*_):
+        raise AssertionError
+
+    corpus, options = Corpus(dataset="pathstar", dataset_name="2x3"), generate(labels=6)
+    load_pathstar(labels=6).save_pretrained(tmp_path)
+    monkeypatch.setattr("flame.data.documents.encode_document", refuse)
+    for tokenizer in (load_pathstar(labels=6), load_tokenizer(str(tmp_path))):
+        assert len(open_documents(corpus, "training", tokenizer, options).read(5)) == 19
+    for tokenizer in (load_pathstar(labels=7), build_bytes_tokenizer()):
+        with pytest.raises(AssertionError):
+            open_documents(corpus, "training", tokenizer, options).read(5)
 
 
 def test_labels_edges_and_goals_are_drawn_evenly():
@@ -107,7 +158,7 @@ def test_documents_depend_on_seed_and_number_alone():
     assert open_graphs("2x3", labels=6).read(0) == FIRST_DOCUMENT
 
 
-FIRST_DOCUMENT = "3,2|0,4|0,3|4,1/0,2=0,3,2"
+FIRST_DOCUMENT = "0,4|1,0|5,3|1,5/1,4=1,0,4"
 
 
 def test_sizes_are_mixed_evenly():
@@ -134,10 +185,10 @@ def test_a_fixed_set_comes_again_each_epoch_in_a_new_order():
     documents = open_documents(
         Corpus(dataset="pathstar", dataset_name="2x3"),
         "training",
-        load_tokenizer("pathstar", labels=6),
-        Pathstar(labels=6, graphs=50),
+        load_pathstar(labels=6),
+        generate(labels=6, graphs=50),
     )
-    assert isinstance(documents, TokenizedSource)
+    assert isinstance(documents, GeneratedDocuments)
     line = open_line(documents, WHOLE, 0, 1, 5)
     cursor, epochs = line.first, {}
     for _ in range(150):
@@ -148,25 +199,59 @@ def test_a_fixed_set_comes_again_each_epoch_in_a_new_order():
     assert len({tuple(order) for order in epochs.values()}) == 3
 
 
-def test_endless_sources_repeat_no_number_and_are_packed():
-    tokenizer = load_tokenizer("pathstar", labels=6)
-    documents = open_documents(Corpus(dataset="pathstar", dataset_name="2x3"), "training", tokenizer, Pathstar(labels=6))
+def test_endless_sources_repeat_no_number_and_are_packed(monkeypatch):
+    """Three streams, from block to block, and from the middle of one as from its beginning."""
+    monkeypatch.setattr("flame.data.generated.LARGEST_BLOCK", 8)
+    tokenizer = load_pathstar(labels=6)
+    documents = open_documents(Corpus(dataset="pathstar", dataset_name="2x3"), "training", tokenizer, generate(labels=6))
     seen: list[int] = []
     for index in range(3):
-        stream = Stream(open_line(documents, WHOLE, index, 3, 5), "pathstar", index, seq_len=260, context_len=64)
+        stream = Stream(open_line(documents, WHOLE, index, 3, 5), "pathstar", index, seq_len=190, context_len=64)
         cursor = stream.first_cursor
         for _ in range(20):
             sequence = stream.next_sequence(cursor)
             cursor = sequence.cursor
             seen += [piece.document for piece in sequence.documents]
-            assert sequence.cu_seqlens.tolist() == list(range(0, 261, 26))
+            assert sequence.cu_seqlens.tolist() == list(range(0, 191, 19))
+            whole = [documents.read(piece.document).tolist() for piece in sequence.documents]
+            assert sequence.input_ids.tolist() == [token for document in whole for token in document]
+        fresh = Stream(open_line(documents, WHOLE, index, 3, 5), "pathstar", index, seq_len=190, context_len=64)
+        assert fresh.next_sequence(Cursor(0, 3 * 13 + index, 0, 4)).documents[0] == Piece(seen[200 * index + 13], 4, 19, 0, True)
     assert len(set(seen)) == len(seen) == 600 and max(seen) > ENDLESS // 2
+
+
+def test_wrong_branches_and_wrong_ends_are_told_apart():
+    """In a pack of held-out graphs of three sizes, cut at its end, where some answers take a wrong arm, some err at the end."""
+    corpus, options = Corpus(dataset="pathstar", dataset_name="2x4,3x3,5x5"), generate(labels=30)
+    tokenizer = load_pathstar(labels=30)
+    documents = open_documents(corpus, "validation", tokenizer, options)
+    stream = Stream(open_line(documents, WHOLE, 0, 1, 5), "a", 0, 2000, 80, find_separator(tokenizer, "="))
+    batch = build_batch(stream.next_sequence(stream.first_cursor), 0)
+    source, guesses = open_source(corpus, "validation", options), batch.input_ids[0].tolist()
+    exact, branch = [], []
+    for number, (piece, end) in enumerate(zip(batch.documents, batch.cu_seqlens[1:].tolist(), strict=True)):
+        if not piece.is_last:
+            assert end == 2000
+            continue
+        edges, start, _, answer = parse(source.read(piece.document))
+        places = range(end - 1 - len(answer), end - 1)
+        assert [guesses[place] for place in places] == answer
+        if number % 3 == 1:
+            guesses[places[1]] = next(v for u, v in edges if u == start and v != answer[1])
+        if number % 3 == 2:
+            guesses[places[-1]] = start
+        exact.append(number % 3 == 0)
+        branch.append(number % 3 != 1)
+    is_hit = torch.tensor([*guesses[1:], 0]) == batch.labels[0]
+    judged = judge_answers(is_hit, batch)
+    assert (judged.is_exact.tolist(), judged.has_second_token.tolist()) == (exact, branch)
+    assert len(exact) == len(batch.documents) - 1 > 30
 
 
 @pytest.mark.parametrize("labels", [6, 101])
 def test_the_tokenizer_is_one_token_a_label_and_mark_and_is_exported(tmp_path: Path, labels: int):
-    built = load_tokenizer("pathstar", labels=labels)
-    assert len(built) == labels + 5 and built.eos_token_id == labels + 4
+    built = load_pathstar(labels=labels)
+    assert len(built) == labels + 4 and built.eos_token_id == labels + 3
     source = open_graphs("2x3", labels=labels)
     built.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
@@ -174,22 +259,22 @@ def test_the_tokenizer_is_one_token_a_label_and_mark_and_is_exported(tmp_path: P
         for number in range(50):
             text = source.read(number)
             ids = encode_document(tokenizer, text).tolist()
-            expected = [int(w) if w.isdigit() else labels + ",|/=".index(w) for w in split_words(text)]
-            assert ids == [*expected, labels + 4]
+            expected = [int(w) if w.isdigit() else labels + "|/=".index(w) for w in split_words(text)]
+            assert ids == [*expected, labels + 3]
             assert tokenizer.decode(ids[:-1]) == text
-        assert (len(tokenizer), tokenizer.eos_token) == (labels + 5, "<|endoftext|>")
+        assert (len(tokenizer), tokenizer.eos_token) == (labels + 4, "<|endoftext|>")
 
 
 def split_words(text: str) -> list[str]:
-    for mark in ",|/=":
+    for mark in "|/=":
         text = text.replace(mark, f" {mark} ")
-    return text.split()
+    return text.replace(",", " ").split()
 
 
 def test_separators_are_one_token():
-    graphs, texts = load_tokenizer("pathstar", labels=6), build_bytes_tokenizer()
-    assert find_separator(graphs, "=") == 9 and find_separator(texts, "=") == ord("=")
-    for tokenizer, text in ((graphs, ""), (graphs, "=="), (graphs, "?"), (texts, "=>"), (texts, "é"), (texts, "")):
+    graphs, texts = load_pathstar(labels=6), build_bytes_tokenizer()
+    assert find_separator(graphs, "=") == 8 and find_separator(texts, "=") == ord("=")
+    for tokenizer, text in ((graphs, ""), (graphs, "=="), (graphs, "?"), (graphs, ","), (texts, "=>"), (texts, "é"), (texts, "")):
         with pytest.raises(UserError) as caught:
             find_separator(tokenizer, text)
         expect_one_line(caught.value, "training.answer_separator = ", "exactly one")
@@ -210,7 +295,7 @@ def test_sizes_as_text():
         ([*GRAPHS[:-1]], ('training.dataset_name = ""', '"5x5"')),
         ([*GRAPHS, "5x5", "--pathstar.labels", "20"], ("pathstar.labels = 20", "training.dataset_name", "5x5 has 21 nodes")),
         ([*GRAPHS, "2x3", "--pathstar.labels", "5"], ("pathstar.labels = 5 leaves 60 graphs", "at least 300")),
-        ([*GRAPHS, "5x5", "--training.context_len", "93"], ("training.context_len = 93", "94 tokens")),
+        ([*GRAPHS, "5x5", "--training.context_len", "68"], ("training.context_len = 68", "69 tokens")),
         ([*GRAPHS, "5x5", "--training.data_files", "a"], ("training.data_files",)),
         ([*GRAPHS, "5x5", "--training.text_column", "a"], ("training.text_column",)),
         ([*GRAPHS, "5x5", "--training.streaming", "true"], ("training.streaming = true",)),

@@ -16,7 +16,9 @@ import datasets
 import numpy as np
 import pytest
 
+from flame.data import span_encoder, token_folder_writer
 from flame.data.token_folder import open_token_folder
+from flame.data.token_folder_writer import TokenFolderWriter
 from flame.data.tokenizer import encode_document, load_tokenizer
 from flame.utils import preprocess
 from tests.test_data_token_folder import make_bpe
@@ -40,8 +42,8 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks made here
-    monkeypatch.setattr(preprocess, "SECONDS_BETWEEN_COMMITS", 0.0)
-    monkeypatch.setattr(preprocess, "LONGEST_SPAN", 3)
+    monkeypatch.setattr(token_folder_writer, "SECONDS_BETWEEN_COMMITS", 0.0)
+    monkeypatch.setattr(span_encoder, "LONGEST_SPAN", 3)
 
 
 @pytest.fixture
@@ -112,8 +114,8 @@ def test_large_vocabularies_take_four_bytes(corpus: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("span", [1, 7, 1000])
 def test_chunks_leave_no_trace(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, span: int) -> None:
     preprocess.main(options(corpus, tmp_path / "whole"))
-    monkeypatch.setattr(preprocess, "CHARACTERS_AT_ONCE", batch)
-    monkeypatch.setattr(preprocess, "LONGEST_SPAN", span)
+    monkeypatch.setattr(span_encoder, "CHARACTERS_AT_ONCE", batch)
+    monkeypatch.setattr(span_encoder, "LONGEST_SPAN", span)
     preprocess.main(options(corpus, tmp_path / "cut"))
     assert read_files(tmp_path / "whole") == read_files(tmp_path / "cut")
 
@@ -192,7 +194,7 @@ def test_killed_again_and_again_goes_on_from_the_last_commit(corpus: Path, tmp_p
     out = tmp_path / "out"
 
     def prepare(moment: int, span: int) -> None:
-        preprocess.LONGEST_SPAN = span
+        span_encoder.LONGEST_SPAN = span
         Death(moment, loses_unsynced=True)
 
     kills = 0
@@ -242,15 +244,15 @@ def is_alive(process: int) -> bool:
 
 def slow_down() -> None:
     """Give a test the time to strike while rows are being written."""
-    commit = preprocess.FolderWriter._commit
+    commit = TokenFolderWriter._commit
 
-    def slow_commit(writer: preprocess.FolderWriter) -> None:
+    def slow_commit(writer: TokenFolderWriter) -> None:
         time.sleep(0.02)
         commit(writer)
 
-    preprocess.FolderWriter._commit = slow_commit  # type: ignore[method-assign]
-    preprocess.SECONDS_BETWEEN_COMMITS = 0.0
-    preprocess.LONGEST_SPAN = 1
+    TokenFolderWriter._commit = slow_commit  # type: ignore[method-assign]
+    token_folder_writer.SECONDS_BETWEEN_COMMITS = 0.0
+    span_encoder.LONGEST_SPAN = 1
 
 
 def fork_workers() -> None:

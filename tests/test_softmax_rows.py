@@ -22,39 +22,51 @@ from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def draw_rows(columns: int, seed: int, has_count: bool, has_excluded: bool):
-    """Scores, own columns (some -1), scale, count, excluded ranges (some empty, some over the own column)."""
+def draw_rows(columns: int, seed: int, has_count: bool, has_excluded: bool, has_keys: bool):
+    """Scores, own columns (some -1), scale, count, excluded ranges (some empty, some over the own column, some beside it), keys
+    of columns and of own columns."""
     generator = torch.Generator().manual_seed(seed)
     rows = 5
     count = int(torch.randint(1, columns + 1, (), generator=generator)) if has_count else columns
     scores = torch.randn(rows, columns, generator=generator)
     own = torch.randint(0, count, (rows,), generator=generator)
-    reach = torch.randint(-1, 3, (2, rows), generator=generator)
+    reach = torch.randint(-3, 4, (2, rows), generator=generator)
     excluded = ((own - reach[0]).clamp(min=0), (own + reach[1]).clamp(max=columns - 1)) if has_excluded else None
+    column_keys = torch.randint(0, 6, (columns,), generator=generator, dtype=torch.int32)
+    keys = (column_keys, column_keys[own]) if has_keys else None
     own[torch.rand(rows, generator=generator) < 0.2] = -1
-    return scores, own, torch.tensor(2.5), torch.tensor(count) if has_count else None, excluded
+    return scores, own, torch.tensor(2.5), torch.tensor(count) if has_count else None, excluded, keys
 
 
-cases = given(columns=st.integers(1, 70), seed=st.integers(0, 10**6), has_count=st.booleans(), has_excluded=st.booleans())
+cases = given(
+    columns=st.integers(1, 70),
+    seed=st.integers(0, 10**6),
+    has_count=st.booleans(),
+    has_excluded=st.booleans(),
+    has_keys=st.booleans(),
+)
 
 
 @cases
-def test_definition_against_autograd(columns, seed, has_count, has_excluded):
-    scores, own, scale, count, excluded = draw_rows(columns, seed, has_count, has_excluded)
+def test_definition_against_autograd(columns, seed, has_count, has_excluded, has_keys):
+    scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     scores, scale = scores.double().requires_grad_(), scale.double().requires_grad_()
     found_grad = scores.detach().clone()
-    found = softmax_rows_(found_grad, own, scale.detach(), count, excluded)
+    found = softmax_rows_(found_grad, own, scale.detach(), count, excluded, keys)
     for i in range(len(scores)):
         if own[i] < 0:
             assert not found_grad[i].any() and all(part[i] == 0 for part in found)
             continue
         left_out = set() if excluded is None else set(range(int(excluded[0][i]), int(excluded[1][i]) + 1)) - {int(own[i])}
+        if keys is not None:
+            left_out |= {j for j in range(columns) if keys[0][j] == keys[0][own[i]]} - {int(own[i])}
         kept = [j for j in range(columns if count is None else int(count)) if j not in left_out]
         loss = F.cross_entropy((scores[i, kept] * scale)[None], torch.tensor([kept.index(int(own[i]))]))
         by_scores, by_scale = torch.autograd.grad(loss, (scores, scale))
         torch.testing.assert_close(found.loss[i], loss.detach())
         torch.testing.assert_close(found_grad[i], by_scores[i] / scale.detach())
         torch.testing.assert_close(found.grad_scale[i], by_scale)
+        assert found.counted[i] == len(kept)
         assert found.own_score[i] == scores[i, own[i]]
         assert found.is_best[i] == all(scores[i, own[i]] > scores[i, j] for j in kept if j != own[i])
 
@@ -68,12 +80,12 @@ def test_an_own_column_that_does_not_count_is_not_passed_over(run):
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernel_in_the_interpreter, in a process of its own")
 @cases
-@how_often(deadline=None, max_examples=60)
-def test_kernel_against_definition(columns, seed, has_count, has_excluded):
-    scores, own, scale, count, excluded = draw_rows(columns, seed, has_count, has_excluded)
+@how_often(deadline=None, max_examples=40)
+def test_kernel_against_definition(columns, seed, has_count, has_excluded, has_keys):
+    scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     found_grad, exact_grad = scores.clone(), scores.double()
-    found = softmax_rows._launch(found_grad, own, scale, count, excluded)
-    exact = softmax_rows._define(exact_grad, own, scale.double(), count, excluded)
+    found = softmax_rows._launch(found_grad, own, scale, count, excluded, keys)
+    exact = softmax_rows._define(exact_grad, own, scale.double(), count, excluded, keys)
     torch.testing.assert_close(found_grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
@@ -94,14 +106,15 @@ def test_kernel_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("has_count", "has_excluded"), [(False, False), (True, False), (True, True)])
-def test_kernel_compiles_for_hopper(dtype, has_count, has_excluded):
+@pytest.mark.parametrize("options", [(), ("COUNT",), ("COUNT", "EXCLUDED"), ("COUNT", "KEYS"), ("COUNT", "EXCLUDED", "KEYS")])
+def test_kernel_compiles_for_hopper(dtype, options):
     """To machine code, which needs no GPU."""
     kernel = softmax_rows._softmax_rows_kernel
-    settings = {"HAS_COUNT": has_count, "HAS_EXCLUDED": has_excluded, "BLOCK": softmax_rows.BLOCK, "STAGES": softmax_rows.STAGES}
+    settings: dict[str, int] = {f"HAS_{name}": name in options for name in ("COUNT", "EXCLUDED", "KEYS")}
+    settings |= {"BLOCK": softmax_rows.BLOCK, "STAGES": softmax_rows.STAGES}
     signature = dict.fromkeys(kernel.arg_names, "*i64") | dict.fromkeys(settings, "constexpr")
     signature |= dict.fromkeys(("row_stride", "rows", "columns"), "i32") | dict.fromkeys(("scale_ptr", "sums_ptr"), "*fp32")
-    signature["scores_ptr"] = f"*{dtype}"
+    signature |= {"scores_ptr": f"*{dtype}", "keys_ptr": "*i32", "own_keys_ptr": "*i32"}
     place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     aligned = {place[name]: [["tt.divisibility", 16]] for name in ("scores_ptr", "row_stride")}
     constants = {place[name]: value for name, value in settings.items()}

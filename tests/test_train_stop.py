@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(workspace, tmp_path, m
 
     takes: list[int] = []
     if moment == "step":
-        arrive(Trainer, "future_weight", lambda trainer: trainer.step == 4)
+        arrive(Trainer, "_average", lambda trainer, *_: trainer.step == 4)
     elif moment == "data wait":
         arrive(Feed, "take", lambda *_: takes.append(1) or len(takes) == 5, gives_up=True)  # type: ignore[func-returns-value]
     elif moment == "save":

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from flame.config import JobConfig
+from flame.config import JobConfig, resolve_objective
 from flame.errors import UserError
 
 # Options that decide which tensors there are and what the data cursors mean. Those of training's corpus hold for each of
@@ -25,15 +25,23 @@ FIXED_OPTIONS = (
     "pathstar.labels",
     "pathstar.graphs",
     "pathstar.seed",
+    "siblings.parents",
+    "siblings.children",
+    "siblings.pairs",
+    "siblings.seed",
     "validation.holdout_every",
     "optimizer.name",
     "optimizer.state_dtype",
+    "objective.mtp_tokens",
+    "future_encoder.target",
     "future_encoder.estimator_type",
     "future_encoder.learnable_temperature",
     "future_encoder.projection_dim",
     "future_predictor.head_type",
     "experimental.freeze_lm_for_infonce",
 )
+
+OBJECTIVE_SECTIONS = ("objective.", "future_encoder.", "future_predictor.")
 
 # Options that say nothing about what the run computes.
 UNTOLD_OPTIONS = ("job.config_file", "job.description")
@@ -54,21 +62,30 @@ def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
         UserError: one line for each option that has changed.
     """
     before, now = flatten(saved), flatten(dataclasses.asdict(config))
-    changed = [
+    changed = [key for key in now if _is_fixed(key) and key in before and now[key] != before[key]]
+    lines = []
+    if saved:
+        learned, learning = find_saved_objective(saved), config.objective_name
+        if learned != learning:
+            changed = [key for key in changed if not key.startswith(OBJECTIVE_SECTIONS)]  # they follow from this one
+            lines.append(
+                f'objective.name = "{learning}" (with future_encoder.loss_weight = {config.future_encoder.loss_weight}), but the '
+                f'run in {config.job.dump_folder} was made with "{learned}": they have different heads; set it back, or start a '
+                "new run in another job.dump_folder"
+            )
+    lines += [
         f"{key} = {json.dumps(now[key])}, but the run in {config.job.dump_folder} was made with "
         f"{json.dumps(before[key])}: set it back, or start a new run in another job.dump_folder"
-        for key in now
-        if _is_fixed(key) and key in before and now[key] != before[key]
+        for key in changed
     ]
-    enabled, weight = before.get("future_encoder.enable"), before.get("future_encoder.loss_weight")
-    if enabled is not None and weight is not None and (enabled and weight > 0) != config.uses_future:
-        changed.append(
-            f"future_encoder.enable = {json.dumps(config.future_encoder.enable)} with loss_weight = "
-            f"{config.future_encoder.loss_weight}, but the run in {config.job.dump_folder} was made with {json.dumps(enabled)} "
-            f"and {weight}: one has a predictor, the other has not; set it back, or start a new run in another job.dump_folder"
-        )
-    if changed:
-        raise UserError(*changed)
+    if lines:
+        raise UserError(*lines)
+
+
+def find_saved_objective(saved: dict[str, Any]) -> str:
+    """What the run of a saved configuration, by section, has learned: a value of `objective.name`."""
+    future = saved.get("future_encoder", {})
+    return resolve_objective(saved.get("objective", {}).get("name"), future.get("enable"), future.get("loss_weight", 1.0))
 
 
 def list_changes(saved: dict[str, Any], config: JobConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 Counted: matrix products of the layers and the output head (2 FLOPs a weight and token forward, 4 backward; of experts, those that
 a token is sent to), attention by the pairs that the masks really allow (4 FLOPs a pair, layer and channel forward, 8 backward),
-predictor and InfoNCE (4 N^2 d).
+predictor and InfoNCE (4 N K d, N anchors against K candidates), the layers and heads of other objectives.
 Not counted: embedding look-ups, norms, the projection of summaries, the recurrences of linear attention, and what activation
 checkpointing computes again.
 """
@@ -16,11 +16,13 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.config import JobConfig
+from flame.components.distributed import get_world_size
+from flame.config import CONTRASTIVE, JobConfig
 from flame.models.families import list_layer_limits, tighten
 from flame.models.future_encoder import find_head_dim, is_recurrent
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import count_anchors
+from flame.models.rivals import Rival
 
 
 class Flops(NamedTuple):
@@ -29,8 +31,8 @@ class Flops(NamedTuple):
     next_token: float
     future: float
     """The anti-causal forward."""
-    infonce: float
-    """Predictor and InfoNCE."""
+    heads: float
+    """Predictor and estimator, or the layers and heads of another objective."""
 
 
 def count_attention_channels(config: PretrainedConfig) -> Counter[int]:
@@ -65,31 +67,56 @@ class FlopCounter:
         self.channels = count_attention_channels(lm_config)
         self.width = config.future_encoder.projection_dim or lm_config.hidden_size
         self.predictor = sum(p.numel() for p in model.predictor.parameters() if p.ndim > 1) if model.predictor else 0
+        self.rival = model.rival
         self.future = config.future_encoder
         self.frozen = config.experimental.freeze_lm_for_infonce
+        is_global = self.future.negatives == "global"
+        self.packs_compared = config.training.gradient_accumulation_steps * get_world_size() if is_global else 1
 
-    def count(self, cu_seqlens: Tensor, with_future: bool, labels: np.ndarray | None = None) -> Flops:
+    def count(self, cu_seqlens: Tensor, with_aux: bool, labels: np.ndarray | None = None) -> Flops:
         """FLOPs of one packed batch, int32 cu_seqlens [S+1] on the CPU.
 
         Args:
+            with_aux: with the loss beside the next token's.
             labels: int64 [S], labels in each piece, where only answers count: the others need neither logits nor guesses.
         """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).double()
         tokens = float(lengths.sum())
         predicted = tokens if labels is None else float(labels.sum())
-        causal_pairs = {limit: _count_later_pairs(lengths, limit) + tokens for limit in self.channels}
-        causal_forward = 2 * self.body * tokens + 4 * self._weigh(causal_pairs)
+        causal_forward = 2 * self.body * tokens + 4 * _count_causal_attention(lengths, self.channels)
         next_token = causal_forward if self.frozen else 3 * (causal_forward + 2 * self.head * predicted)
-        if not with_future:
+        if not with_aux:
             return Flops(next_token, 0.0, 0.0)
-        future_pairs = {limit: _count_later_pairs(lengths, tighten(limit, self.future.future_k)) for limit in self.channels}
-        future = 2 * self.body * tokens + 4 * self._weigh(future_pairs)
-        anchors = count_anchors(cu_seqlens, self.future.target_shift, self.future.max_anchors, labels)
-        guesses = min(tokens, self.future.max_anchors or tokens) if labels is None else anchors
-        return Flops(next_token, future, 6 * self.predictor * guesses + 4 * anchors**2 * self.width)
+        if self.rival is not None:
+            return Flops(next_token, 0.0, self._count_rival(self.rival, lengths, predicted))
+        return Flops(next_token, self._count_summaries(lengths), self._count_contrast(cu_seqlens, labels))
 
-    def _weigh(self, pairs: dict[int, float]) -> float:
-        return sum(channels * pairs[limit] for limit, channels in self.channels.items())
+    def _count_summaries(self, lengths: Tensor) -> float:
+        tokens, future = float(lengths.sum()), self.future
+        if future.target == "mean_embedding":
+            return 0.0
+        if future.target == "causal":
+            return 2 * self.body * tokens + 4 * _count_causal_attention(lengths, self.channels)
+        pairs = {limit: _count_later_pairs(lengths, tighten(limit, future.future_k)) for limit in self.channels}
+        return 2 * self.body * tokens + 4 * sum(channels * pairs[limit] for limit, channels in self.channels.items())
+
+    def _count_contrast(self, cu_seqlens: Tensor, labels: np.ndarray | None) -> float:
+        future = self.future
+        anchors = count_anchors(cu_seqlens, future.target_shift, future.max_anchors, labels)
+        guesses = anchors if labels is not None else min(int(cu_seqlens[-1]), future.max_anchors or int(cu_seqlens[-1]))
+        compared = 4 * anchors**2 * self.width * self.packs_compared if future.estimator_type in CONTRASTIVE else 0
+        between = 6 * anchors * self.width**2 if future.estimator_type == "bilinear" else 0
+        return float(6 * self.predictor * guesses + compared + between)
+
+    def _count_rival(self, rival: Rival, lengths: Tensor, predicted: float) -> float:
+        by_token, by_position = rival.count_weights()
+        attention = sum(_count_causal_attention(lengths, count_attention_channels(c)) for c in rival.list_layer_configs())
+        return 6 * (by_token * float(lengths.sum()) + by_position * predicted) + 12 * attention
+
+
+def _count_causal_attention(lengths: Tensor, channels: Counter[int]) -> float:
+    """Pairs that attend, the token's own one included, times the channels in which they do."""
+    return sum(width * (_count_later_pairs(lengths, limit) + float(lengths.sum())) for limit, width in channels.items())
 
 
 def _count_later_pairs(lengths: Tensor, limit: int) -> float:

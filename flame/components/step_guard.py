@@ -46,8 +46,7 @@ class StepGuard:
 
     def __init__(self, training: Training, folder: Path, model: FutureLM, counters: Counters, device: torch.device):
         self._training, self._path, self._counters, self._device = training, folder / SKIPPED_FILE, counters, device
-        modules = [module for module in (model.predictor, model.estimator) if module is not None]
-        self._future_parameters = [parameter for module in modules for parameter in module.parameters()]
+        self._future_parameters = [parameter for module in model.heads for parameter in module.parameters()]
 
     def settle(self, step_loss: Tensor, outcomes: list[Losses]) -> tuple[Tensor, Tensor]:
         """Sum the loss over ranks, and zero the gradients of predictor and estimator if one of them is not finite.
@@ -63,7 +62,7 @@ class StepGuard:
         is_finite = torch.ones((), device=self._device, dtype=torch.bool)
         for gradient in gradients:
             is_finite &= gradient.isfinite().all().to(self._device)  # offloaded gradients are elsewhere
-        failed = sum((losses.contrast.failed for losses in outcomes if losses.contrast is not None), step_loss.new_zeros(()))
+        failed = sum((losses.aux.failed for losses in outcomes if losses.aux is not None), step_loss.new_zeros(()))
         totals = torch.stack([step_loss, failed.to(step_loss.dtype), (~is_finite).to(step_loss.dtype)])
         dist.all_reduce(totals)
         for gradient in gradients:
@@ -102,7 +101,7 @@ class StepGuard:
             return True
         counters.skipped_futures += 1
         counters.skipped_futures_in_a_row += 1
-        is_bad = [losses.contrast is not None and bool(losses.contrast.failed) for losses in outcomes]
+        is_bad = [losses.aux is not None and bool(losses.aux.failed) for losses in outcomes]
         found = "the future loss, or a gradient of it, is not finite"
         self._report(step, "future loss", found, _name_bad(batches, is_bad), counters.skipped_futures_in_a_row)
         for parameter in self._future_parameters:

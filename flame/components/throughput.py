@@ -14,7 +14,7 @@ from flame.components.flops import Flops
 from flame.components.metrics import Metrics
 from flame.components.titan import get_peak_flops
 
-MFU = ("mfu", "mfu_future", "mfu_infonce")
+MFU = ("mfu", "mfu_future", "mfu_heads")
 
 
 def _get_peak_flops(device: torch.device) -> float:
@@ -79,10 +79,11 @@ class Throughput:
 
     def count_flops(self, flops: Flops) -> None:
         """Count a packed batch of this rank."""
+        self.metrics.record_sum("step_tflops", sum(flops) / 1e12)
         if self.on_gpu:
             self.metrics.record_sum("mfu", sum(flops))
             self.metrics.record_sum("mfu_future", flops.future)
-            self.metrics.record_sum("mfu_infonce", flops.infonce)
+            self.metrics.record_sum("mfu_heads", flops.heads)
 
     def record(self) -> None:
         """Record what the ranks have to agree on; call before `Metrics.collect`."""
@@ -104,6 +105,7 @@ class Throughput:
             if name in values:
                 assert self.peak_flops is not None
                 values[name] /= elapsed * self.peak_flops
+        values["step_tflops"] /= self.steps
         values["data_wait_fraction"] = values["data_wait_seconds"] / elapsed
         values["tokens_per_second"] = self.tokens / elapsed
         values["step_seconds"] = elapsed / self.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ class PackedBatch:
     stream: int
     cursor: Cursor
     """Where the next sequence of this stream of the source begins."""
-    documents: list[Piece]
+    documents: Sequence[Piece]
     """The S pieces: document, token range and epoch of each."""
     bad_rows: int
     """Rows of the source passed over on the way to this sequence."""
@@ -67,17 +67,21 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
     """Derive labels, positions and segments of a packed sequence."""
     starts, ends = sequence.cu_seqlens[:-1], sequence.cu_seqlens[1:]
     lengths = ends.astype(np.int64) - starts
-    labels = np.append(sequence.input_ids[1:], NO_LABEL)
-    labels[ends - 1] = NO_LABEL
-    piece_labels = lengths - 1
-    if sequence.num_labels is not None:
+    input_ids = sequence.input_ids
+    if sequence.num_labels is None:
+        piece_labels = lengths - 1
+        labels = np.append(input_ids[1:], NO_LABEL)
+        labels[ends - 1] = NO_LABEL
+    else:
         piece_labels = sequence.num_labels
-        from_end = np.repeat(ends, lengths) - np.arange(len(labels)) - 1  # 0 at the last token of a piece
-        labels[from_end > np.repeat(piece_labels, lengths)] = NO_LABEL
-    positions = np.arange(len(sequence.input_ids), dtype=np.int64) - np.repeat(starts, lengths)
+        labels = np.full_like(input_ids, NO_LABEL)
+        before = piece_labels.cumsum() - piece_labels  # labels in the pieces before each
+        places = np.arange(piece_labels.sum()) + np.repeat(ends - 1 - piece_labels - before, piece_labels)
+        labels[places] = input_ids[places + 1]
+    positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     return PackedBatch(
-        input_ids=torch.from_numpy(sequence.input_ids)[None],
+        input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],
         position_ids=torch.from_numpy(positions)[None],
         segment_ids=torch.from_numpy(segments)[None],

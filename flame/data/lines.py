@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flame.data.documents import Documents, Part, TokenizedShards
+from flame.data.documents import Block, Documents, GeneratedDocuments, Part, TokenizedShards
+from flame.data.generated import ENDLESS
 from flame.data.order import shuffled_index
 from flame.errors import UserError
 
@@ -59,6 +60,8 @@ def open_line(documents: Documents | TokenizedShards, part: Part, stream: int, n
     """The line of stream `stream` of `num_streams`."""
     if isinstance(documents, TokenizedShards):
         return ShardLine(documents, part, stream, num_streams, seed)
+    if isinstance(documents, GeneratedDocuments) and documents.is_endless:
+        return BlockLine(documents, stream, num_streams, seed)
     return DocumentLine(documents, part, stream, num_streams, seed)
 
 
@@ -95,6 +98,35 @@ class DocumentLine:
         self._has_text = self._has_text or any(self._documents.read(row) is not None for row in rows)
         if not self._has_text:
             raise UserError(_explain_no_text(self.option, f"{self._count} rows"))
+
+
+class BlockLine:
+    """Units are documents of an endless generated source. They never come again, so that one order is as good as another: the
+    seeded one is of blocks, and each stream reads blocks of its own, document after document.
+
+    The t-th document of stream s is in the block with ordinal (t // block_size) * S + s of S streams.
+    """
+
+    def __init__(self, documents: GeneratedDocuments, stream: int, num_streams: int, seed: int):
+        self.option = documents.option
+        self._documents = documents
+        self._stream, self._num_streams, self._seed = stream, num_streams, seed
+        self.first = Cursor(0, stream, 0, 0)
+        self._ordinal = -1
+        self._first_document = 0
+        self._block: Block | None = None
+
+    def read(self, cursor: Cursor) -> Entry:
+        turn, stream = divmod(cursor.position, self._num_streams)
+        assert stream == self._stream, f"{cursor} is not of stream {self._stream}"
+        run, place = divmod(turn, self._documents.block_size)
+        ordinal = run * self._num_streams + stream
+        if self._block is None or ordinal != self._ordinal:
+            number = shuffled_index(ordinal, ENDLESS // self._documents.block_size, self._seed, epoch=0)
+            self._ordinal, self._first_document = ordinal, number * self._documents.block_size
+            self._block = self._documents.read_block(number)
+        following = Cursor(0, cursor.position + self._num_streams, 0, 0)
+        return Entry(self._first_document + place, self._block.read(place), 0, following)
 
 
 class ShardLine:

@@ -96,7 +96,7 @@ def open_mixture(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixtu
         UserError: a source cannot be opened, or is too small for the run's streams or for holding documents out.
     """
     corpora = config.corpora
-    sources = tuple(open_documents(corpus, section, tokenizer, config.pathstar) for section, corpus in corpora.items())
+    sources = tuple(open_documents(corpus, section, tokenizer, config.generators) for section, corpus in corpora.items())
     training = config.training
     separator = find_separator(tokenizer, training.answer_separator) if training.loss_on == "answer" else None
     weights = tuple(corpus.weight for corpus in corpora.values())
@@ -110,7 +110,7 @@ def open_held_out(config: JobConfig, tokenizer: PreTrainedTokenizerFast, trained
     """Open what the run is validated on: a corpus of its own, or the documents held out from each source of training."""
     if not config.validation.dataset:
         return replace(trained, part=Part(config.validation.holdout_every, is_held_out=True))
-    source = open_documents(config.validation, "validation", tokenizer, config.pathstar)
+    source = open_documents(config.validation, "validation", tokenizer, config.generators)
     return replace(trained, sources=(source,), weights=(1.0,), part=WHOLE)
 
 

@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-from flame.config import LOCAL_FORMATS, PATHSTAR, Corpus, Pathstar
+from flame.config import GENERATED, LOCAL_FORMATS, PATHSTAR, Corpus, Generators
 from flame.config_conflicts import expand_glob
+from flame.data.generated import GeneratedSource
 from flame.data.pathstar import PathstarSource, parse_sizes
+from flame.data.siblings import SiblingsSource
 from flame.errors import UserError
 
 ROWS_AT_ONCE = 256  # of a streaming source
@@ -62,27 +64,35 @@ class Origin:
         return f"{self.section}.data_files = {self.corpus.data_files}"
 
 
-def open_source(corpus: Corpus, section: str, pathstar: Pathstar | None = None) -> Source | StreamingSource:
+def open_source(corpus: Corpus, section: str, generators: Generators | None = None) -> Source | StreamingSource:
     """Open the text corpus that `{section}.dataset` names.
 
     Args:
-        pathstar: options of path-star graphs, where they may be asked for. Section "validation" has held-out graphs.
+        generators: options of generated datasets, where they may be asked for.
 
     Raises:
         UserError: it cannot be found or read, or has no rows, or no column of text of the given name.
     """
     origin = Origin(corpus, section)
-    if corpus.dataset == PATHSTAR:
-        if pathstar is None:
+    if corpus.dataset in GENERATED:
+        if generators is None:
             raise UserError(f"{origin.option} is generated while a run trains: it cannot be read before")
-        sizes = tuple(parse_sizes(corpus.dataset_name))
-        return PathstarSource(origin.name, origin.option, sizes, pathstar, is_held_out=section == "validation")
+        return _open_generated(origin, generators)
     if corpus.streaming:
         return _open_streaming(origin)
     source = _open_unchecked(origin)
     if len(source) == 0:
         raise UserError(_explain_emptiness(origin))
     return source
+
+
+def _open_generated(origin: Origin, generators: Generators) -> GeneratedSource:
+    """What is held out of a generated dataset where it is the corpus to validate on, all else where it is trained on."""
+    is_held_out = origin.section == "validation"
+    if origin.corpus.dataset == PATHSTAR:
+        sizes = parse_sizes(origin.corpus.dataset_name)
+        return PathstarSource(origin.name, origin.option, sizes, generators.pathstar, is_held_out)
+    return SiblingsSource(origin.name, origin.option, generators.siblings, is_held_out)
 
 
 def _open_unchecked(origin: Origin) -> Source:

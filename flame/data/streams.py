@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -23,6 +24,36 @@ class Piece(NamedTuple):
     """Whether the document ends with it."""
 
 
+class Pieces(Sequence[Piece]):
+    """Pieces as columns: between processes thousands of them travel as quickly as one."""
+
+    def __init__(self, pieces: Sequence[Piece]):
+        documents, starts, ends, epochs, are_last = zip(*pieces, strict=True) if pieces else ((),) * 5
+        self._documents = np.asarray(documents, dtype=None if documents else np.int64)
+        self._starts, self._ends, self._epochs = (np.asarray(column, dtype=np.int64) for column in (starts, ends, epochs))
+        self._are_last = np.asarray(are_last, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return map(Piece._make, zip(*(column.tolist() for column in vars(self).values()), strict=True))
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Piece]: ...
+    def __getitem__(self, index: int | slice) -> Piece | list[Piece]:
+        if isinstance(index, slice):
+            return list(map(Piece._make, zip(*(column[index].tolist() for column in vars(self).values()), strict=True)))
+        return Piece._make(column[index].item() for column in vars(self).values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSequence:
     """One row of T tokens made of S pieces, and how it came about."""
@@ -36,7 +67,7 @@ class PackedSequence:
     stream: int
     cursor: Cursor
     """Where the next sequence of this stream of the source begins."""
-    documents: list[Piece]
+    documents: Sequence[Piece]
     """The S pieces, in order."""
     bad_rows: int
     """Rows passed over on the way."""
@@ -103,9 +134,9 @@ class Stream:
             cursor = following if end == len(tokens) else cursor._replace(offset=end)
         cu_seqlens = np.asarray(boundaries, dtype=np.int32)
         if self._separator is None:
-            return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows)
+            return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, Pieces(pieces), bad_rows)
         counts = np.asarray(num_labels, dtype=np.int64)
-        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, pieces, bad_rows, counts)
+        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, Pieces(pieces), bad_rows, counts)
 
     def _open(self, cursor: Cursor) -> Entry:
         """The document at a cursor, kept while it lasts."""
@@ -122,5 +153,6 @@ def _count_answer(tokens: np.ndarray, separator: int, start: int, end: int) -> i
     """
     if start:
         return 0
-    places = np.flatnonzero(tokens[:end] == separator)
-    return end - 1 - int(places[0]) if len(places) else 0
+    is_separator = tokens[:end] == separator
+    place = int(is_separator.argmax())
+    return end - 1 - place if is_separator[place] else 0

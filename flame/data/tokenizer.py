@@ -11,31 +11,30 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame.config import BYTES_TOKENIZER, PATHSTAR
+from flame.config import BYTES_TOKENIZER, GENERATED, PATHSTAR, Generators
 from flame.data.pathstar import MARKS
+from flame.data.siblings import SEPARATOR
 from flame.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False, labels: int | None = None) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that `model.tokenizer_path` names: "bytes", "pathstar", a folder or a Hub name.
+def load_tokenizer(path: str, trust_remote_code: bool = False, generators: Generators | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that `model.tokenizer_path` names: "bytes", "pathstar", "siblings", a folder or a Hub name.
 
     Args:
-        labels: `pathstar.labels`, which "pathstar" needs.
+        generators: options of generated datasets, which their tokenizers need.
 
     Raises:
         UserError: it cannot be loaded, or has no end-of-text token to end documents with.
     """
     if path == BYTES_TOKENIZER:
         return build_bytes_tokenizer()
-    if path == PATHSTAR:
-        if labels is None:
-            raise UserError(
-                f'tokenizer "{PATHSTAR}" depends on pathstar.labels, so it exists in training runs only: give another'
-            )
-        return build_pathstar_tokenizer(labels)
+    if path in GENERATED:
+        if generators is None:
+            raise UserError(f'tokenizer "{path}" depends on [{path}], so it exists in training runs only: give another')
+        return build_generated_tokenizer(path, generators)
     option = f'model.tokenizer_path = "{path}"'
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
@@ -68,16 +67,28 @@ def build_bytes_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_pathstar_tokenizer(labels: int) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of path-star graphs: id i is the label i; then come the marks `, | / =`, and the end of a text.
+def build_generated_tokenizer(dataset: str, generators: Generators) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a generated dataset: id i is the label i; then come the marks, and the end of a text.
 
-    Other text has no tokens, and raises.
+    The marks are `| / =` of "pathstar", and of "siblings" the parents, `/0`, `/1` and so on, then `=`. Commas have no tokens:
+    they part labels that follow on each other, and decoding puts them there. Other text raises.
     """
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*map(str, range(labels)), *MARKS])}))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]+|."), "isolated")
-    backend.decoder = decoders.Fuse()
+    if dataset == PATHSTAR:
+        labels, marks, pattern = generators.pathstar.labels, [*MARKS], "[0-9]+|."
+    else:
+        options = generators.siblings
+        labels, pattern = options.parents * options.children, "/?[0-9]+|."
+        marks = [*(f"/{parent}" for parent in range(options.parents)), SEPARATOR]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*map(str, range(labels)), *marks])}))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(",", "removed"), pre_tokenizers.Split(Regex(pattern), "isolated")]
+    )
+    comma = decoders.Replace(Regex("(?<=[0-9]) (?=[0-9])"), ",")
+    # WordPiece's decoder is the one that puts a space between tokens; no token here begins with "##"
+    parted = [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), comma, decoders.Replace(" ", "")]
+    backend.decoder = decoders.Sequence(parted)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, name_or_path=PATHSTAR
+        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, name_or_path=dataset
     )
 
 

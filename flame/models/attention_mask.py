@@ -34,6 +34,30 @@ def build_boolean_mask(segment_ids: Tensor, direction: Direction, window_k: int 
     return allows(None, None, index[:, None], index[None, :])[None, None]
 
 
+def build_row_mask(lengths: Tensor, longest: int, direction: Direction, window_k: int = 0) -> Tensor:
+    """The mask of one direction for SDPA, of documents that are a row each, padded on the right.
+
+    No token of a document may see the padding. What the padding sees is read by nobody: in the "causal" direction the document
+    before it, which needs no mask of its own for each row and leaves no row of the gradient without a key; else nothing.
+
+    Args:
+        lengths: int64 [S], tokens of each document.
+        longest: L, the longest of them.
+        direction, window_k: as `build_boolean_mask`.
+
+    Returns:
+        bool [1, 1, L, L] ("causal", the same for all documents) or [S, 1, L, L] ("future"), true where attention is allowed.
+    """
+    index = torch.arange(longest, device=lengths.device)
+    ahead = index[None, :] - index[:, None]
+    allowed = ahead <= 0 if direction == "causal" else ahead > 0
+    if window_k:
+        allowed &= ahead.abs() <= window_k
+    if direction == "causal":
+        return allowed[None, None]
+    return (allowed & (index < lengths[:, None])[:, None, :])[:, None]
+
+
 def _mask_mod(segment_ids: Tensor, direction: Direction, window_k: int):
     """The rule as FlexAttention's mask_mod(batch, head, q, kv)."""
 

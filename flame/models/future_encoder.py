@@ -2,7 +2,8 @@
 
 `VarlenPasses`: softmax attention in half precision on GPUs. Flash kernels that skip whole documents; the anti-causal pass reads
 the pack backwards, under strictly causal attention.
-`MaskedPasses`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask.
+`MaskedPasses`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask. On CPUs, many
+documents of much the same length are a row each.
 `ReversedPasses`: recurrent layers (linear attention, state-space models) take neither. Each document is reversed, run forward,
 and reversed back. There a summary holds its own token by construction.
 
@@ -11,6 +12,7 @@ In every case summary t depends on tokens t .. end of its document, and on nothi
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -20,17 +22,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import PackedBatch
 from flame.models import flash_kernels
-from flame.models.attention_mask import AttentionMask, Direction, build_block_mask, build_boolean_mask
+from flame.models.attention_mask import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
 from flame.models.families import find_family, find_limits, tighten
 from flame.models.fla_families import TAKES_ROWS
 from flame.models.varlen_attention import WIDEST_HEAD, DocumentLayout
+
+WIDEST_ROWS = 1.25
+"""Places in rows, padding included, for each token of the pack, up to which rows take the place of one mask of T x T."""
 
 
 class Passes(Protocol):
     """How a family of models reads a packed batch of T tokens in either direction; no logits are computed."""
 
-    def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        """Final hidden states [T, d] of the causal forward."""
+    def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:
+        """Final hidden states [T, d] of the causal forward, of the batch's tokens or of embeddings [T, d] in their places."""
         ...
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
@@ -54,16 +59,16 @@ class VarlenPasses:
         self._max_length = max_length
         self._head_dim = head_dim
 
-    def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:
         layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
-        return self._run(model, batch.input_ids, batch.position_ids, layout)
+        return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch.position_ids, layout)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
         backwards = batch.input_ids.shape[1] - batch.cu_seqlens.flip(0)
         if len(backwards) == 2:  # a graph made for one document would hold for no other number: let an empty one go before
             backwards = F.pad(backwards, (1, 0))
         layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
-        return self._run(model, batch.input_ids.flip(1), batch.position_ids.flip(1), layout).flip(0)
+        return self._run(model, {"input_ids": batch.input_ids.flip(1)}, batch.position_ids.flip(1), layout).flip(0)
 
     def describe(self) -> str:
         return flash_kernels.describe(self._head_dim)
@@ -72,8 +77,8 @@ class VarlenPasses:
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # the number of documents changes from batch to batch
         return DocumentLayout(cu_seqlens, self._max_length, is_strict, window_k)
 
-    def _run(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: DocumentLayout) -> Tensor:
-        outputs = model.base_model(input_ids=input_ids, position_ids=position_ids, documents=layout, use_cache=False)
+    def _run(self, model: PreTrainedModel, inputs: dict[str, Tensor], position_ids: Tensor, layout: DocumentLayout) -> Tensor:
+        outputs = model.base_model(**inputs, position_ids=position_ids, documents=layout, use_cache=False)
         return outputs.last_hidden_state[0]
 
 
@@ -83,36 +88,89 @@ class MaskedPasses:
     Args:
         by_blocks: FlexAttention attends, and takes BlockMasks.
         limits: of the layers' own windows, as `find_limits` gives them.
+        takes_rows: on CPUs, SDPA may get one document a row, where that is hardly more tokens (`WIDEST_ROWS`): attention then
+            costs S x longest^2 instead of T^2. Not of models whose use of a mask is only checked on one row.
     """
 
-    def __init__(self, by_blocks: bool, limits: int | dict[str, int]):
+    def __init__(self, by_blocks: bool, limits: int | dict[str, int], takes_rows: bool = False):
         self._by_blocks = by_blocks
         self._limits = limits
+        self._takes_rows = takes_rows and not by_blocks
 
     def describe(self) -> str:
         return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
 
-    def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        return self._run(model, batch, "causal", window_k=0)
+    def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:
+        return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch, "causal", window_k=0)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
-        return self._run(model, batch, "future", window_k)
+        return self._run(model, {"input_ids": batch.input_ids}, batch, "future", window_k)
 
-    def _run(self, model: PreTrainedModel, batch: PackedBatch, direction: Direction, window_k: int) -> Tensor:
-        masks = self._build_masks(batch.segment_ids[0], direction, window_k)
-        outputs = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
-        )
-        return outputs.last_hidden_state[0]
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], batch: PackedBatch, direction: Direction, window_k: int
+    ) -> Tensor:
+        inputs = {**inputs, "position_ids": batch.position_ids}
+        rows = self._choose_rows(batch)
+        masks = self._build_masks(batch.segment_ids[0], direction, window_k, rows)
+        if rows is None:
+            return model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state[0]
+        inputs = {name: rows.lay_out(values[0]) for name, values in inputs.items()}
+        return rows.collect(model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state)
 
-    def _build_masks(self, segment_ids: Tensor, direction: Direction, window_k: int) -> AttentionMask | dict[str, AttentionMask]:
+    def _choose_rows(self, batch: PackedBatch) -> DocumentRows | None:
+        """None leaves the pack one row. Asking a GPU for lengths would wait for it, so there it stays one."""
+        total = batch.input_ids.shape[1]
+        if not self._takes_rows or batch.cu_seqlens.is_cuda:
+            return None
+        rows = DocumentRows(batch.cu_seqlens, total)
+        return rows if len(rows.lengths) * rows.longest <= WIDEST_ROWS * total else None
+
+    def _build_masks(
+        self, segment_ids: Tensor, direction: Direction, window_k: int, rows: DocumentRows | None = None
+    ) -> AttentionMask | dict[str, AttentionMask]:
         def build(limit: int) -> AttentionMask:
+            limit = tighten(limit, window_k)
+            if rows is not None:
+                return build_row_mask(rows.lengths, rows.longest, direction, limit)
             build_mask = build_block_mask if self._by_blocks else build_boolean_mask
-            return build_mask(segment_ids, direction, tighten(limit, window_k))
+            return build_mask(segment_ids, direction, limit)
 
         if isinstance(self._limits, dict):
             return {kind: build(limit) for kind, limit in self._limits.items()}
         return build(self._limits)
+
+
+class DocumentRows:
+    """A pack of S documents as rows: one document a row, padded with zeros on the right to the longest. Waits for the device.
+
+    Args:
+        cu_seqlens: int32 [S+1].
+        total: T.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, total: int):
+        cu = cu_seqlens.long()
+        self.lengths = cu.diff()
+        """int64 [S]"""
+        self.longest = int(self.lengths.max())
+        self._starts = cu[:-1]
+        self._total = total
+
+    def lay_out(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [S, longest, ...]."""
+        flat = values.new_zeros(len(self.lengths) * self.longest, *values.shape[1:])
+        return flat.index_copy(0, self._places, values).unflatten(0, (len(self.lengths), self.longest))
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """[S, longest, ...] -> [T, ...]."""
+        return rows.flatten(0, 1).index_select(0, self._places)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """int64 [T]: of each token in the rows, one behind the other."""
+        token = torch.arange(self._total, device=self.lengths.device)
+        row_starts = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
+        return token + torch.repeat_interleave(row_starts - self._starts, self.lengths, output_size=self._total)
 
 
 class ReversedPasses:
@@ -121,7 +179,8 @@ class ReversedPasses:
     def describe(self) -> str:
         return "flash-linear-attention"
 
-    def encode_past(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:
+        assert embeddings is None, "heads of several layers are refused for these families"
         return self._run(model, batch.input_ids, batch.cu_seqlens)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedBatch, window_k: int) -> Tensor:
@@ -131,18 +190,14 @@ class ReversedPasses:
 
     def _run(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         if model.config.model_type in TAKES_ROWS:
-            return self._run_rows(model, input_ids, cu_seqlens)
+            rows = DocumentRows(cu_seqlens, input_ids.shape[1])  # nothing reads the padding on the right
+            outputs = model.base_model(input_ids=rows.lay_out(input_ids[0]), use_cache=False)
+            return rows.collect(outputs.last_hidden_state)
         return model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state[0]
 
-    def _run_rows(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """One document a row, padded on the right, where nothing reads it, to the longest: S x longest tokens instead of T."""
-        cu = cu_seqlens.long()
-        lengths, total = cu[1:] - cu[:-1], input_ids.shape[1]
-        longest = int(lengths.max())
-        row_starts = torch.arange(len(lengths), device=cu.device) * longest
-        places = torch.repeat_interleave(row_starts - cu[:-1], lengths, output_size=total) + torch.arange(total, device=cu.device)
-        rows = input_ids.new_zeros(len(lengths) * longest).index_copy(0, places, input_ids[0]).view(-1, longest)
-        return model.base_model(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+
+def _choose_inputs(input_ids: Tensor, embeddings: Tensor | None) -> dict[str, Tensor]:
+    return {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings[None]}
 
 
 def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -191,7 +246,7 @@ def build_passes(attention: Attention, config: PretrainedConfig, max_length: int
         return VarlenPasses(max_length, find_head_dim(config))
     if attention == "none":
         return ReversedPasses()
-    return MaskedPasses(attention == "flex", find_limits(config))
+    return MaskedPasses(attention == "flex", find_limits(config), takes_rows=find_family(config) is not None)
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:

@@ -191,7 +191,8 @@ def _name(direction: str) -> str:
 def _left_as_it_was(model: FutureLM, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no zero weights; afterwards everything as before."""
     modes = [(module, module.training) for module in model.modules()]
-    zeros = [local for local in map(_get_local, model.lm.parameters()) if not local.any()]
+    networks = [network for network in (model.lm, model.teacher) if network is not None]
+    zeros = [local for network in networks for local in map(_get_local, network.parameters()) if not local.any()]
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
         torch.manual_seed(SEED)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from flame.components.titan import FullAC, SelectiveAC
 from flame.config import JobConfig
@@ -27,19 +30,23 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     if config.training.float8:
         convert_to_float8(layers, mesh.device_type)
     _checkpoint_activations(layers, config)
+    teacher_layers = find_decoder_layers(model.teacher) if model.teacher is not None else nn.ModuleList()
     if config.training.compile:
-        _compile(model, layers)
-    _shard(model, layers, config, mesh)
+        _compile(model, layers, teacher_layers)
+    _shard(model, [*layers, *teacher_layers], config, mesh)
 
 
-def _compile(model: FutureLM, layers: nn.ModuleList) -> None:
-    """Compile each decoder layer, once for all of them, and what stands beside them: the last norm and the predictor."""
+def _compile(model: FutureLM, layers: nn.ModuleList, teacher_layers: nn.ModuleList) -> None:
+    """Compile each decoder layer, once for all of them, and what stands beside them: the last norm and the heads."""
     beside = [
         module
         for module in model.lm.base_model.children()
         if module is not layers and not isinstance(module, nn.Embedding) and any(True for _ in module.parameters())
     ]
-    for module in (*layers, *beside, *([model.predictor] if model.predictor is not None else [])):
+    predictor = [model.predictor] if model.predictor is not None else []
+    parts = model.rival.layers if model.rival is not None else ()
+    extra_layers = [layer for part in parts for layer in find_decoder_layers(cast(PreTrainedModel, part))]
+    for module in (*layers, *teacher_layers, *beside, *predictor, *extra_layers):
         module.compile(dynamic=False)
 
 
@@ -57,7 +64,7 @@ def _checkpoint_activations(layers: nn.ModuleList, config: JobConfig) -> None:
         policy(policy.Config()).apply(holder)
 
 
-def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: DeviceMesh) -> None:
+def _shard(model: FutureLM, layers: list[nn.Module], config: JobConfig, mesh: DeviceMesh) -> None:
     training = config.training
     on_gpu = mesh.device_type == "cuda"
     policy = MixedPrecisionPolicy(
@@ -80,14 +87,15 @@ def _shard(model: FutureLM, layers: nn.ModuleList, config: JobConfig, mesh: Devi
 def materialize(model: FutureLM, device: torch.device, seed: int, *, cpu_offload: bool = False) -> None:
     """Give a parallelized model storage and initial weights that depend on the seed alone.
 
-    The language model draws first: its weights are the same with and without the future loss.
+    The language model draws first: its weights are the same whatever is learned beside the next token. A teacher draws other
+    ones.
 
     Args:
         cpu_offload: keep the parameters in host memory; buffers, which no one brings to the device for a pass, live there.
     """
     home = torch.device("cpu") if cpu_offload else device
     initialize(model.lm, home, seed)
-    for offset, module in enumerate((model.predictor, model.estimator), start=1):
+    for offset, module in enumerate((model.predictor, model.estimator, model.rival, model.teacher), start=1):
         if module is not None:
             initialize(module, home, seed + offset)
     if cpu_offload:

@@ -1,7 +1,7 @@
 """Softmax cross entropy of rows of scores, and its gradient in place of the scores: one kernel for both losses.
 
 A row of scores z_j has one own column o: the label of a token, or the summary that belongs to an anchor. With scale s and the
-columns A that count (o is always among them),
+columns A that count (o is always among them; the first `count` ones, without a range and without equals of o),
 
     loss = ln sum_{j in A} exp(s z_j) - s z_o,      d loss / d (s z_j) = exp(s z_j) / sum_{k in A} exp(s z_k) - [j = o].
 
@@ -34,10 +34,17 @@ class RowSums(NamedTuple):
     """1 where z_o is strictly above every other allowed score."""
     grad_scale: Tensor
     """d loss / d s"""
+    counted: Tensor
+    """Size of A, the own column included."""
 
 
 def softmax_rows_(
-    scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None = None, excluded: tuple[Tensor, Tensor] | None = None
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
 ) -> RowSums:
     """Replace scores [c, n] by the gradient of the rows' losses by `scale * scores`, in the dtype of the scores.
 
@@ -49,11 +56,20 @@ def softmax_rows_(
         count: 0-d integer, only the first so many columns count; None is all. Own columns must be among them.
         excluded: int64 [c] and [c], first and last column that do not count for a row, except its own; None is none. An empty
             range has its last before its first.
+        keys: integers [n] and [c] of one dtype (the narrower, the less there is to read), key of each column and of each row's
+            own one; other columns with that key do not count for the row. None is none.
     """
-    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded)
+    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded, keys)
 
 
-def _define(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, excluded: tuple[Tensor, Tensor] | None) -> RowSums:
+def _define(
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> RowSums:
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     columns = torch.arange(scores.shape[1], device=scores.device)[None, :]
     limit = scores.shape[1] if count is None else count
@@ -63,6 +79,9 @@ def _define(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, ex
     if excluded is not None:
         first, last = excluded
         counts = counts & ((columns < first[:, None]) | (columns > last[:, None]) | is_own)
+    if keys is not None:
+        column_keys, own_keys = keys
+        counts = counts & ((column_keys[None, :] != own_keys[:, None]) | is_own)
 
     logits = torch.where(counts, wide * scale, -torch.inf)
     own_score = torch.where(is_own, wide, 0.0).sum(dim=-1)
@@ -73,7 +92,8 @@ def _define(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, ex
     scores.copy_(grad)
     is_best = own_score * scale > best_other
     loss = torch.where(has_own, lse - own_score * scale, torch.where(own < 0, 0.0, torch.nan))
-    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in (own_score, is_best, grad_scale)))
+    counted = counts.sum(dim=-1).to(wide.dtype)
+    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in (own_score, is_best, grad_scale, counted)))
 
 
 @triton.jit
@@ -86,10 +106,10 @@ def _add_block(best, total, score, log2_scale):
 
 @triton.jit
 def _softmax_rows_kernel(
-    scores_ptr, row_stride, own_ptr, scale_ptr, count_ptr, first_ptr, last_ptr, sums_ptr, rows, columns,
-    HAS_COUNT: tl.constexpr, HAS_EXCLUDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    scores_ptr, row_stride, own_ptr, scale_ptr, count_ptr, first_ptr, last_ptr, keys_ptr, own_keys_ptr, sums_ptr, rows, columns,
+    HAS_COUNT: tl.constexpr, HAS_EXCLUDED: tl.constexpr, HAS_KEYS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. sums [4, c] float32: loss, own score, is best, gradient by the scale.
+    """One program a row. sums [5, c] float32: loss, own score, is best, gradient by the scale, columns counted.
 
     Whole blocks are read without a mask, which would keep the loads from being wide; the last, cut one is read apart. The own
     score is replaced by one that never counts, so that the loops need not look for it.
@@ -115,6 +135,13 @@ def _softmax_rows_kernel(
     if HAS_EXCLUDED:
         first = tl.load(first_ptr + row)
         last = tl.load(last_ptr + row)
+    if HAS_KEYS:
+        own_key = tl.load(own_keys_ptr + row)
+        shown = tl.zeros([BLOCK], tl.int32)
+    else:
+        left_out = tl.maximum(tl.minimum(last, limit - 1) - tl.maximum(first, 0) + 1, 0)
+        counted = limit - left_out + tl.where((own >= first) & (own <= last), 1, 0)
+        tl.store(sums_ptr + 4 * rows + row, tl.where(has_own, counted, 0).to(tl.float32))
     tl.debug_barrier()
     tl.store(row_ptr + own, nothing, mask=has_own)
     tl.debug_barrier()
@@ -126,12 +153,20 @@ def _softmax_rows_kernel(
         score = tl.load(row_ptr + column).to(tl.float32)
         if HAS_EXCLUDED:
             score = tl.where((column >= first) & (column <= last), nothing, score)
+        if HAS_KEYS:
+            score = tl.where(tl.load(keys_ptr + column) == own_key, nothing, score)
+            shown += (score > 0.5 * nothing).to(tl.int32)
         best, total = _add_block(best, total, score, log2_scale)
     tail = whole + offsets
     tail_score = tl.load(row_ptr + tail, mask=tail < limit, other=nothing).to(tl.float32)
     if HAS_EXCLUDED:
         tail_score = tl.where((tail >= first) & (tail <= last), nothing, tail_score)
+    if HAS_KEYS:
+        tail_score = tl.where(tl.load(keys_ptr + tail, mask=tail < limit, other=0) == own_key, nothing, tail_score)
+        shown += (tail_score > 0.5 * nothing).to(tl.int32)
     best, total = _add_block(best, total, tail_score, log2_scale)
+    if HAS_KEYS:
+        tl.store(sums_ptr + 4 * rows + row, tl.where(has_own, tl.sum(shown, axis=0) + 1, 0).to(tl.float32))
 
     top = tl.maximum(best, own_score)
     total = total * tl.exp2((best - top) * log2_scale) + tl.exp2((own_score - top) * log2_scale)
@@ -148,6 +183,8 @@ def _softmax_rows_kernel(
         score = tl.load(row_ptr + column).to(tl.float32)
         if HAS_EXCLUDED:
             score = tl.where((column >= first) & (column <= last), nothing, score)
+        if HAS_KEYS:
+            score = tl.where(tl.load(keys_ptr + column) == own_key, nothing, score)
         prob = tl.exp2(score * log2_scale - shift)
         grad_scale += prob * score
         tl.store(row_ptr + column, prob.to(scores_ptr.dtype.element_ty))
@@ -170,14 +207,22 @@ NUM_WARPS = 4
 STAGES = 3
 
 
-def _launch(scores: Tensor, own: Tensor, scale: Tensor, count: Tensor | None, excluded: tuple[Tensor, Tensor] | None) -> RowSums:
+def _launch(
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> RowSums:
     rows, columns = scores.shape
     assert scores.stride(1) == 1
-    sums = torch.empty(4, rows, dtype=torch.float32, device=scores.device)
+    sums = torch.empty(5, rows, dtype=torch.float32, device=scores.device)
     first, last = excluded if excluded is not None else (own, own)
+    column_keys, own_keys = keys if keys is not None else (own, own)
     _softmax_rows_kernel[(rows,)](
-        scores, scores.stride(0), own, scale, own if count is None else count, first, last, sums, rows, columns,
-        HAS_COUNT=count is not None, HAS_EXCLUDED=excluded is not None,
+        scores, scores.stride(0), own, scale, own if count is None else count, first, last, column_keys, own_keys, sums,
+        rows, columns, HAS_COUNT=count is not None, HAS_EXCLUDED=excluded is not None, HAS_KEYS=keys is not None,
         BLOCK=BLOCK, STAGES=STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return RowSums(*sums)

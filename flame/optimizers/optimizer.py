@@ -32,8 +32,8 @@ def build_optimizer(config: JobConfig, model: FutureLM) -> OptimizersContainer:
     """Optimizers of all trainable parameters, their state already allocated.
 
     Groups: matrices of the language model decay; its norms, biases and embeddings do not; predictor and estimator have their own
-    learning rate (`future_predictor.lr_scale`) and decay. With "Muon" the matrices of the decoder layers are its, and all else
-    AdamW's.
+    learning rate (`future_predictor.lr_scale`) and decay; heads of another objective are trained as the language model is. With
+    "Muon" the matrices of the decoder layers are its, and all else AdamW's.
 
     Raises:
         UserError: there is no matrix for Muon.
@@ -47,7 +47,10 @@ def build_optimizer(config: JobConfig, model: FutureLM) -> OptimizersContainer:
             (_select(model, "lm.", decayed=False), 1.0, 0.0),
             (_select(model, "predictor.", decayed=True), predictor.lr_scale, predictor.weight_decay),
             (_select(model, "predictor.", decayed=False), predictor.lr_scale, 0.0),
+            (_select(model, "estimator.", decayed=True), predictor.lr_scale, predictor.weight_decay),
             (_select(model, "estimator.", decayed=False), predictor.lr_scale, 0.0),
+            (_select(model, "rival.", decayed=True), 1.0, optimizer.weight_decay),
+            (_select(model, "rival.", decayed=False), 1.0, 0.0),
         )
         for group in (
             _group([name for name in names if name in matrices], "Muon", config, optimizer.lr * scale, decay),

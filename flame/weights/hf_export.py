@@ -38,6 +38,7 @@ from flame.weights.model_tensors import ModelTensors
 logger = logging.getLogger("flame")
 
 LM_PREFIX = "lm."
+TEACHER_PREFIX = "teacher."
 FUTURE_FILE = "future_modules.safetensors"
 
 
@@ -79,7 +80,7 @@ def convert(
         generation = getattr(model, "generation_config", None)  # a model that cannot generate has none
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # a converted model brings its own
             generation.save_pretrained(folder)
-        future = tensors.load(name for name in tensors.names if not name.startswith(LM_PREFIX))
+        future = tensors.load(name for name in tensors.names if not name.startswith((LM_PREFIX, TEACHER_PREFIX)))
         if future:
             save_file(future, folder / FUTURE_FILE)
         if tensors.state["config"]:  # a converted model has no run to tell of

@@ -239,6 +239,6 @@ def _describe_new_rows(live: dict[str, Tensor], plan: Plan) -> list[str]:
 def _describe_fresh(model: FutureLM) -> list[str]:
     return [
         f"{name} starts fresh (parameters: {sum(parameter.numel() for parameter in module.parameters())})"
-        for name, module in (("predictor", model.predictor), ("estimator", model.estimator))
-        if module is not None
+        for name, module in model.named_children()
+        if module in model.heads
     ]

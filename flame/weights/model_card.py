@@ -11,11 +11,23 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from flame.checkpoints.resume_check import find_saved_objective
 from flame.components.loggers import METRICS_FILE, VALIDATION_PREFIX
-from flame.config import LOCAL_FORMATS, PATHSTAR, STANDARD_LIBRARY, TOKENS_FORMAT
+from flame.config import GENERATED, LOCAL_FORMATS, STANDARD_LIBRARY, TOKENS_FORMAT
 from flame.models.fla_families import NAMED_AS_IN_TRANSFORMERS, TESTED
 
 CARD_FILE = "README.md"
+FUTURE_OPTIONS = (
+    "loss_weight",
+    "target",
+    "target_shift",
+    "future_k",
+    "temperature",
+    "learnable_temperature",
+    "start_step",
+    "warmup_steps",
+    "decay_steps",
+)
 LIBRARIES = ("torch", "transformers")
 SHOWN_METRICS = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "temperature")
 
@@ -35,7 +47,7 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[state["model_config"]["model_type"], *(["future-prediction"] if _uses_future(config) else [])],
+        tags=[state["model_config"]["model_type"], *(["future-prediction"] if _find_objective(config) == "future" else [])],
         datasets=_list_hub_datasets(config) or None,
     )
     sections = [
@@ -43,7 +55,7 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
         f"# {_name_run(config)}",
         " ".join(config.get("job", {}).get("description", "").split()),
         _describe_model(state, parameters, dtype),
-        _describe_loading(path.parent, _find_package(state)),
+        _describe_loading(path.parent, _find_package(state), _find_objective(config)),
         *(_describe_training(state, checkpoint) if config else []),
         "Made with " + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
         f"<details>\n<summary>All options of the run</summary>\n\n````toml\n{_format_config(config)}````\n\n</details>"
@@ -57,7 +69,7 @@ def _describe_training(state: Settings, checkpoint: Path) -> list[str]:
     config = state["config"]
     run = _find_run(checkpoint, config)
     metrics = _describe_metrics(run / METRICS_FILE, state["step"]) if run is not None else ""
-    return ["## Training", _describe_data(state), _describe_future(config), metrics]
+    return ["## Training", _describe_data(state), _describe_objective(config), metrics]
 
 
 def _name_run(config: Settings) -> str:
@@ -75,8 +87,8 @@ def _find_run(checkpoint: Path, config: Settings) -> Path | None:
     return checkpoint.absolute().parents[depth] if is_inside else None
 
 
-def _uses_future(config: Settings) -> bool:
-    return bool(config) and config["future_encoder"]["enable"] and config["future_encoder"]["loss_weight"] > 0
+def _find_objective(config: Settings) -> str:
+    return find_saved_objective(config) if config else "next_token"
 
 
 def _list_corpora(config: Settings) -> dict[str, Settings]:
@@ -84,7 +96,7 @@ def _list_corpora(config: Settings) -> dict[str, Settings]:
 
 
 def _list_hub_datasets(config: Settings) -> list[str]:
-    local = {*LOCAL_FORMATS, TOKENS_FORMAT, STANDARD_LIBRARY, PATHSTAR}
+    local = {*LOCAL_FORMATS, TOKENS_FORMAT, STANDARD_LIBRARY, *GENERATED}
     names = (corpus["dataset"] for corpus in _list_corpora(config).values())
     return sorted({name for name in names if name not in local and not _is_local(name)})
 
@@ -109,7 +121,7 @@ def _find_package(state: Settings) -> str:
     return "fla.models" if not is_own and (state["config"] or family in TESTED) else ""
 
 
-def _describe_loading(folder: Path, package: str) -> str:
+def _describe_loading(folder: Path, package: str, objective: str) -> str:
     first = f"import {package}  # registers the architecture with transformers\n" if package else ""
     text = (
         f"```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -117,12 +129,13 @@ def _describe_loading(folder: Path, package: str) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )
     others = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith("model")]
-    for name in others:
-        text += (
-            f"\n\n`{name}` holds the modules that predicted summaries of the future during training: `predictor.*` maps a hidden "
-            "state to a guess of its future, `estimator.*` scores the guess. Generation does not need them."
-        )
-    return text
+    heads = (
+        "the modules that predicted summaries of the future during training: `predictor.*` maps a hidden state to a guess of its "
+        "future, `estimator.*` scores the guess"
+        if objective == "future"
+        else f'the heads of "{objective}", `rival.*`'
+    )
+    return text + "".join(f"\n\n`{name}` holds {heads}. Generation does not need them." for name in others)
 
 
 def _describe_data(state: Settings) -> str:
@@ -139,16 +152,19 @@ def _describe_data(state: Settings) -> str:
     return "\n".join(["| source | data | split | weight | tokens seen |", "|---|---|---|---|---|", *rows])
 
 
-def _describe_future(config: Settings) -> str:
-    if not _uses_future(config):
+def _describe_objective(config: Settings) -> str:
+    objective = _find_objective(config)
+    if objective == "next_token":
         return "Trained on next-token prediction alone."
+    if objective != "future":
+        options = ", ".join(f"{name} {json.dumps(value)}" for name, value in config["objective"].items() if name != "name")
+        return f'Trained on next-token prediction and, beside it, "{objective}": {options}.'
     future = config["future_encoder"]
-    shown = ("loss_weight", "target_shift", "future_k", "temperature", "learnable_temperature", "start_step", "warmup_steps")
-    options = ", ".join(f"{name} {json.dumps(future[name])}" for name in shown if name in future)
+    options = ", ".join(f"{name} {json.dumps(future[name])}" for name in FUTURE_OPTIONS if name in future)
     head = config["future_predictor"]["head_type"]
     return (
-        "Beside next-token prediction, each position learned to predict a summary of its own future, from an anti-causal pass of "
-        f"the same network: {future['estimator_type']}, {head} predictor, {options}."
+        "Beside next-token prediction, each position learned to predict a summary of its own future: "
+        f"{future['estimator_type']}, {head} predictor, {options}."
     )
 
 

@@ -1,0 +1,128 @@
+"""Path-star graphs: which objective learns to plan, after how many graphs, and which control explains it.
+
+    python -m benchmarks.pathstar run OUT --group objectives --per_gpu 3 --seconds 500
+    python -m benchmarks.pathstar report OUT docs/experiments
+
+`run` makes the runs of a group that OUT does not hold yet; cut short, the same command goes on. A run is ended when a validation
+shows `SOLVED` (0.995). `report` writes tables and plots from the run folders alone. Every run is `configs/pathstar.toml` with the
+options that its folder's config.toml shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+
+from benchmarks.pathstar_report import write_report
+from benchmarks.run_queue import Row, Run, run_command
+from flame.data.pathstar import parse_sizes
+
+SOLVED = 0.995
+"""Exact match on held-out graphs at which a run is over."""
+GRAPHS_A_STEP = 1024
+STEPS = {"3x3": 400, "3x5": 800, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2500, "10x10": 3000}
+"""Longest run on each size."""
+PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
+HARD_SIZES = ("2x10", "7x7", "10x10")
+SWEPT_SIZE = "5x3"
+"""The smallest on which next-token training stays at chance."""
+LONG_PLANS = ("target causal", "target mean_embedding", "target random", "target_shift 0", "bilinear", "with duplicates")
+
+Options = dict[str, object]
+OBJECTIVES: dict[str, Options] = {
+    "next_token": {"objective.name": "next_token"},
+    "mtp-4": {"objective.name": "mtp"},
+    "top": {"objective.name": "top"},
+    "fsp_bow": {"objective.name": "fsp_bow"},
+    "future": {},
+}
+CONTROLS: dict[str, Options] = {
+    "target random": {"future_encoder.target": "random"},
+    "target ema": {"future_encoder.target": "ema"},
+    "target mean_embedding": {"future_encoder.target": "mean_embedding"},
+    "target causal": {"future_encoder.target": "causal"},
+    "target shuffled": {"future_encoder.target": "shuffled"},
+    "predictor sees embedding": {"future_predictor.input": "embedding"},
+    "target_shift 0": {"future_encoder.target_shift": 0},
+}
+ESTIMATORS: dict[str, Options] = {
+    "bilinear": {"future_encoder.estimator_type": "bilinear"},
+    "cosine": {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
+    "smooth_l1": {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
+    "learned temperature": {"future_encoder.learnable_temperature": True},
+    "with duplicates": {"future_encoder.exclude_duplicates": False},
+    "other documents only": {"future_encoder.exclude_neighbors": 64},
+}
+SETTINGS: dict[str, Options] = {
+    "loss_weight 0.1": {"future_encoder.loss_weight": 0.1},
+    "loss_weight 0.3": {"future_encoder.loss_weight": 0.3},
+    "loss_weight 3": {"future_encoder.loss_weight": 3.0},
+    "future_k 1": {"future_encoder.future_k": 1},
+    "target_shift 2": {"future_encoder.target_shift": 2},
+    "temperature 0.02": {"future_encoder.temperature": 0.02},
+    "temperature 0.1": {"future_encoder.temperature": 0.1},
+    "linear head": {"future_predictor.head_type": "linear"},
+}
+
+
+ALL = OBJECTIVES | CONTROLS | ESTIMATORS | SETTINGS
+MANY_LABELS: Options = {"model.config": "configs/models/pathstar_100.json", "pathstar.labels": 100}
+FIXED_SET: Options = {"pathstar.graphs": 300_000}
+GROUPS: dict[str, list[tuple[str, str, Options]]] = {
+    "objectives": [(size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, OBJECTIVES.items())],
+    "hard": [(size, name, OBJECTIVES[name] | MANY_LABELS) for size, name in product(HARD_SIZES, ("future", "next_token", "top"))],
+    "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
+    "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
+    "controls": [(SWEPT_SIZE, name, options) for name, options in CONTROLS.items()],
+    "estimators": [(SWEPT_SIZE, name, options) for name, options in ESTIMATORS.items()],
+    "settings": [(SWEPT_SIZE, name, options) for name, options in SETTINGS.items()],
+    # The controls that are not stuck there, where plans are longer.
+    "targets": [(size, name, ALL[name]) for size, name in product(("3x5", "5x5"), LONG_PLANS)],
+}
+"""Size, variant and its options."""
+
+
+def list_runs(group: str, seed: int) -> list[Run]:
+    """The runs of a group."""
+    return [build_run(size, name, options, seed) for size, name, options in GROUPS[group]]
+
+
+def build_run(size: str, name: str, options: Options, seed: int) -> Run:
+    """A run on graphs of one size, or of several in one pack, under one variant."""
+    sizes = parse_sizes(size)
+    tokens = sum(each.num_tokens for each in sizes) // len(sizes)
+    base: Options = {
+        "job.config_file": "configs/pathstar.toml",
+        "job.description": name,
+        "training.dataset_name": size,
+        "validation.dataset_name": size,
+        "training.seq_len": GRAPHS_A_STEP * tokens,
+        "training.steps": max(STEPS[each] for each in size.split(",")),
+        "training.seed": seed,
+        "pathstar.seed": seed,
+        "training.num_workers": 0,
+        "validation.interval": 25,
+        "validation.num_sequences": 2,
+        "checkpoint.enable_checkpoint": False,
+        "metrics.future_interval": 100,
+    }
+    return Run(f"{size}/{name}/seed {seed}".replace(",", "+"), base | options, is_solved)
+
+
+def is_solved(validations: list[Row]) -> bool:
+    return any(row["validation_exact_match"] >= SOLVED for row in validations)
+
+
+def list_all(arguments: argparse.Namespace) -> list[Run]:
+    """One seed of all groups before the next: cut short, each variant has about as many."""
+    runs = [run for seed in arguments.seeds for group in arguments.group for run in list_runs(group, seed)]
+    return [run for run in runs if arguments.only in run.name]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", nargs="+", required=True, choices=GROUPS)
+    parser.add_argument("--only", default="", help="of the groups, runs whose folder holds this text")
+
+
+if __name__ == "__main__":
+    run_command(__doc__, list_all, write_report, add_options)

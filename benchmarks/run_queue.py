@@ -1,0 +1,190 @@
+"""Many runs of the trainer, a few at a time on each GPU, each ended early once it has shown what it is run for.
+
+Runs of one slot share a process: what is imported and compiled once serves all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from flame.components.distributed import set_single_process_defaults
+from flame.components.loggers import METRICS_FILE
+from flame.config_reader import read_config
+from flame.train import Trainer
+
+REPO = Path(__file__).parent.parent
+LOG_FILE = "log"
+ENDED_FILE = "ended"
+"""In the folder of a run that need not be made again: "done" or "out of steps"."""
+SECONDS_BETWEEN_LOOKS = 1.0
+SEEDS = range(1, 6)
+
+Row = dict[str, float]
+
+
+class Run(NamedTuple):
+    """One run, in the folder `name` of the results. It is sent to another process, so `is_done` is a function of a module."""
+
+    name: str
+    options: dict[str, object]
+    is_done: Callable[[list[Row]], bool]
+    """Asked with the validations so far, oldest first; once true, the run is ended."""
+
+    def spell_options(self) -> list[str]:
+        """As arguments of the trainer."""
+        values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in self.options.items()}
+        return [text for key, value in values.items() for text in (f"--{key}", value)]
+
+
+def run_command(
+    description: str,
+    list_runs: Callable[[argparse.Namespace], list[Run]],
+    write_report: Callable[[Path, Path], None],
+    add_options: Callable[[argparse.ArgumentParser], object] = lambda _: None,
+) -> None:
+    """The command line `run OUT` and `report RUNS OUT` of an experiment.
+
+    Args:
+        list_runs: from the arguments of `run`, among them `seeds`.
+        write_report: from a folder of runs into a folder.
+        add_options: to `run`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("out", type=Path)
+    run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    run.add_argument("--per_gpu", type=int, default=1, help="runs at the same time on one GPU")
+    run.add_argument("--seconds", type=float, default=float("inf"), help="end all runs after so many")
+    add_options(run)
+    report = commands.add_parser("report")
+    report.add_argument("runs", type=Path)
+    report.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "report":
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_report(arguments.runs, arguments.out)
+    else:
+        run_all(list_runs(arguments), arguments.out, arguments.per_gpu, arguments.seconds)
+
+
+def never(_validations: list[Row]) -> bool:
+    """`Run.is_done` of a run that makes all its steps."""
+    return False
+
+
+def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
+    """Make those runs that have not been made. One that was cut short is begun again.
+
+    Args:
+        per_gpu: runs at the same time on one GPU; small models leave most of it idle. Without GPUs, at the same time.
+        seconds: after so many, no run is begun, and those that are under way are ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting: Queue[Run] = context.Queue()
+    for run in runs:
+        if not (out / run.name / ENDED_FILE).exists():
+            waiting.put(run)
+    deadline = time.time() + seconds
+    gpus = torch.cuda.device_count()
+    slots = [str(gpu) for _ in range(per_gpu) for gpu in range(max(gpus, 1))]
+    workers = []
+    for slot in slots:
+        os.environ |= {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": slot} if gpus else {})  # read by what is spawned
+        worker = context.Process(target=_work, args=(waiting, out.absolute(), deadline))
+        worker.start()
+        workers.append(worker)
+    for worker in workers:
+        worker.join()
+    waiting.cancel_join_thread()
+
+
+def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
+    os.chdir(REPO)
+    while time.time() < deadline:
+        try:
+            run = waiting.get(timeout=5)
+        except Empty:
+            return
+        started = time.time()
+        outcome = _make(run, out / run.name, deadline)
+        print(f"{run.name}: {outcome}, {time.time() - started:.0f} s", flush=True)
+
+
+def _make(run: Run, folder: Path, deadline: float) -> str:
+    """Train, with the log in the run's folder. Returns how it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS_FILE).unlink(missing_ok=True)
+    arguments = run.spell_options()
+    looked = time.time()
+    is_done = False
+
+    def is_stop_requested() -> bool:
+        nonlocal looked, is_done
+        if not is_done and time.time() - looked > SECONDS_BETWEEN_LOOKS:
+            looked = time.time()
+            is_done = run.is_done(list(read_validations(folder)))
+        return is_done or time.time() > deadline
+
+    set_single_process_defaults()
+    with (folder / LOG_FILE).open("w") as log, _redirected(log.fileno()):
+        try:
+            is_finished = Trainer(read_config([*arguments, "--job.dump_folder", str(folder)], 1), is_stop_requested).train()
+        except Exception:
+            traceback.print_exc()
+            return f"failed, see {folder / LOG_FILE}"
+    is_done = run.is_done(list(read_validations(folder)))
+    outcome = "done" if is_done else "out of steps" if is_finished else "out of time"
+    if is_done or is_finished:
+        (folder / ENDED_FILE).write_text(outcome + "\n")
+    return outcome
+
+
+@contextmanager
+def _redirected(file: int) -> Iterator[None]:
+    """Send all that this process writes, in Python or not, to a file; afterwards leave nothing of a run behind."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, stream)
+            os.close(original)
+        if dist.is_initialized():  # a run that has failed
+            dist.destroy_process_group()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def read_validations(folder: Path) -> Iterator[Row]:
+    """The validations of a run, oldest first."""
+    return (row for row in read_rows(folder) if any(name.startswith("validation_") for name in row))
+
+
+def read_rows(folder: Path) -> Iterator[Row]:
+    """The lines of a run's metrics; one that is still being written is left out."""
+    path = folder / METRICS_FILE
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n"):
+            yield json.loads(line)

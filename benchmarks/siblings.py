@@ -1,0 +1,83 @@
+"""Sibling discovery: what models trained under each objective write, sampled from their exported weights.
+
+    python -m benchmarks.siblings run OUT --per_gpu 4
+    python -m benchmarks.siblings report OUT docs/experiments
+
+`run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws
+`NUM_SAMPLES` texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
+one that no earlier text has. Of all pairs 1 in 8 is held out, so a model that has learned families and not pairs has a held-out
+share of an eighth of its coherent one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.run_queue import Run, never, read_validations, run_command
+from flame.config import Siblings
+from flame.data.siblings import NUM_TOKENS, judge_samples
+
+NUM_SAMPLES = 4096
+OBJECTIVES: dict[str, dict[str, object]] = {
+    "next_token": {"objective.name": "next_token"},
+    "mtp-4": {"objective.name": "mtp"},
+    "top": {"objective.name": "top"},
+    "fsp_bow": {"objective.name": "fsp_bow", "objective.loss_weight": 0.01},
+    "future": {},
+    "future, random target": {"future_encoder.target": "random"},
+}
+
+
+def list_runs(arguments: argparse.Namespace) -> list[Run]:
+    """One seed of all objectives before the next."""
+    base = {"job.config_file": "configs/siblings.toml", "training.num_workers": 0}
+    return [
+        Run(f"{name}/seed {seed}", base | {"training.seed": seed, "siblings.seed": seed} | options, never)
+        for seed in arguments.seeds
+        for name, options in OBJECTIVES.items()
+    ]
+
+
+@torch.no_grad()
+def draw_samples(folder: Path, seed: int) -> list[list[int]]:
+    """Texts of an exported model behind the separator, at temperature 1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    options = Siblings()
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.full((NUM_SAMPLES, 1), options.parents * (options.children + 1), device=device)
+    for _ in range(NUM_TOKENS - 1):
+        probabilities = model(ids).logits[:, -1].float().softmax(dim=-1)
+        ids = torch.cat([ids, probabilities.multinomial(1, generator=generator)], dim=1)
+    return ids[:, 1:].tolist()
+
+
+def write_report(runs: Path, out: Path) -> None:
+    """Write `siblings.md` into a folder."""
+    rows = ["| objective | seeds | coherent | held out | unique | cross entropy, held-out pairs |", "|---|---|---|---|---|---|"]
+    for name in OBJECTIVES:
+        folders = sorted(path.parent for path in runs.glob(f"{name}/*/hf"))
+        if not folders:
+            continue
+        judged = []
+        for folder in folders:
+            seed = int(folder.name.removeprefix("seed "))
+            judged.append(judge_samples(draw_samples(folder / "hf", seed), Siblings(seed=seed)))
+        losses = [list(read_validations(folder))[-1]["validation_ce_loss"] for folder in folders]
+        shares = [_show([100 * getattr(one, field) for one in judged]) for field in ("coherent", "held_out", "unique")]
+        rows.append(f"| {name} | {len(folders)} | " + " | ".join(shares) + f" | {_show(losses)} |")
+    (out / "siblings.md").write_text("\n".join(rows) + "\n")
+    print("\n".join(rows))
+
+
+def _show(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+if __name__ == "__main__":
+    run_command(__doc__, list_runs, write_report)

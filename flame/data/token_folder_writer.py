@@ -1,0 +1,236 @@
+"""The writer of the folders that `flame.data.token_folder` reads.
+
+Interrupted in any way, it goes on where it stopped and writes the same bytes: `progress.json` says how much of the files is
+safely on disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from flame.config import STRICT
+from flame.data.span_encoder import EncodedSpan, Span
+from flame.data.token_folder import (
+    MANIFEST_FILE,
+    OFFSET_DTYPE,
+    OFFSETS_FILE,
+    TOKEN_DTYPES,
+    TOKENS_FILE,
+    Manifest,
+    TokenDtype,
+    read_manifest,
+)
+from flame.errors import UserError
+
+PROGRESS_FILE = "progress.json"
+SECONDS_BETWEEN_COMMITS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides the bytes of the folder. A restart must have the same."""
+
+    __pydantic_config__ = STRICT
+
+    dataset: str
+    dataset_name: str
+    dataset_split: str
+    data_files: str
+    text_column: str
+    tokenizer_fingerprint: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How much is safely on disk: the result of the first `rows` rows."""
+
+    __pydantic_config__ = STRICT
+
+    recipe: Recipe
+    tokenizer: str
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bad_rows: int = 0
+
+
+def read_finished(out: Path, recipe: Recipe) -> Manifest | None:
+    """Return the manifest of a folder if it is complete, else None. Progress that a crash has left beside it is removed.
+
+    Raises:
+        UserError: it was made with another recipe, or is damaged.
+    """
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    manifest = read_manifest(out)
+    content = asdict(manifest) | {"rows": manifest.documents + manifest.bad_rows}
+    finished = Recipe(**{field.name: content[field.name] for field in fields(Recipe)})
+    _require_same_recipe(out, finished, recipe, manifest.tokenizer)
+    (out / PROGRESS_FILE).unlink(missing_ok=True)
+    return manifest
+
+
+class TokenFolderWriter:
+    """Appends to a folder of tokens, begun anew or gone on with.
+
+    `offsets.bin` holds the starts of the documents until `finish` adds the end of the last.
+    """
+
+    def __init__(self, out: Path, beginning: Progress, dtype: TokenDtype):
+        """
+        Raises:
+            UserError: the folder was begun with another recipe, is being written, or is not one of ours.
+        """
+        self._out = out
+        with self._name_write_errors():
+            out.mkdir(parents=True, exist_ok=True)
+            if not (out / PROGRESS_FILE).exists():
+                for file in (TOKENS_FILE, OFFSETS_FILE):
+                    if (out / file).exists():
+                        raise UserError(f'"{out / file}" exists without {PROGRESS_FILE} beside it: give another --out')
+                _replace_file(out / PROGRESS_FILE, _to_json(beginning))
+            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+            self._files = [os.open(out / file, flags, 0o666) for file in (TOKENS_FILE, OFFSETS_FILE)]
+        try:
+            self._lock()
+            self.progress = _read_progress(out, beginning.recipe)
+            self._cut(self.progress.tokens * TOKEN_DTYPES[dtype].itemsize, self.progress.documents * OFFSET_DTYPE.itemsize)
+        except BaseException:
+            self.close()
+            raise
+        self._committed_at = time.monotonic()
+
+    def append(self, span: Span, encoded: EncodedSpan) -> None:
+        """Write the next span. It is safe once committed, which happens about once a second."""
+        progress = self.progress
+        assert span.start == progress.rows
+        ends = progress.tokens + np.cumsum(encoded.lengths)
+        with self._name_write_errors():
+            self._write(encoded.tokens, (ends - encoded.lengths).astype(OFFSET_DTYPE))
+            self.progress = Progress(
+                recipe=progress.recipe,
+                tokenizer=progress.tokenizer,
+                rows=span.stop,
+                documents=progress.documents + len(encoded.lengths),
+                tokens=progress.tokens + len(encoded.tokens),
+                bad_rows=progress.bad_rows + encoded.bad_rows,
+            )
+            if time.monotonic() - self._committed_at >= SECONDS_BETWEEN_COMMITS:
+                self._commit()
+
+    def finish(self, manifest: Manifest) -> None:
+        """Complete the folder: from here on it can be trained on."""
+        with self._name_write_errors():
+            self._commit()
+            self._write(np.empty(0), np.array([manifest.tokens], dtype=OFFSET_DTYPE))
+            self._sync()
+            _replace_file(self._out / MANIFEST_FILE, _to_json(manifest))
+            (self._out / PROGRESS_FILE).unlink()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        for file in (TOKENS_FILE, OFFSETS_FILE, PROGRESS_FILE):
+            (self._out / file).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is writing --out "{self._out}": wait for it, or give another --out') from None
+        except OSError:
+            return  # a file system without locks
+
+    def _cut(self, *sizes: int) -> None:
+        """Bring the files to the sizes of the last commit."""
+        for file, name, size in zip(self._files, (TOKENS_FILE, OFFSETS_FILE), sizes, strict=True):
+            if os.fstat(file).st_size < size:
+                raise UserError(
+                    f'"{self._out / name}" is shorter than the {size} bytes of {PROGRESS_FILE}: delete the folder to start over'
+                )
+            with self._name_write_errors():
+                os.truncate(file, size)
+
+    def _write(self, *contents: np.ndarray) -> None:
+        for file, content in zip(self._files, contents, strict=True):
+            rest = memoryview(content.tobytes())
+            while rest:
+                rest = rest[os.write(file, rest) :]
+
+    def _sync(self) -> None:
+        for file in self._files:
+            os.fsync(file)
+
+    def _commit(self) -> None:
+        self._sync()
+        _replace_file(self._out / PROGRESS_FILE, _to_json(self.progress))
+        self._committed_at = time.monotonic()
+
+    @contextmanager
+    def _name_write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f'cannot write to --out "{self._out}" ({error.strerror}): when that is put right, the same command goes on '
+                "where this one stopped"
+            ) from error
+
+
+def _to_json(content: Progress | Manifest) -> str:
+    return json.dumps(asdict(content), indent=1) + "\n"
+
+
+def _replace_file(path: Path, content: str) -> None:
+    """Write a file so that after a crash of the machine the old or the new content is there, whole."""
+    new = path.with_name(path.name + ".tmp")
+    with open(new, "w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read_progress(out: Path, recipe: Recipe) -> Progress:
+    path = out / PROGRESS_FILE
+    try:
+        progress = TypeAdapter(Progress).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserError(f'"{path}" is damaged ({type(error).__name__}): delete the folder to start over') from error
+    _require_same_recipe(out, progress.recipe, recipe, progress.tokenizer)
+    return progress
+
+
+def _require_same_recipe(out: Path, before: Recipe, now: Recipe, tokenizer_before: str) -> None:
+    differences = []
+    for field in fields(Recipe):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if old == new:
+            continue
+        if field.name == "tokenizer_fingerprint":
+            differences.append(f'another tokenizer (--tokenizer_path was "{tokenizer_before}")')
+        elif field.name == "rows":
+            differences.append(f"{old} rows of data, now {new}")
+        else:
+            differences.append(f'--{field.name} "{old}", now "{new}"')
+    if differences:
+        raise UserError(f'--out "{out}" was made with {", ".join(differences)}: give the same, or another --out')

@@ -1,0 +1,48 @@
+"""What each position's future is summed up as: the label that its guess is compared with.
+
+The network's own anti-causal pass, or one of the controls that tell why a future loss falls (`future_encoder.target`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flame.config import FutureEncoder
+from flame.data.batch import PackedBatch
+from flame.models.future_lm import FutureLM
+
+
+@torch.no_grad()
+def summarize(model: FutureLM, batch: PackedBatch, future: FutureEncoder) -> Tensor:
+    """Summaries [T, d] of a packed batch."""
+    if future.target == "causal":
+        return model.encode_past(batch)
+    if future.target == "mean_embedding":
+        embeddings = model.lm.get_input_embeddings()(batch.input_ids)[0]
+        return average_ahead(embeddings, batch.segment_ids[0], future.future_k)
+    return model.encode_future(batch, future.future_k)
+
+
+def average_ahead(embeddings: Tensor, segment_ids: Tensor, window_k: int) -> Tensor:
+    """Mean of the vectors of each token and those behind it in its document, at most `window_k` of them where not 0.
+
+    Args:
+        embeddings: [T, d]. segment_ids: [T], non-decreasing.
+    """
+    index = torch.arange(len(embeddings), device=embeddings.device)
+    end = torch.searchsorted(segment_ids, segment_ids, side="right")
+    if window_k:
+        end = torch.minimum(end, index + window_k + 1)
+    # Sums of differences: over a long pack float32 would lose what one document adds.
+    sums = torch.cat([embeddings.new_zeros(1, embeddings.shape[1], dtype=torch.float64), embeddings.double().cumsum(0)])
+    return ((sums[end] - sums[index]) / (end - index)[:, None]).to(embeddings.dtype)
+
+
+def shuffle_valid(is_valid: Tensor, seed: int) -> Tensor:
+    """A random order, int64 [n], that deals the valid ones of n rows among their places. is_valid: bool [n]."""
+    generator = torch.Generator(is_valid.device).manual_seed(seed)
+    priority = torch.rand(is_valid.shape, generator=generator, device=is_valid.device)
+    places = is_valid.byte().argsort(descending=True, stable=True)
+    drawn = (priority + is_valid).argsort(descending=True)
+    return torch.empty_like(places).index_copy_(0, places, drawn)

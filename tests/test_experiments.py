@@ -1,0 +1,106 @@
+"""The experiments of benchmarks/: every run they list can start, and their reports say what the folders hold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import pathstar, real_text, siblings
+from benchmarks.pathstar_report import read_outcome, write_report
+from benchmarks.run_queue import Row, Run, read_rows, run_all
+from flame.config_reader import read_config
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("group", pathstar.GROUPS)
+def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    names = set()
+    for run in pathstar.list_runs(group, seed=3):
+        config = read_config(run.spell_options(), 1)
+        assert config.training.seed == config.pathstar.seed == 3
+        names.add(run.name)
+    assert len(names) == len(pathstar.GROUPS[group])
+
+
+@pytest.mark.parametrize("experiment", [siblings, real_text])
+def test_every_other_run_is_possible(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(REPO)
+    (tmp_path / "a.py").write_text("pass\n")
+    runs = experiment.list_runs(argparse.Namespace(seeds=[1, 2], data_files=str(tmp_path / "*.py")))
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        read_config(run.spell_options(), 1)
+
+
+def write_run(folder: Path, matches: list[float]) -> None:
+    """A run of 100 graphs of 25 tokens a step, 2 TFLOP each, that is logged and validated every 10 steps."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('[training]\nseq_len = 2500\ndataset_name = "3x3"\n')
+    lines = []
+    for turn, match in enumerate(matches, start=1):
+        lines.append({"step": 10 * turn, "step_tflops": 2.0, "tokens_seen": 25_000 * turn, "future/top1": 0.1 * turn})
+        lines.append({"step": 10 * turn, "validation_exact_match": match, "validation_first_branch": match})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+
+
+def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
+    write_run(tmp_path / "3x3" / "future" / "seed 1", [0.2, 0.992, 0.98])
+    write_run(tmp_path / "3x3" / "future" / "seed 2", [0.2, 0.4, 0.991, 0.996])
+    write_run(tmp_path / "3x3" / "next_token" / "seed 1", [0.3, 0.989])
+    outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
+    assert outcome is not None
+    assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
+    assert outcome.petaflops == pytest.approx([0.02, 0.04, 0.06, 0.08]) and outcome.instruments == {"future/top1": 0.4}
+    out = tmp_path / "out"
+    out.mkdir()
+    write_report(tmp_path, out)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "pathstar.md").read_text().splitlines()]
+    assert ["3x3", "future", "2/2", "2 [2, 3]", "0.1", "98.8 [98.0, 99.6]", "98.8"] in rows
+    assert ["3x3", "next_token", "0/1", "- (others: not within 2)", "-", "98.9", "98.9"] in rows
+    assert (out / "pathstar.png").stat().st_size > 1000
+
+
+def test_a_line_that_is_still_written_is_left_out(tmp_path: Path):
+    write_run(tmp_path / "run", [0.5])
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [10, 10]
+
+
+def is_validated_twice(validations: list[Row]) -> bool:
+    return len(validations) >= 2
+
+
+def is_never_done(validations: list[Row]) -> bool:
+    return False
+
+
+@pytest.mark.slow
+def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd: pytest.CaptureFixture):
+    base: dict[str, object] = {
+        "job.config_file": "configs/pathstar_cpu.toml",
+        "training.seq_len": 190,
+        "training.steps": 400,
+        "validation.interval": 1,
+        "validation.num_sequences": 1,
+        "checkpoint.enable_checkpoint": False,
+        "metrics.log_freq": 1,
+    }
+    runs = [
+        Run("a/early", base, is_validated_twice),
+        Run("b/wrong", base | {"training.no_such_key": 1}, is_never_done),
+        Run("c/whole", base | {"training.steps": 2}, is_never_done),
+    ]
+    run_all(runs, tmp_path, per_gpu=1, seconds=300)
+    steps = [row["step"] for row in read_rows(tmp_path / "a" / "early")]
+    assert (tmp_path / "a" / "early" / "ended").read_text() == "done\n" and steps[-1] < 400
+    assert (tmp_path / "c" / "whole" / "ended").read_text() == "out of steps\n"
+    assert "training.no_such_key" in (tmp_path / "b" / "wrong" / "log").read_text()
+    assert "b/wrong: failed" in capfd.readouterr().out
+
+    stamps = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in ("a/early", "c/whole")}
+    run_all([runs[0], runs[2]], tmp_path, per_gpu=1, seconds=300)
+    assert stamps == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in stamps}

@@ -1,0 +1,543 @@
+"""Every objective, target and estimator in the trainer: what it computes, what it leaves alone, resume and ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import settings as how_often
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flame.checkpoints.checkpoint import list_checkpoints
+from flame.components.distributed import set_single_process_defaults
+from flame.components.seeds import derive_seed
+from flame.config import FuturePredictor, JobConfig
+from flame.config_reader import read_config
+from flame.data.batch import PackedBatch
+from flame.instruments.step_instruments import measure_step
+from flame.loss_schedule import find_aux_weight
+from flame.models.future_lm import FutureLM
+from flame.models.future_mask import draw_anchors
+from flame.models.summaries import average_ahead, shuffle_valid
+from flame.objective import Parts, collect_candidates, compute_losses, gather_pools
+from flame.train import Trainer, main
+from flame.utils.convert_dcp_to_hf import FUTURE_FILE, read_model_tensors
+from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
+from tests.test_train import (  # noqa: F401 - fixtures
+    cut_power_after,
+    final_weights,
+    leave_no_trace,
+    measured,
+    options,
+    read_metrics,
+    run_here,
+    workspace,
+)
+
+RANKS = 2
+STEPS = 3
+COMMON = {
+    "training__steps": STEPS,
+    "training__gradient_accumulation_steps": RANKS,
+    "checkpoint__interval": 2,
+    "checkpoint__export_hf": False,
+    "future_encoder__enable": None,
+    "future_encoder__learnable_temperature": None,
+    "metrics__future_interval": 0,
+    "objective__name": "future",
+}
+CASES: dict[str, dict[str, object]] = {
+    "mtp": {"objective__name": "mtp", "objective__mtp_tokens": 3},
+    "top": {"objective__name": "top", "objective__window": 8},
+    "fsp_bow": {"objective__name": "fsp_bow", "objective__loss_weight": 0.01},
+    "random": {"future_encoder__target": "random", "future_encoder__estimator_type": "bilinear", "optimizer__lr": 1e-3},
+    "ema": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "future_encoder__estimator_type": "cosine"},
+    "mean_embedding": {"future_encoder__target": "mean_embedding", "future_encoder__estimator_type": "smooth_l1"},
+    "causal": {"future_encoder__target": "causal", "future_encoder__projection_dim": 16},
+    "shuffled": {"future_encoder__target": "shuffled", "future_encoder__max_anchors": 20},
+    "global": {
+        "future_encoder__negatives": "global",
+        "future_encoder__exclude_neighbors": 2,
+        "future_encoder__exclude_duplicates": True,
+        "future_encoder__learnable_temperature": True,
+    },
+    "embedding": {"future_predictor__input": "embedding"},
+}
+RIVALS = ("mtp", "top", "fsp_bow")
+MEASURES = {
+    "infonce": {"mi_lower_bound", "infonce_accuracy", "positive_cosine", "negative_cosine"},
+    "bilinear": {"mi_lower_bound", "infonce_accuracy"},
+    "cosine": {"positive_cosine", "negative_cosine"},
+    "smooth_l1": {"positive_cosine", "negative_cosine"},
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def list_options(workspace: Path, run: Path, name: str, **changes: object) -> list[str]:  # noqa: F811
+    return options(workspace, run, **COMMON | CASES[name] | changes)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(workspace, tmp_path_factory) -> Callable[[str], Path]:  # noqa: F811
+    """The run of a case on one rank with two micro-steps, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def get(name: str) -> Path:
+        if not (folder / name).exists():
+            main(list_options(workspace, folder / name, name, checkpoint__export_hf=name in ("mtp", "random", "ema")))
+        return folder / name
+
+    return get
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@every_case
+def test_each_objective_trains(whole_runs, name):
+    run = whole_runs(name)
+    rows, is_rival = read_metrics(run), name in RIVALS
+    assert rows[-1]["ce_loss"] < rows[0]["ce_loss"]
+    assert not is_rival or rows[-1]["aux_loss"] < rows[0]["aux_loss"]
+    estimator = str(CASES[name].get("future_encoder__estimator_type", "infonce"))
+    expected = set() if is_rival else MEASURES[estimator]
+    weight = CASES[name].get("objective__loss_weight", 1.0 if is_rival else 0.1)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["ce_loss"] + weight * row["aux_loss"], rel=1e-5)
+        assert row.keys() & set().union(*MEASURES.values()) == expected and ("anchors" in row) == (not is_rival)
+    first, last = (read_model_tensors(path) for path in list_checkpoints(run / "checkpoint"))
+    heads = {key for key in first if key.startswith("rival." if is_rival else ("predictor.", "estimator.weight"))}
+    assert heads and all(not torch.equal(first[key], last[key]) for key in heads)
+
+
+@every_case
+def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, whole_runs, name):  # noqa: F811
+    """Stopped one step after the checkpoint of step 2: a teacher and a projection go on too."""
+    argv = list_options(workspace, tmp_path / "run", name)
+    cut_power_after(3, argv)
+    main(argv)
+    assert measured(read_metrics(tmp_path / "run")) == measured(read_metrics(whole_runs(name)))
+    found, expected = final_weights(tmp_path / "run"), final_weights(whole_runs(name))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def train_on_rank(rank: int, folder: str, argvs: list[list[str]]) -> None:
+    """One run after another; the ranks of each meet in a file of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    join = dist.init_process_group
+    for number, argv in enumerate(argvs):
+        dist.init_process_group = partial(join, init_method=f"file://{folder}/{number}", rank=rank, world_size=RANKS)
+        main(argv)
+
+
+def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, whole_runs):  # noqa: F811
+    """1 rank x 2 micro-steps = 2 ranks x 1, dropout included."""
+    changes = {"training__gradient_accumulation_steps": 1, "checkpoint__enable_checkpoint": False}
+    argvs = [list_options(workspace, tmp_path / name, name, **changes) for name in CASES]
+    mp.spawn(train_on_rank, args=(str(tmp_path), argvs), nprocs=RANKS)
+    for name in CASES:
+        rows = zip(measured(read_metrics(tmp_path / name)), measured(read_metrics(whole_runs(name))), strict=True)
+        for found, expected in rows:
+            assert found == pytest.approx(expected, rel=2e-4), (name, found, expected)
+
+
+def test_loss_weight_zero_is_next_token_prediction(workspace, tmp_path):  # noqa: F811
+    changes = COMMON | {"training__steps": 2}
+    plain = run_here(workspace, tmp_path / "plain", **changes | {"objective__name": "next_token"})
+    for target in ("self", "ema"):
+        further = {"future_encoder__loss_weight": 0.0, "future_encoder__target": target}
+        run = tmp_path / target
+        assert measured(run_here(workspace, run, **changes | further)) == measured(plain)
+        weights, expected = final_weights(run), final_weights(tmp_path / "plain")
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("fsp_bow", 0.01), ("global", 0.1)])
+def test_validation_has_both_losses(workspace, tmp_path, name, weight):  # noqa: F811
+    """Global negatives are those of a training step: one held-out sequence is compared within itself."""
+    held_out = {"validation__interval": 1, "validation__holdout_every": 5, "validation__num_sequences": 2}
+    changes = held_out | {"training__steps": 1, "checkpoint__enable_checkpoint": False}
+    main(list_options(workspace, tmp_path / "run", name, **changes))
+    _, row = read_metrics(tmp_path / "run")
+    ce, aux = row["validation_ce_loss"], row["validation_aux_loss"]
+    assert aux > 0 and row["validation_loss"] == pytest.approx(ce + weight * aux, rel=1e-6)
+    assert row.get("validation_mi_lower_bound", 0.0) < math.log(64)
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "expected"),
+    [
+        ("mtp", {"objective__name": "top", "objective__mtp_tokens": None}, 'objective.name = "top" (with'),
+        ("mtp", {"objective__mtp_tokens": 4}, "objective.mtp_tokens = 4, but the run in"),
+        ("random", {"future_encoder__target": "ema"}, 'future_encoder.target = "ema", but the run in'),
+        ("ema", {"future_encoder__estimator_type": "smooth_l1"}, 'future_encoder.estimator_type = "smooth_l1", but the run in'),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(workspace, whole_runs, capsys, before, changes, expected):  # noqa: F811
+    run = whole_runs(before)
+    rows = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(list_options(workspace, run, before, **changes))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith(expected) and "\n" not in error
+    assert (run / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_run_that_never_has_an_anchor_says_so(workspace, tmp_path, caplog):  # noqa: F811
+    """Documents of a few tokens, and targets beyond their end."""
+    corpus = tmp_path / "short.jsonl"
+    corpus.write_text('{"text": "ab"}\n{"text": "abc"}\n' * 10)
+    run = {"training__data_files": corpus, "future_encoder__target_shift": 9, "checkpoint__enable_checkpoint": False}
+    rows = run_here(workspace, tmp_path / "run", **COMMON | run)
+    told = [record.getMessage() for record in caplog.records if "no position has a target" in record.getMessage()]
+    assert len(told) == 1 and "future_encoder.target_shift = 9" in told[0]
+    assert all(row["anchors"] == 0 and "aux_loss" not in row for row in rows)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("mtp", "rival."), ("random", "predictor."), ("ema", "predictor.")])
+def test_only_what_was_trained_is_exported(whole_runs, name, kept):
+    run = whole_runs(name)
+    has_teacher = any(key.startswith("teacher.") for key in final_weights(run))
+    assert has_teacher == (name != "mtp")
+    names: dict[str, set[str]] = {}
+    for path in (run / "hf").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names[path.name] = set(file.keys())
+    future = names.pop(FUTURE_FILE)
+    assert {key.partition(".")[0] + "." for key in future} - {"estimator."} == {kept}
+    assert len(names) == 1 and not any("teacher" in key or "rival" in key for key in next(iter(names.values())))
+
+
+# ---------------------------------------------------------------- teachers
+
+
+def copy_parts(model: FutureLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def copy(part: torch.nn.Module) -> dict[str, Tensor]:
+        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in part.named_parameters()}
+        return {name: tensor.detach().clone() for name, tensor in whole.items()}
+
+    assert model.teacher is not None
+    return copy(model.lm), copy(model.teacher)
+
+
+class KeepsParts(Trainer):
+    """Keeps the weights of both networks before the first step and after each."""
+
+    def _open_run(self, wandb_id):
+        super()._open_run(wandb_id)
+        self.kept = [copy_parts(self.model)]
+
+    def train_step(self):
+        super().train_step()
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in self.model.teacher.parameters())
+        self.kept.append(copy_parts(self.model))
+
+
+def keep_parts(workspace: Path, run: Path, name: str, **changes: object) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:  # noqa: F811
+    set_single_process_defaults()
+    argv = list_options(workspace, run, name, checkpoint__enable_checkpoint=False, **changes)
+    trainer = KeepsParts(read_config(argv, 1))
+    trainer.train()
+    return trainer.kept
+
+
+def test_an_ema_teacher_is_the_average_of_the_weights(workspace, tmp_path, monkeypatch):  # noqa: F811
+    """Against its definition written out; a step that is left out leaves the teacher alone."""
+    import flame.objective
+
+    real, calls = flame.objective.linear_cross_entropy, []
+
+    def cross_entropy(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 2 * RANKS else 1.0)
+
+    monkeypatch.setattr(flame.objective, "linear_cross_entropy", cross_entropy)
+    kept = keep_parts(workspace, tmp_path / "run", "ema", future_encoder__ema_decay=0.75)
+    start, teacher = kept[0]
+    assert all(torch.equal(teacher[name], weight) for name, weight in start.items()) and teacher.keys() == start.keys()
+    average = {name: weight.double() for name, weight in start.items()}
+    for step, (weights, teacher) in enumerate(kept[1:], start=1):
+        for name, weight in weights.items() if step != 2 else ():
+            average[name] = 0.75 * average[name] + 0.25 * weight.double()
+        for name, weight in average.items():
+            torch.testing.assert_close(teacher[name].double(), weight, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(kept[-1][0][name], kept[-1][1][name]) for name in start)
+
+
+def test_a_random_teacher_never_changes(workspace, tmp_path):  # noqa: F811
+    kept = keep_parts(workspace, tmp_path / "run", "random", training__steps=2)
+    weights, teacher = kept[0]
+    matrices = [name for name, weight in weights.items() if weight.ndim > 1]
+    assert matrices and not any(torch.equal(weights[name], teacher[name]) for name in matrices)
+    for later, still in kept[1:]:
+        assert all(torch.equal(still[name], weight) for name, weight in teacher.items())
+        assert any(not torch.equal(later[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("target", ["random", "ema"])
+def test_a_teacher_makes_the_summaries_and_gets_no_gradient(target):
+    """With the teacher's weights those of another network, the loss is that of its anti-causal pass."""
+    config = future_config(target=target)
+    model, other = build_unsharded(config).double(), build_unsharded(future_config(), seed=9).double()
+    model.teacher.load_state_dict(other.lm.state_dict())
+    batch = random_batch(random_cu_seqlens(30, 3, seed=5))
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    with torch.no_grad():
+        expected = contrast_by_loop(model, [batch], config, [other.encode_future(batch, 0)])
+    assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+    losses.aux.loss_sum.backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in model.predictor.parameters())
+
+
+# ---------------------------------------------------------------- targets and negatives, in float64
+
+
+def find_span(batch: PackedBatch, t: int, reach: int) -> range:
+    """Token t and those behind it in its document, `reach` of them where not 0."""
+    ends = batch.cu_seqlens[1:].tolist()
+    end = min(end for end in ends if end > t)
+    return range(t, min(end, t + reach) if reach else end)
+
+
+class Row(NamedTuple):
+    """An anchor, and its own candidate."""
+
+    document: tuple[int, int]
+    """Pack, and document in it."""
+    position: int
+    guess: Tensor
+    summary: Tensor
+    tokens: tuple[int, ...]
+    """That the summary is of."""
+
+
+def list_rows(
+    model: FutureLM, batches: list[PackedBatch], config: JobConfig, summaries: list[Tensor], seen: list[Tensor] | None
+) -> list[Row]:
+    future, rows = config.future_encoder, []
+    reach = future.future_k * model.lm.config.num_hidden_layers + 1 if future.future_k else 0
+    for pack, batch in enumerate(batches):
+        segments = [*batch.segment_ids[0].tolist(), None]
+        anchors = [segments[t + 1] == segments[t] for t in range(len(segments) - 1)]
+        if future.max_anchors:
+            seed = derive_seed(config.training.seed, batch.sequence_index)
+            positions, valid = draw_anchors(torch.tensor(anchors), future.max_anchors, seed)
+            anchors = [t in positions[valid] for t in range(len(anchors))]
+        guesses = model.predictor(model.encode_past(batch) if seen is None else seen[pack])
+        for t in (t for t, is_anchor in enumerate(anchors) if is_anchor):
+            tokens = tuple(batch.input_ids[0, list(find_span(batch, t + 1, reach))].tolist())
+            rows.append(Row((pack, segments[t]), t, guesses[t], summaries[pack][t + 1], tokens))
+    return rows
+
+
+def contrast_by_loop(
+    model: FutureLM, batches: list[PackedBatch], config: JobConfig, summaries: list[Tensor], seen: list[Tensor] | None = None
+) -> float:
+    """InfoNCE over all pairs (t, t + 1) of all packs. seen: what guesses are made from; the hidden states unless given."""
+    future = config.future_encoder
+
+    def is_negative(one: Row, other: Row) -> bool:
+        is_near = one.document == other.document and abs(one.position - other.position) <= future.exclude_neighbors
+        return not is_near and not (future.exclude_duplicates and one.tokens == other.tokens)
+
+    rows, total = list_rows(model, batches, config, summaries, seen), 0.0
+    for one in rows:
+        own, *others = (
+            torch.cosine_similarity(one.guess, row.summary, dim=0).item() / config.future_encoder.temperature
+            for row in (one, *(row for row in rows if is_negative(one, row)))
+        )
+        total += math.log(sum(map(math.exp, (own, *others)))) - own
+    return total
+
+
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"exclude_neighbors": 2, "max_anchors": 11},
+        {"exclude_duplicates": True, "future_k": 1},
+        {"exclude_neighbors": 1, "exclude_duplicates": True},
+    ],
+    ids=str,
+)
+def test_global_negatives_are_those_of_all_packs(one_process, changes):
+    """Over packs of few different tokens, so that futures are the same across packs."""
+    config = future_config(negatives="global", **changes)
+    model = build_unsharded(config).double()
+    batches = [random_batch(random_cu_seqlens(24, 5, seed), vocab_size=3, seed=seed) for seed in (1, 2, 3)]
+    pools = gather_pools(model, batches, config)
+    found = [model(compute_losses, batch, config, Parts(aux=True), pool).aux for batch, pool in zip(batches, pools, strict=True)]
+    with torch.no_grad():
+        expected = contrast_by_loop(
+            model, batches, config, [model.encode_future(b, config.future_encoder.future_k) for b in batches]
+        )
+    assert sum(aux.loss_sum.item() for aux in found) == pytest.approx(expected, rel=1e-9)
+    bound, count = (sum(aux.measures["mi_lower_bound"][i].item() for aux in found) for i in range(2))
+    assert bound / count < math.log(count)
+
+
+def test_candidates_and_instruments_do_not_depend_on_what_was_drawn_before(one_process):
+    """Dropout of the backbone is that of the sequence, on any number of ranks and after a resume; of gathered summaries too."""
+    config = future_config(negatives="global", estimator_type="cosine")
+    model = build_unsharded(config, tiny_llama(attention_dropout=0.5)).train()
+    batch = random_batch(random_cu_seqlens(24, 3, seed=4))
+
+    def look(seed: int) -> tuple[Tensor, dict[str, float]]:
+        torch.manual_seed(seed)
+        (pool,) = gather_pools(model, [batch], config)
+        means = measure_step(model, batch, config, 0.1, pool)
+        return pool.whole.summaries, {name: (total / count).item() for name, (total, count) in means.items()}
+
+    (summaries, means), (again, means_again) = look(1), look(2)
+    assert torch.equal(summaries, again) and means == pytest.approx(means_again, nan_ok=True)
+    model.eval()
+    summaries_without, means_without = look(1)
+    assert not torch.equal(summaries, summaries_without) and means["future/grad_norm_ce"] != means_without["future/grad_norm_ce"]
+
+
+def test_the_causal_pass_as_target():
+    config = future_config(target="causal")
+    model = build_unsharded(config).double()
+    batch = random_batch(random_cu_seqlens(30, 3, seed=6))
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    with torch.no_grad():
+        expected = contrast_by_loop(model, [batch], config, [model.encode_past(batch)])
+    assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_mean_embedding_as_target(window):
+    config = future_config(target="mean_embedding", future_k=window)
+    model = build_unsharded(config).double()
+    batch = random_batch(random_cu_seqlens(30, 4, seed=7))
+    with torch.no_grad():
+        embeddings = model.lm.get_input_embeddings()(batch.input_ids)[0]
+        means = torch.stack([embeddings[list(find_span(batch, t, window and window + 1))].mean(0) for t in range(30)])
+        expected = contrast_by_loop(model, [batch], config, [means])
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(average_ahead(embeddings, batch.segment_ids[0], window), means, rtol=1e-9, atol=1e-12)
+
+
+def test_duplicates_of_a_mean_embedding_are_those_of_the_tokens_in_it():
+    """Its window is not that of several layers."""
+    config = future_config(target="mean_embedding", future_k=1, exclude_duplicates=True)
+    model = build_unsharded(config)
+    batch = pack(torch.tensor([9, 1, 2, 3, 9, 1, 2, 4]), torch.tensor([0, 4, 8]).int())
+    keys = collect_candidates(model, batch, config, room=8).keys
+    assert keys[0] == keys[4] and keys[1] != keys[5]  # means of (1, 2); of (2, 3) and (2, 4)
+
+
+@how_often(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 2**40))
+def test_shuffled_places(marks, seed):
+    valid = torch.tensor(marks)
+    order = shuffle_valid(valid, seed)
+    assert sorted(order.tolist()) == list(range(len(marks)))
+    assert torch.equal(valid[order], valid)
+    assert torch.equal(order, shuffle_valid(valid, seed))
+
+
+def test_shuffled_targets_are_the_same_ones_elsewhere():
+    room = 40
+    model = build_unsharded(future_config())
+    batch = random_batch(random_cu_seqlens(room, 4, seed=8))
+    own = collect_candidates(model, batch, future_config(exclude_duplicates=True), room)
+    dealt = collect_candidates(model, batch, future_config(exclude_duplicates=True, target="shuffled"), room)
+    assert torch.equal(own.is_valid, dealt.is_valid)
+    valid = own.is_valid
+
+    def count(share) -> Counter:
+        return Counter(map(tuple, torch.cat([share.summaries[valid].double(), share.keys[valid, None].double()], dim=1).tolist()))
+
+    assert count(own) == count(dealt)  # each summary, with its key
+    stayed = (own.summaries[valid] == dealt.summaries[valid]).all(dim=1)
+    assert stayed.sum() < valid.sum() / 4
+    again = future_config(exclude_duplicates=True, target="shuffled")
+    again.training.seed += 1
+    assert not torch.equal(collect_candidates(model, batch, again, room).summaries, dealt.summaries)
+
+
+# ---------------------------------------------------------------- the shortcut baseline
+
+
+def test_guesses_from_the_embedding_leave_the_backbone_alone():
+    config = future_config()
+    config.future_predictor = FuturePredictor(input="embedding")
+    model = build_unsharded(config).double()
+    batch = random_batch(random_cu_seqlens(30, 3, seed=9))
+    losses = model(compute_losses, batch, config, Parts(aux=True))
+    with torch.no_grad():
+        embeddings = model.lm.get_input_embeddings()(batch.input_ids)[0]
+        expected = contrast_by_loop(model, [batch], config, [model.encode_future(batch, 0)], [embeddings])
+    assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+    losses.aux.loss_sum.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.lm.parameters())
+    assert all(parameter.grad.any() for parameter in model.predictor.parameters())
+
+
+def test_the_backbone_of_an_embedding_run_is_that_of_next_token_prediction(workspace, tmp_path):  # noqa: F811
+    """To the bit, with instruments that ask for the gradient there. Clipping goes by all gradients, and is off."""
+    changes = {"training__steps": 2, "training__max_norm": 1e9, "metrics__future_interval": 1}
+    main(list_options(workspace, tmp_path / "run", "embedding", **changes))
+    dist.destroy_process_group() if dist.is_initialized() else None
+    main(list_options(workspace, tmp_path / "plain", "embedding", **changes, objective__name="next_token"))
+    found, expected = final_weights(tmp_path / "run"), final_weights(tmp_path / "plain")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert all(row["future/grad_norm_aux"] == 0 and row["future/grad_cosine"] == 0 for row in read_metrics(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- the factor
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.5] * 6),
+        ({"start_step": 3}, [0, 0, 0.5, 0.5, 0.5, 0.5]),
+        ({"warmup_steps": 4}, [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]),
+        ({"start_step": 3, "warmup_steps": 2}, [0, 0, 0.25, 0.5, 0.5, 0.5]),
+        ({"decay_steps": 3}, [0.5, 0.5, 0.5, 0.375, 0.25, 0.125]),
+        ({"start_step": 2, "warmup_steps": 2, "decay_steps": 1}, [0, 0.25, 0.5, 0.5, 0.5, 0.25]),
+        ({"warmup_steps": 6, "decay_steps": 5}, [0.5 * n / 6 * (7 - n) / 6 for n in range(1, 7)]),
+        ({"loss_weight": 0.0}, [0] * 6),
+    ],
+    ids=str,
+)
+def test_the_factor_step_by_step(changes, expected):
+    config = future_config(**{"loss_weight": 0.5} | changes)
+    config.training.steps = 6
+    assert [find_aux_weight(config, step) for step in range(1, 7)] == pytest.approx(expected)
+
+
+def test_the_factor_is_the_one_that_is_applied(workspace, tmp_path):  # noqa: F811
+    changes = {"start_step": 2, "warmup_steps": 2, "decay_steps": 1, "loss_weight": 0.5}
+    main(list_options(workspace, tmp_path / "run", "causal", **{f"future_encoder__{name}": v for name, v in changes.items()}))
+    rows = read_metrics(tmp_path / "run")
+    assert [row.get("loss_weight") for row in rows] == [None, 0.25, 0.25]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["ce_loss"] + row.get("loss_weight", 0) * row.get("aux_loss", 0), rel=1e-5)
+    assert ["aux_loss" in row for row in rows] == [False, True, True]
