@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import tomli
 
 from benchmarks.run_queue import read_rows
@@ -59,21 +60,25 @@ def read_outcome(folder: Path) -> Outcome | None:
     config = tomli.loads((folder / "config.toml").read_text())
     sizes = parse_sizes(config["training"]["dataset_name"])
     tokens_a_graph = sum(size.num_tokens for size in sizes) / len(sizes)
-    step = tokens = petaflops = branch = 0.0
-    graphs, matches, spent = [], [], []
+    steps, tokens, petaflops = [0.0], [0.0], [0.0]  # at the start and at each log line
+    validated, matches = [], []
+    branch = 0.0
     instruments: dict[str, float] = {}
     for row in read_rows(folder):
         if "validation_exact_match" in row:
-            graphs.append(tokens / tokens_a_graph)
+            validated.append(row["step"])
             matches.append(row["validation_exact_match"])
-            spent.append(petaflops)
             branch = row["validation_first_branch"]
         elif "step_tflops" in row:
-            petaflops += row["step_tflops"] * (row["step"] - step) / 1000
-            step, tokens = row["step"], row["tokens_seen"]
+            petaflops.append(petaflops[-1] + row["step_tflops"] * (row["step"] - steps[-1]) / 1000)
+            steps.append(row["step"])
+            tokens.append(row["tokens_seen"])
             instruments |= {name: value for name, value in row.items() if name.startswith("future/") or name == "mi_lower_bound"}
     if not matches:
         return None
+    # Most validations are between two log lines.
+    graphs = (np.interp(validated, steps, tokens) / tokens_a_graph).tolist()
+    spent = np.interp(validated, steps, petaflops).tolist()
     size, variant, seed = folder.parts[-3:]
     return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments)
 

@@ -90,7 +90,8 @@ def never(_validations: list[Row]) -> bool:
 
 
 def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
-    """Make those runs that have not been made. One that was cut short is begun again.
+    """Make those runs that have not been made. One that was cut short goes on from
+    its last checkpoint, or is begun again.
 
     Args:
         per_gpu: runs at the same time on one GPU; small models leave most of it idle. Without GPUs, at the same time.
@@ -130,7 +131,6 @@ def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
 def _make(run: Run, folder: Path, deadline: float) -> str:
     """Train, with the log in the run's folder. Returns how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / METRICS_FILE).unlink(missing_ok=True)
     arguments = run.spell_options()
     looked = time.time()
     is_done = False

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.run_queue import Run, never, read_validations, run_command
+from benchmarks.run_queue import ENDED_FILE, Run, never, read_validations, run_command
 from flame.config import Siblings
 from flame.data.siblings import NUM_TOKENS, judge_samples
 
@@ -61,7 +61,7 @@ def write_report(runs: Path, out: Path) -> None:
     """Write `siblings.md` into a folder."""
     rows = ["| objective | seeds | coherent | held out | unique | cross entropy, held-out pairs |", "|---|---|---|---|---|---|"]
     for name in OBJECTIVES:
-        folders = sorted(path.parent for path in runs.glob(f"{name}/*/hf"))
+        folders = sorted(path.parent for path in runs.glob(f"{name}/*/{ENDED_FILE}"))
         if not folders:
             continue
         judged = []

@@ -292,7 +292,8 @@ class FutureEncoder:
     """Summaries at most this many tokens from an anchor's own, in its document, are no negatives of it: much of their future
     is the same."""
     exclude_duplicates: bool = False
-    """Summaries of the same tokens as an anchor's own, as far as the window sees, are no negatives of it."""
+    """Summaries of the same tokens as an anchor's own, as far as the window sees, are no negatives of it. What counts is the
+    tokens from a summary's position on, with target = "causal" too."""
     loss_weight: NonNegativeFloat = 0.1
     """Factor of the future loss beside the cross entropy. 0 is the same run as objective.name = "next_token"."""
     start_step: NonNegativeInt = 0
@@ -323,7 +324,7 @@ class FuturePredictor:
     lr_scale: PositiveFloat = 1.0
     """Learning rate of predictor and estimator, relative to optimizer.lr."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of the predictor's matrices."""
+    """Decoupled weight decay of the matrices of predictor and estimator ("bilinear" has one)."""
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flame.components.loggers import METRICS_FILE
 from flame.config import JobConfig
+from flame.errors import UserError
 from flame.utils.plotting import plot_run
 from flame.weights.hf_export import convert
 
@@ -25,4 +26,7 @@ def finish_run(config: JobConfig, step: int) -> None:
             convert(newest, exported, config.checkpoint.export_dtype)
             logger.info('  model        %s  (AutoModelForCausalLM.from_pretrained("%s"))', exported, exported)
     logger.info("  metrics      %s", folder / METRICS_FILE)
-    logger.info("  curves       %s", plot_run(folder))
+    try:
+        logger.info("  curves       %s", plot_run(folder))
+    except UserError as error:  # nothing that could be drawn is no fault of a run that is done
+        logger.info("  curves       none: %s", error)

@@ -20,8 +20,9 @@ from flame.models.future_mask import find_room, list_marked
 from flame.models.future_targets import hash_futures
 from flame.models.gradient_guard import guard_gradient
 from flame.models.losses import linear_cross_entropy
+from flame.models.rivals import Trunk
 from flame.models.softmax_rows import count_chunk_rows
-from flame.models.summaries import shuffle_valid, summarize
+from flame.models.summaries import find_reach, shuffle_valid, summarize
 
 
 class Parts(NamedTuple):
@@ -92,7 +93,7 @@ def collect_candidates(model: FutureLM, batch: PackedBatch, config: JobConfig, r
         targets = anchors.pick_ahead(summaries, future.target_shift)
         keys = None
         if future.exclude_duplicates:
-            reach = future.future_k * model.lm.config.num_hidden_layers + 1 if future.future_k else 0
+            reach = find_reach(future, model.lm.config.num_hidden_layers)
             keys = anchors.pick_ahead(hash_futures(batch.input_ids[0], batch.segment_ids[0], reach), future.target_shift)
         if future.target == "shuffled":
             order = shuffle_valid(anchors.is_valid, derive_seed(config.training.seed, batch.sequence_index))
@@ -146,7 +147,7 @@ def _run_rival(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, posit
         return model.encode_embeddings(part, embeddings, batch)
 
     labels = _pick(batch.labels[0], positions)
-    loss_sum = model.rival(hidden_states, batch, positions, labels, model.output_embedding, encode)
+    loss_sum = model.rival(Trunk(hidden_states, batch, positions, labels, model.output_embedding, encode))
     count = loss_sum.new_full((), batch.num_labels)
     return Contrast(loss_sum, count, torch.zeros_like(count), {})
 

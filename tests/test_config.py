@@ -173,7 +173,8 @@ BAD_COMMAND_LINES = {
     "a window of a pass that is not made": (
         ["--objective.name", "future", "--future_encoder.target", "causal", "--future_encoder.future_k", "4"],
         [
-            'future_encoder.future_k = 4 has no effect with future_encoder.target = "causal", which looks at the past: leave it out'
+            'future_encoder.future_k = 4 has no effect with future_encoder.target = "causal", which looks at the past: '
+            "leave it out"
         ],
     ),
     "conflict with the machine": (

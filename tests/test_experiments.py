@@ -65,6 +65,18 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     assert (out / "pathstar.png").stat().st_size > 1000
 
 
+def test_a_validation_between_two_log_lines_counts_the_steps_before_it(tmp_path: Path):
+    folder = tmp_path / "3x3" / "future" / "seed 1"
+    write_run(folder, [])
+    logged = [{"step": step, "step_tflops": 2.0, "tokens_seen": 2500 * step} for step in (20, 40, 60)]
+    validated = [{"step": step, "validation_exact_match": 0.5, "validation_first_branch": 0.5} for step in (10, 25, 50)]
+    rows = sorted([*logged, *validated], key=lambda row: row["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome.graphs == [1000, 2500, 5000] and outcome.petaflops == pytest.approx([0.02, 0.05, 0.1])
+
+
 def test_a_line_that_is_still_written_is_left_out(tmp_path: Path):
     write_run(tmp_path / "run", [0.5])
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [10, 10]

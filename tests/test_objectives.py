@@ -35,7 +35,8 @@ from flame.models.summaries import average_ahead, shuffle_valid
 from flame.objective import Parts, collect_candidates, compute_losses, gather_pools
 from flame.train import Trainer, main
 from flame.utils.convert_dcp_to_hf import FUTURE_FILE, read_model_tensors
-from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
+from tests.helpers import build_unsharded, future_config, random_batch, random_cu_seqlens
+from tests.helpers import pack as pack_tokens
 from tests.test_train import (  # noqa: F401 - fixtures
     cut_power_after,
     final_weights,
@@ -399,23 +400,23 @@ def test_global_negatives_are_those_of_all_packs(one_process, changes):
     assert bound / count < math.log(count)
 
 
-def test_candidates_and_instruments_do_not_depend_on_what_was_drawn_before(one_process):
-    """Dropout of the backbone is that of the sequence, on any number of ranks and after a resume; of gathered summaries too."""
-    config = future_config(negatives="global", estimator_type="cosine")
-    model = build_unsharded(config, tiny_llama(attention_dropout=0.5)).train()
+def test_instruments_do_not_depend_on_what_was_drawn_before(one_process):
+    """The dropout of the head is that of the sequence: the same after a resume."""
+    config = future_config()
+    config.future_predictor = FuturePredictor(dropout=0.5)
+    model = build_unsharded(config)
     batch = random_batch(random_cu_seqlens(24, 3, seed=4))
 
-    def look(seed: int) -> tuple[Tensor, dict[str, float]]:
+    def look(seed: int) -> dict[str, float]:
         torch.manual_seed(seed)
-        (pool,) = gather_pools(model, [batch], config)
-        means = measure_step(model, batch, config, 0.1, pool)
-        return pool.whole.summaries, {name: (total / count).item() for name, (total, count) in means.items()}
+        means = measure_step(model, batch, config, 0.1, None)
+        assert torch.initial_seed() == seed
+        return {name: (total / count).item() for name, (total, count) in means.items()}
 
-    (summaries, means), (again, means_again) = look(1), look(2)
-    assert torch.equal(summaries, again) and means == pytest.approx(means_again, nan_ok=True)
+    means = look(1)
+    assert means == pytest.approx(look(2), nan_ok=True)
     model.eval()
-    summaries_without, means_without = look(1)
-    assert not torch.equal(summaries, summaries_without) and means["future/grad_norm_ce"] != means_without["future/grad_norm_ce"]
+    assert means["future/alignment"] != look(1)["future/alignment"]
 
 
 def test_the_causal_pass_as_target():
@@ -446,7 +447,7 @@ def test_duplicates_of_a_mean_embedding_are_those_of_the_tokens_in_it():
     """Its window is not that of several layers."""
     config = future_config(target="mean_embedding", future_k=1, exclude_duplicates=True)
     model = build_unsharded(config)
-    batch = pack(torch.tensor([9, 1, 2, 3, 9, 1, 2, 4]), torch.tensor([0, 4, 8]).int())
+    batch = pack_tokens(torch.tensor([9, 1, 2, 3, 9, 1, 2, 4]), torch.tensor([0, 4, 8]).int())
     keys = collect_candidates(model, batch, config, room=8).keys
     assert keys[0] == keys[4] and keys[1] != keys[5]  # means of (1, 2); of (2, 3) and (2, 4)
 

@@ -24,7 +24,7 @@ from flame.models import softmax_rows
 from flame.models.causal_lm import initialize
 from flame.models.families import find_limits
 from flame.models.future_encoder import MaskedPasses, VarlenPasses
-from flame.models.rivals import Encode, Rival, RivalName, build_rival, extra_layer
+from flame.models.rivals import Encode, Rival, RivalName, Trunk, build_rival, extra_layer
 from flame.models.rivals.vocabulary_head import find_upcoming
 from tests.helpers import CPU, pack, random_batch, tiny_llama
 from tests.toy_families import TOYS, build_toy
@@ -165,7 +165,7 @@ def test_it_is_its_definition(name, rows_per_chunk, lengths, window, on_answers,
         positions = torch.cat([marked, (labels == NO_LABEL).nonzero().flatten()[:2]])
         labels = labels[positions]
     with chunks_of(rows_per_chunk):
-        found = rival(states, batch, positions, labels, output, encode)
+        found = rival(Trunk(states, batch, positions, labels, output, encode))
         found_grads = torch.autograd.grad(3.0 * found, inputs, allow_unused=True)
     assert found.dtype == torch.float64 and found.shape == ()
 
@@ -187,7 +187,7 @@ def test_a_pack_is_the_sum_of_its_documents(name, lengths, seed):
     states, output = draw((int(cu[-1]), WIDTH), seed), draw((VOCABULARY, WIDTH), seed + 1)
 
     def compute(batch: PackedBatch, states: Tensor) -> Tensor:
-        return rival(states, batch, None, batch.labels[0], output, encoder(batch, small_llama()))
+        return rival(Trunk(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
 
     packed = compute(batch, states)
     alone = sum(
@@ -202,7 +202,7 @@ def test_without_any_label_all_is_exactly_zero(name):
     batch = random_batch(torch.arange(9, dtype=torch.int32), VOCABULARY)  # single-token documents
     rival = build(name)
     states, output = draw((8, WIDTH), 0, torch.float32), draw((VOCABULARY, WIDTH), 1, torch.float32)
-    loss = rival(states, batch, None, batch.labels[0], output, encoder(batch, small_llama()))
+    loss = rival(Trunk(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
     assert loss == 0 and loss.dtype == torch.float32
     loss.backward()
     grads = [states.grad, *(parameter.grad for parameter in rival.parameters())]
@@ -219,7 +219,7 @@ def test_half_precision_states(name):
         rival = rival.to(torch.bfloat16).to(dtype)  # the same weights in both
         states, output = (draw(shape, 3, torch.bfloat16).detach().to(dtype) for shape in ((40, WIDTH), (VOCABULARY, WIDTH)))
         states.requires_grad_()
-        loss = rival(states, batch, None, batch.labels[0], output, encode)
+        loss = rival(Trunk(states, batch, None, batch.labels[0], output, encode))
         results.append((loss, *torch.autograd.grad(loss, [states, *rival.parameters()])))
     (loss, *grads), (exact_loss, *exact_grads) = results
     assert loss.dtype == torch.float32
@@ -241,7 +241,7 @@ def test_long_documents(name):
     states, output = draw((300, WIDTH), 0, torch.float32), draw((150, WIDTH), 1, torch.float32)
     positions = torch.tensor([0, 3, 100, 149, 150, 298])
     labels = batch.labels[0][positions]
-    loss = rival(states, batch, positions, labels, output, encoder(batch, config))
+    loss = rival(Trunk(states, batch, positions, labels, output, encoder(batch, config)))
     wide, others = rival.double(), torch.full((300,), NO_LABEL)
     expected = compute_by_loop(
         name,
@@ -271,7 +271,8 @@ def test_one_token_needs_no_further_head():
     config.objective.mtp_tokens = 1
     rival = build_rival("mtp", config, small_llama(), "sdpa")
     batch = random_batch(torch.tensor([0, 9], dtype=torch.int32), VOCABULARY)
-    loss = rival(draw((9, WIDTH), 0), batch, None, batch.labels[0], draw((VOCABULARY, WIDTH), 1), encoder(batch, small_llama()))
+    states, output = draw((9, WIDTH), 0), draw((VOCABULARY, WIDTH), 1)
+    loss = rival(Trunk(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
     assert loss == 0 and not list(rival.parameters()) and rival.count_weights() == (0, 0)
 
 
@@ -285,7 +286,7 @@ def test_the_layers_of_every_family(name, family):
     batch = random_batch(torch.tensor([0, 3, 15, 30], dtype=torch.int32))
     encode = encoder(batch, config)
     states, output = draw((30, 32), 0, torch.float32), draw((61, 32), 1, torch.float32)
-    rival(states, batch, None, batch.labels[0], output, encode).backward()
+    rival(Trunk(states, batch, None, batch.labels[0], output, encode)).backward()
     unreached = {key for key, p in rival.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert not unreached and states.grad.abs().sum() > 0
 
@@ -321,8 +322,9 @@ def test_the_flash_attention_of_gpus_gives_the_same(name):
         outputs = layer(inputs_embeds=states[None], position_ids=batch.position_ids, documents=layout, use_cache=False)
         return outputs.last_hidden_state[0]
 
-    expected = masked(states, batch, None, batch.labels[0], output, encoder(batch, config))
-    torch.testing.assert_close(varlen(states, batch, None, batch.labels[0], output, encode), expected, rtol=1e-5, atol=0.0)
+    trunk = Trunk(states, batch, None, batch.labels[0], output, encode)
+    expected = masked(trunk._replace(encode=encoder(batch, config)))
+    torch.testing.assert_close(varlen(trunk), expected, rtol=1e-5, atol=0.0)
 
 
 def test_weights_that_are_counted():
@@ -350,8 +352,3 @@ def test_models_whose_layers_cannot_be_run_are_refused(name, monkeypatch):
     monkeypatch.setattr(extra_layer, "build_on_meta", lambda *_: SimpleNamespace(base_model=OnlyTokens()))
     with pytest.raises(UserError, match=f'objective.name = "{name}" .*inputs_embeds'):
         build(name)
-
-
-def test_a_window_with_an_empty_bag_is_refused():
-    with pytest.raises(UserError, match=r"objective.window = 1 .*2 or more"):
-        build("fsp_bow", window=1)

@@ -137,6 +137,28 @@ def test_a_fault_on_the_future_side_leaves_the_backbone_training(workspace, tmp_
     assert all(suspect["documents"] for suspect in row["sequences"])
 
 
+def test_a_fault_of_a_rival_is_told_as_its(workspace, tmp_path, monkeypatch, caplog):  # noqa: F811
+    class Broken(Trainer):
+        def _open_run(self, wandb_id):
+            super()._open_run(wandb_id)
+            real = self.model.rival.head.forward
+
+            def forward(*args):
+                loss = real(*args)
+                loss.register_hook(lambda grad: grad * (float("nan") if self.step == 2 else 1.0))
+                return loss
+
+            monkeypatch.setattr(self.model.rival.head, "forward", forward)
+
+    other = {"future_encoder__enable": None, "future_encoder__learnable_temperature": None, "objective__name": "top"}
+    run_trainer(Broken, workspace, tmp_path / "run", **other)
+    (told,) = [record.getMessage() for record in caplog.records if record.getMessage().endswith("skipped")]
+    assert told.startswith("step 2: the rival's loss, or a gradient of it, is not finite; ")
+    assert told.endswith("rival's loss skipped")
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["skipped_steps"] == 0 and all(row["loss"] < 100 for row in rows)
+
+
 def test_a_predictor_with_nan_gradients_is_not_updated(workspace, tmp_path, monkeypatch):  # noqa: F811
     class Broken(Snapshots):
         def _open_run(self, wandb_id):

@@ -56,12 +56,13 @@ def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
     """Refuse to go on with a run under options that would make it another one.
 
     Args:
-        saved: the configuration in the checkpoint, by section. Options that only one of the two knows are let pass.
+        saved: the configuration in the checkpoint, by section. An option that it does not know counts as its default, which is
+            what a release before the option did; one that only it knows is let pass. Empty of a converted model.
 
     Raises:
         UserError: one line for each option that has changed.
     """
-    before, now = flatten(saved), flatten(dataclasses.asdict(config))
+    before, now = _complete(saved), flatten(dataclasses.asdict(config))
     changed = [key for key in now if _is_fixed(key) and key in before and now[key] != before[key]]
     lines = []
     if saved:
@@ -92,9 +93,9 @@ def list_changes(saved: dict[str, Any], config: JobConfig) -> list[str]:
     """Lines such as `optimizer.lr: 0.001 -> 0.0005` for the options that differ and that `check_resumable` lets pass.
 
     Args:
-        saved: the configuration in the checkpoint, by section. An option that only one of the two knows is `unset` in the other.
+        saved: as for `check_resumable`. An option that only it knows is `unset` now.
     """
-    before, now = flatten(saved), flatten(dataclasses.asdict(config))
+    before, now = _complete(saved), flatten(dataclasses.asdict(config))
     return [f"{key}: {old} -> {new}" for key, old, new in _diff(before, now) if not _is_fixed(key) and key not in UNTOLD_OPTIONS]
 
 
@@ -145,6 +146,11 @@ def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:
             f"model.tokenizer_path: the tokenizer (fingerprint {fingerprint}) is not the one that the checkpoint was made with "
             f"({saved_fingerprint}): set it back, or start a new run in another job.dump_folder"
         )
+
+
+def _complete(saved: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint by dotted key, with defaults for those that it does not know."""
+    return flatten(dataclasses.asdict(JobConfig())) | flatten(saved) if saved else {}
 
 
 def _is_fixed(key: str) -> bool:

@@ -13,8 +13,8 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from flame.components.distributed import get_world_size
 from flame.config import CONTRASTIVE, JobConfig
@@ -23,6 +23,7 @@ from flame.models.future_encoder import find_head_dim, is_recurrent
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import count_anchors
 from flame.models.rivals import Rival
+from flame.models.weight_count import count_weights_used
 
 
 class Flops(NamedTuple):
@@ -42,19 +43,6 @@ def count_attention_channels(config: PretrainedConfig) -> Counter[int]:
     for limit in list_layer_limits(config):
         channels[limit] += width
     return channels
-
-
-def count_weights_used(model: PreTrainedModel) -> float:
-    """Weights of the layers' matrices that one token meets."""
-    head = model.get_output_embeddings().weight
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
-    used = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in tables:
-            is_of_experts = parameter.ndim == 3 and ".experts." in name
-            share = model.config.num_experts_per_tok / len(parameter) if is_of_experts else 1
-            used += parameter.numel() * share
-    return used
 
 
 class FlopCounter:

@@ -79,6 +79,7 @@ class RunMeters:
         self._flop_counter = FlopCounter(model, config)
         self.throughput = Throughput(self.metrics, device, get_world_size(), config.training.steps - start_step)
         self._logged_step = start_step
+        self._has_told_of_no_anchors = False
 
     @property
     def wandb_id(self) -> str | None:
@@ -144,6 +145,14 @@ class RunMeters:
         self._run_log.log(step, values)
         logger.info(format_line(step, self._config.training.steps, values, seconds_left))
         self._logged_step = step
+        if values.get("anchors") == 0 and get_rank() == 0 and not self._has_told_of_no_anchors:
+            self._has_told_of_no_anchors = True
+            logger.warning(
+                "no position has a target, so the future loss teaches nothing: none has future_encoder.target_shift = %d more "
+                "tokens of its %s after it; shift less, or see why they are that short",
+                self._config.future_encoder.target_shift,
+                "answer" if self._config.training.loss_on == "answer" else "document",
+            )
 
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a validation, `validation_*`."""

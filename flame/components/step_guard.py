@@ -36,8 +36,8 @@ class Suspect(NamedTuple):
 
 
 class StepGuard:
-    """Decides what becomes of each step. Where only the future loss has failed, the backbone is trained without it, and predictor
-    and estimator not at all.
+    """Decides what becomes of each step. Where only the future loss (or a gradient of a rival of it) has failed, the backbone is
+    trained without it, and predictor and estimator, or the rival's heads, not at all.
 
     Args:
         folder: the run's; `skipped.jsonl` in it lists each step left out, in whole or in part, with all documents.
@@ -46,10 +46,12 @@ class StepGuard:
 
     def __init__(self, training: Training, folder: Path, model: FutureLM, counters: Counters, device: torch.device):
         self._training, self._path, self._counters, self._device = training, folder / SKIPPED_FILE, counters, device
+        self._aux_name = "future loss" if model.rival is None else "rival's loss"
         self._future_parameters = [parameter for module in model.heads for parameter in module.parameters()]
 
     def settle(self, step_loss: Tensor, outcomes: list[Losses]) -> tuple[Tensor, Tensor]:
-        """Sum the loss over ranks, and zero the gradients of predictor and estimator if one of them is not finite.
+        """Sum the loss over ranks, and zero the gradients of the heads (predictor and estimator, or a rival's) if one of them is
+        not finite.
 
         Args:
             step_loss: 0-d, this rank's part.
@@ -102,8 +104,8 @@ class StepGuard:
         counters.skipped_futures += 1
         counters.skipped_futures_in_a_row += 1
         is_bad = [losses.aux is not None and bool(losses.aux.failed) for losses in outcomes]
-        found = "the future loss, or a gradient of it, is not finite"
-        self._report(step, "future loss", found, _name_bad(batches, is_bad), counters.skipped_futures_in_a_row)
+        found = f"the {self._aux_name}, or a gradient of it, is not finite"
+        self._report(step, self._aux_name, found, _name_bad(batches, is_bad), counters.skipped_futures_in_a_row)
         for parameter in self._future_parameters:
             parameter.grad = None  # the optimizer leaves alone what has no gradient: predictor and estimator skip this step
         return True

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from flame.config import GENERATED, LOCAL_FORMATS, PATHSTAR, Corpus, Generators
-from flame.config_conflicts import expand_glob
 from flame.data.generated import GeneratedSource
 from flame.data.pathstar import PathstarSource, parse_sizes
 from flame.data.siblings import SiblingsSource
+from flame.data_conflicts import expand_glob
 from flame.errors import UserError
 
 ROWS_AT_ONCE = 256  # of a streaming source

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flame.components.distributed import get_gpu
 from flame.components.seeds import derive_seed
 from flame.config import JobConfig
 from flame.data.batch import PackedBatch
@@ -34,7 +35,10 @@ def measure_step(model: FutureLM, batch: PackedBatch, config: JobConfig, loss_we
     """
     observed: list[Observed] = []
 
+    seed = derive_seed(config.training.seed, batch.sequence_index)
+
     def run(parts: Parts) -> Losses:
+        torch.manual_seed(seed)  # the dropout of the training step
         return model(compute_losses, batch, config, parts, pool)
 
     def run_ce() -> Tensor:
@@ -54,9 +58,9 @@ def measure_step(model: FutureLM, batch: PackedBatch, config: JobConfig, loss_we
         gradients = name_gradients(compare_gradients(model, run_ce, run_aux, parameters), loss_weight)
     else:  # the language model is frozen
         gradients = {}
-        with torch.no_grad():
+        gpu = get_gpu()
+        with torch.no_grad(), torch.random.fork_rng([] if gpu is None else [gpu]):
             run_aux()
-    seed = derive_seed(config.training.seed, batch.sequence_index)
     return gradients | measure_representations(observed[0], batch, config.future_encoder.target_shift, seed)
 
 

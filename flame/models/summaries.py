@@ -24,6 +24,13 @@ def summarize(model: FutureLM, batch: PackedBatch, future: FutureEncoder) -> Ten
     return model.encode_future(batch, future.future_k)
 
 
+def find_reach(future: FutureEncoder, num_layers: int) -> int:
+    """Tokens that a summary is made of, its own one included; 0 is all up to the end of the document."""
+    if not future.future_k:
+        return 0
+    return future.future_k * (1 if future.target == "mean_embedding" else num_layers) + 1
+
+
 def average_ahead(embeddings: Tensor, segment_ids: Tensor, window_k: int) -> Tensor:
     """Mean of the vectors of each token and those behind it in its document, at most `window_k` of them where not 0.
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flame.config import Corpus
-from flame.config_conflicts import find_corpus_conflicts
 from flame.data.sources import Source, open_source
 from flame.data.span_encoder import SpanEncoder, encode_in_order, plan_spans
 from flame.data.token_folder import FORMAT_VERSION, Manifest, TokenDtype
 from flame.data.token_folder_writer import Progress, Recipe, TokenFolderWriter, read_finished
 from flame.data.tokenizer import fingerprint_tokenizer, load_tokenizer
+from flame.data_conflicts import find_corpus_conflicts
 from flame.errors import UserError
 
 LOG_SECONDS = 60.0

@@ -8,14 +8,13 @@ import torch
 from transformers import PretrainedConfig
 
 from flame.config import JobConfig
-from flame.errors import UserError
 from flame.models.future_encoder import Attention
 from flame.models.rivals.bag_of_words import BagOfWords
 from flame.models.rivals.multi_token import MultiTokenPrediction
-from flame.models.rivals.rival import Encode, Rival
+from flame.models.rivals.rival import Encode, Rival, Trunk
 from flame.models.rivals.token_order import TokenOrderPrediction
 
-__all__ = ["Encode", "Rival", "RivalName", "build_rival"]
+__all__ = ["Encode", "Rival", "RivalName", "Trunk", "build_rival"]
 
 RivalName = Literal["mtp", "top", "fsp_bow"]
 
@@ -28,7 +27,7 @@ def build_rival(name: RivalName, config: JobConfig, model_config: PretrainedConf
         attention: as the language model's.
 
     Raises:
-        UserError: the family has no layer that can be run on hidden states, or the window holds nothing to predict.
+        UserError: the family has no layer that can be run on hidden states.
     """
     objective = config.objective
     # To the end of the document: no piece of one is longer than this.
@@ -39,9 +38,4 @@ def build_rival(name: RivalName, config: JobConfig, model_config: PretrainedConf
             return MultiTokenPrediction(objective.mtp_tokens, model_config, attention)
         if name == "top":
             return TokenOrderPrediction(window, model_config, spread)
-        if window < 2:
-            raise UserError(
-                f'objective.window = {window} with objective.name = "fsp_bow": the bag holds the tokens after the next one, up '
-                "to that many ahead: set it to 2 or more, or to 0 for all up to the end of the document"
-            )
         return BagOfWords(window, model_config, attention, spread)

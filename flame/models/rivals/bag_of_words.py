@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.data.batch import NO_LABEL, PackedBatch
+from flame.data.batch import NO_LABEL
 from flame.models.future_encoder import Attention
 from flame.models.rivals.extra_layer import build_extra_layer
-from flame.models.rivals.rival import Encode, Rival
+from flame.models.rivals.rival import Rival, Trunk
 from flame.models.rivals.vocabulary_head import Differentiate, Upcoming, VocabularyHead, find_upcoming
 
 WIDE_COPIES = 8
@@ -54,22 +54,12 @@ class BagOfWords(Rival):
         super().init_weights()
         self.head.init_weights()
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        batch: PackedBatch,
-        positions: Tensor | None,
-        labels: Tensor,
-        output_embedding: Tensor,
-        encode: Encode,
-    ) -> Tensor:
+    def forward(self, trunk: Trunk) -> Tensor:
         """See `Rival.forward`."""
-        here = torch.arange(len(labels), device=labels.device) if positions is None else positions
-        states = encode(cast(PreTrainedModel, self.layers[0]), hidden_states)
-        states = states if positions is None else states[positions]
-        reach = min(self.window - 1, len(hidden_states))
+        states = trunk.pick(trunk.encode(cast(PreTrainedModel, self.layers[0]), trunk.hidden_states))
+        reach = min(self.window - 1, len(trunk.hidden_states))
         columns = WIDE_COPIES * len(self.head.weight) + PLACE_COPIES * reach
-        return self.head(states, _compare(find_upcoming(batch), here, labels, reach), columns)
+        return self.head(states, _compare(find_upcoming(trunk.batch), trunk.list_positions(), trunk.labels, reach), columns)
 
     def _count_head_weights(self) -> float:
         return float(self.head.weight.numel())

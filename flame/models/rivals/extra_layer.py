@@ -49,15 +49,3 @@ def _keep_last_layer(config: PretrainedConfig) -> PretrainedConfig:
             setattr(cut, key, value[-1:])
     cut.num_hidden_layers = 1
     return cut
-
-
-def count_layer_weights(layer: PreTrainedModel) -> float:
-    """Weights of the matrices that one token meets; of experts, those that it is sent to."""
-    tables = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding)}
-    used = 0.0
-    for name, parameter in layer.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in tables:
-            is_of_experts = parameter.ndim == 3 and ".experts." in name
-            share = layer.config.num_experts_per_tok / len(parameter) if is_of_experts else 1
-            used += parameter.numel() * share
-    return used

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.data.batch import NO_LABEL, PackedBatch
+from flame.data.batch import NO_LABEL
 from flame.models.future_encoder import Attention
 from flame.models.losses import linear_cross_entropy
 from flame.models.rivals.extra_layer import build_extra_layer
-from flame.models.rivals.rival import Encode, Rival
+from flame.models.rivals.rival import Rival, Trunk
 
 
 class MultiTokenPrediction(Rival):
@@ -41,35 +41,23 @@ class MultiTokenPrediction(Rival):
         super().__init__([build_extra_layer("mtp", config, attention) for _ in range(tokens - 1)])
         self.embedding_size = config.vocab_size * config.hidden_size
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        batch: PackedBatch,
-        positions: Tensor | None,
-        labels: Tensor,
-        output_embedding: Tensor,
-        encode: Encode,
-    ) -> Tensor:
+    def forward(self, trunk: Trunk) -> Tensor:
         """See `Rival.forward`. At a position with a label, the tokens ahead count that are labels themselves."""
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_states.device)
+        states = trunk.hidden_states
+        total = torch.zeros((), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         for steps, layer in enumerate(self.layers, start=1):
-            states = encode(cast(PreTrainedModel, layer), hidden_states)
-            states = states if positions is None else states[positions]
-            total = total + linear_cross_entropy(states, output_embedding, shift_labels(batch, positions, labels, steps))
+            ahead = trunk.pick(trunk.encode(cast(PreTrainedModel, layer), states))
+            total = total + linear_cross_entropy(ahead, trunk.output_embedding, shift_labels(trunk, steps))
         return total
 
     def _count_head_weights(self) -> float:
         return float(len(self.layers) * self.embedding_size)
 
 
-def shift_labels(batch: PackedBatch, positions: Tensor | None, labels: Tensor, steps: int) -> Tensor:
-    """The labels `steps` tokens after the positions: int64 [n], -100 past the document's end and where there is no label here.
-
-    Args: as `Rival.forward`.
-    """
-    all_labels, segments = batch.labels[0], batch.segment_ids[0]
-    here = torch.arange(len(all_labels), device=labels.device) if positions is None else positions
+def shift_labels(trunk: Trunk, steps: int) -> Tensor:
+    """The labels `steps` tokens after the positions: int64 [n], -100 past the document's end and where there is no label here."""
+    here, labels = trunk.list_positions(), trunk.labels
+    all_labels, segments = trunk.batch.labels[0], trunk.batch.segment_ids[0]
     there = (here + steps).clamp(max=len(all_labels) - 1)  # where the last token of the pack has no label
     counts = (labels != NO_LABEL) & (segments[here] == segments[there])
     return torch.where(counts, all_labels[there], NO_LABEL)

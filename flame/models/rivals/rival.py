@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import PackedBatch
-from flame.models.rivals.extra_layer import count_layer_weights
+from flame.models.weight_count import count_weights_used
 
 Encode = Callable[[PreTrainedModel, Tensor], Tensor]
 """(base model, inputs_embeds [T, d]) -> its final hidden states [T, d] of the causal pass over the pack."""
+
+
+class Trunk(NamedTuple):
+    """What the language model has made of a pack of T tokens, and what is to be predicted from it."""
+
+    hidden_states: Tensor
+    """[T, d], final states, with gradient."""
+    batch: PackedBatch
+    """What is predicted never leaves a position's own document."""
+    positions: Tensor | None
+    """int64 [n], where predictions count; those without label only fill up. None is all T."""
+    labels: Tensor
+    """int64 [n], the next token at each of them, or -100."""
+    output_embedding: Tensor
+    """[V, d]"""
+    encode: Encode
+    """Runs the layers of a rival."""
+
+    def pick(self, states: Tensor) -> Tensor:
+        """[T, d] -> [n, d], at the positions."""
+        return states if self.positions is None else states[self.positions]
+
+    def list_positions(self) -> Tensor:
+        """int64 [n]"""
+        return torch.arange(len(self.labels), device=self.labels.device) if self.positions is None else self.positions
 
 
 class Rival(nn.Module, ABC):
@@ -33,24 +59,8 @@ class Rival(nn.Module, ABC):
             cast(PreTrainedModel, layer).init_weights()
 
     @abstractmethod
-    def forward(
-        self,
-        hidden_states: Tensor,
-        batch: PackedBatch,
-        positions: Tensor | None,
-        labels: Tensor,
-        output_embedding: Tensor,
-        encode: Encode,
-    ) -> Tensor:
+    def forward(self, trunk: Trunk) -> Tensor:
         """Loss in nats, summed over the positions that have a label. It never waits for the device.
-
-        Args:
-            hidden_states: [T, d], final states of the language model, with gradient.
-            batch: T packed tokens. What is predicted never leaves a position's own document.
-            positions: int64 [n], where predictions count; those without label only fill up. None is all T.
-            labels: int64 [n], the next token at each of them, or -100.
-            output_embedding: [V, d] of the language model.
-            encode: runs the layers.
 
         Returns:
             0-d float32 (float64 for float64 states). Exactly 0, with gradients that are 0, where no position has a label.
@@ -63,7 +73,7 @@ class Rival(nn.Module, ABC):
 
     def count_weights(self) -> tuple[float, float]:
         """Weights of matrix products that one token of the pack meets, and that one predicted position meets besides."""
-        return sum(count_layer_weights(cast(PreTrainedModel, layer)) for layer in self.layers), self._count_head_weights()
+        return sum(count_weights_used(cast(PreTrainedModel, layer)) for layer in self.layers), self._count_head_weights()
 
     @abstractmethod
     def _count_head_weights(self) -> float:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from flame.data.batch import NO_LABEL, PackedBatch
-from flame.models.rivals.rival import Encode, Rival
+from flame.data.batch import NO_LABEL
+from flame.models.rivals.rival import Rival, Trunk
 from flame.models.rivals.vocabulary_head import Differentiate, Upcoming, VocabularyHead, find_upcoming
 from flame.models.softmax_rows import softmax_rows_
 
@@ -43,19 +43,10 @@ class TokenOrderPrediction(Rival):
         super().init_weights()
         self.head.init_weights()
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        batch: PackedBatch,
-        positions: Tensor | None,
-        labels: Tensor,
-        output_embedding: Tensor,
-        encode: Encode,
-    ) -> Tensor:
+    def forward(self, trunk: Trunk) -> Tensor:
         """See `Rival.forward`."""
-        here = torch.arange(len(labels), device=labels.device) if positions is None else positions
-        states = hidden_states if positions is None else hidden_states[positions]
-        return self.head(states, _rank(find_upcoming(batch), here, labels, self.window), len(self.head.weight))
+        rank = _rank(find_upcoming(trunk.batch), trunk.list_positions(), trunk.labels, self.window)
+        return self.head(trunk.pick(trunk.hidden_states), rank, len(self.head.weight))
 
     def _count_head_weights(self) -> float:
         return float(self.head.weight.numel())
