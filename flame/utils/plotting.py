@@ -70,6 +70,14 @@ PANELS = (
             Curve("negative_cosine", "cosine, others", ":", "C3"),
         ),
     ),
+    Panel(
+        "Held-out answers",
+        "share that is right",
+        (
+            Curve("validation_exact_match", "to the last token"),
+            Curve("validation_first_branch", "first branch", ":", "C1"),
+        ),
+    ),
 )
 
 
@@ -126,7 +134,7 @@ def draw(runs: dict[str, Rows]) -> Figure:
     if not panels:
         raise UserError(f"{', '.join(runs)}: {METRICS_FILE} has no finite loss or accuracy to draw")
     with mpl.rc_context({"font.size": 9, "legend.fontsize": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
+        figure = Figure(figsize=(max(12, 4 * len(panels)), 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, runs)
         if len(runs) == 1:
