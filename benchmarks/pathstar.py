@@ -14,7 +14,7 @@ import argparse
 from itertools import product
 
 from benchmarks.pathstar_report import write_report
-from benchmarks.run_queue import Row, Run, run_command
+from benchmarks.run_queue import Row, Run, never, run_command
 from flame.data.pathstar import parse_sizes
 
 SOLVED = 0.995
@@ -26,6 +26,8 @@ PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
 HARD_SIZES = ("2x10", "7x7", "10x10")
 SWEPT_SIZE = "5x3"
 """The smallest on which next-token training stays at chance."""
+LAPTOP = "laptop"
+"""The group that runs on CPUs, with `--per_gpu 2` on two cores."""
 LONG_PLANS = ("target causal", "target mean_embedding", "target random", "target_shift 0", "bilinear", "with duplicates")
 
 Options = dict[str, object]
@@ -84,7 +86,20 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
 
 def list_runs(group: str, seed: int) -> list[Run]:
     """The runs of a group."""
+    if group == LAPTOP:
+        return [build_laptop_run(name, seed) for name in ("future", "next_token")]
     return [build_run(size, name, options, seed) for size, name, options in GROUPS[group]]
+
+
+def build_laptop_run(name: str, seed: int) -> Run:
+    """`configs/pathstar_cpu.toml` to its end, under one objective."""
+    options: Options = {
+        "job.config_file": "configs/pathstar_cpu.toml",
+        "objective.name": name,
+        "training.seed": seed,
+        "checkpoint.enable_checkpoint": False,
+    }
+    return Run(f"2x3/{name}/seed {seed}", options, never)
 
 
 def build_run(size: str, name: str, options: Options, seed: int) -> Run:
@@ -120,7 +135,7 @@ def list_all(arguments: argparse.Namespace) -> list[Run]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group", nargs="+", required=True, choices=GROUPS)
+    parser.add_argument("--group", nargs="+", required=True, choices=[*GROUPS, LAPTOP])
     parser.add_argument("--only", default="", help="of the groups, runs whose folder holds this text")
 
 

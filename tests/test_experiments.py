@@ -27,6 +27,13 @@ def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyP
     assert len(names) == len(pathstar.GROUPS[group])
 
 
+def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    configs = [read_config(run.spell_options(), 1) for run in pathstar.list_runs(pathstar.LAPTOP, seed=3)]
+    assert [(config.objective_name, config.training.seed) for config in configs] == [("future", 3), ("next_token", 3)]
+    assert all(config.training.dataset_name == "2x3" for config in configs)
+
+
 @pytest.mark.parametrize("experiment", [siblings, real_text])
 def test_every_other_run_is_possible(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(REPO)
