@@ -39,7 +39,7 @@ from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turn
 from flame.components.distributed import end_processes, set_single_process_defaults, start_processes
 from flame.components.flops import FlopCounter
 from flame.components.titan import clip_grad_norm_
-from flame.config import FutureEncoder, JobConfig, Training
+from flame.config import JobConfig, Training
 from flame.data.batch import PackedBatch
 from flame.models import flash_kernels
 from flame.models.causal_lm import load_model_config
@@ -47,6 +47,7 @@ from flame.models.future_lm import build_future_lm
 from flame.models.parallelize import materialize, parallelize
 from flame.models.softmax_rows import count_chunk_rows
 from flame.objective import Parts, compute_losses
+from flame.objective_config import FutureEncoder
 from flame.optimizers.optimizer import build_optimizer
 
 REPO = Path(__file__).parent.parent

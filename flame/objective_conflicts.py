@@ -6,14 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields
 
-from flame.config import (
-    CONTRASTIVE,
-    HIGHEST_LEARNED_TEMPERATURE,
-    LOWEST_LEARNED_TEMPERATURE,
-    FutureEncoder,
-    JobConfig,
-    Objective,
-)
+from flame.config import JobConfig
+from flame.objective_config import CONTRASTIVE, HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE, FutureEncoder, Objective
 
 
 def find_objective_conflicts(config: JobConfig) -> Iterator[str]:

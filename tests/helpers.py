@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
-from flame.config import FutureEncoder, JobConfig
+from flame.config import JobConfig
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.lines import Cursor
 from flame.data.streams import PackedSequence
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.parallelize import materialize
+from flame.objective_config import FutureEncoder
 
 CPU = torch.device("cpu")
 

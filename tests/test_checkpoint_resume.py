@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.checkpoints.resume_check import FIXED_OPTIONS, check_model, check_resumable, check_tokenizer, flatten, list_changes
-from flame.config import FutureEncoder, Job, JobConfig, Optimizer, Source, Training
+from flame.config import Job, JobConfig, Optimizer, Source, Training
 from flame.errors import UserError
+from flame.objective_config import FutureEncoder
 from tests.helpers import tiny_llama
 
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from flame.config import Experimental, FuturePredictor
+from flame.config import Experimental
 from flame.models.future_encoder import ReversedPasses, reverse_documents
 from flame.models.future_lm import FutureLM
 from flame.objective import Parts, compute_losses
+from flame.objective_config import FuturePredictor
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 
 # Families whose layers differ: grouped heads and tied embeddings; QK-norm; norms after the sub-layers; biases.

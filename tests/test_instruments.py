@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flame.config import FuturePredictor, JobConfig
+from flame.config import JobConfig
 from flame.data.batch import PackedBatch
 from flame.instruments import representations
 from flame.instruments.gradients import GradientComparison, compare_gradients, name_gradients
@@ -27,6 +27,7 @@ from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.future_mask import draw_anchors, find_anchors
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import Parts, compute_losses
+from flame.objective_config import FuturePredictor
 from tests.helpers import CPU, build_unsharded, future_config, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import leave_no_trace, measured, run_here, workspace  # noqa: F401 - fixtures
 

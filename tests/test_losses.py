@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from flame.models import softmax_rows
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import InfoNCEEstimator, build_mi_estimator
+from flame.objective_config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 
 
 @contextmanager

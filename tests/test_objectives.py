@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from flame.checkpoints.checkpoint import list_checkpoints
 from flame.components.distributed import set_single_process_defaults
 from flame.components.seeds import derive_seed
-from flame.config import FuturePredictor, JobConfig
+from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.data.batch import PackedBatch
 from flame.instruments.step_instruments import measure_step
@@ -33,6 +33,7 @@ from flame.models.future_lm import FutureLM
 from flame.models.future_mask import draw_anchors
 from flame.models.summaries import average_ahead, shuffle_valid
 from flame.objective import Parts, collect_candidates, compute_losses, gather_pools
+from flame.objective_config import FuturePredictor
 from flame.train import Trainer, main
 from flame.utils.convert_dcp_to_hf import FUTURE_FILE, read_model_tensors
 from tests.helpers import build_unsharded, future_config, random_batch, random_cu_seqlens

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
-from flame.config import JobConfig, Objective, Training
+from flame.config import JobConfig, Training
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.errors import UserError
 from flame.models import softmax_rows
@@ -26,6 +26,7 @@ from flame.models.families import find_limits
 from flame.models.future_encoder import MaskedPasses, VarlenPasses
 from flame.models.rivals import Encode, Rival, RivalName, Trunk, build_rival, extra_layer
 from flame.models.rivals.vocabulary_head import find_upcoming
+from flame.objective_config import Objective
 from tests.helpers import CPU, pack, random_batch, tiny_llama
 from tests.toy_families import TOYS, build_toy
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import OPTConfig, PreTrainedModel
 
-from flame.config import JobConfig, Objective
+from flame.config import JobConfig
 from flame.data.batch import PackedBatch
 from flame.models import future_encoder
 from flame.models.attention_mask import build_row_mask
@@ -26,6 +26,7 @@ from flame.models.fla_families import TAKES_ROWS
 from flame.models.future_encoder import DocumentRows, MaskedPasses, Passes, ReversedPasses, build_passes
 from flame.models.future_lm import FutureLM
 from flame.objective import Parts, compute_losses
+from flame.objective_config import Objective
 from tests.helpers import build_unsharded, future_config, random_batch, tiny_llama
 from tests.toy_families import TOYS, WINDOW, build_toy
 

@@ -6,8 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
-from flame.config import JobConfig, resolve_objective
+from flame.config import JobConfig
 from flame.errors import UserError
+from flame.objective_config import resolve_objective
 
 # Options that decide which tensors there are and what the data cursors mean. Those of training's corpus hold for each of
 # `[sources.NAME]` too. Model and tokenizer are compared by content instead.

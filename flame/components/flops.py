@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flame.components.distributed import get_world_size
-from flame.config import CONTRASTIVE, JobConfig
+from flame.config import JobConfig
 from flame.models.families import list_layer_limits, tighten
 from flame.models.future_encoder import find_head_dim, is_recurrent
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import count_anchors
 from flame.models.rivals import Rival
 from flame.models.weight_count import count_weights_used
+from flame.objective_config import CONTRASTIVE
 
 
 class Flops(NamedTuple):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from flame.components.counters import Counters
 from flame.components.distributed import sum_over_ranks
-from flame.config import FutureEncoder
 from flame.data.batch import PackedBatch
 from flame.models.future_mask import count_anchors
+from flame.objective_config import FutureEncoder
 
 
 class StepCounts(NamedTuple):

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flame.config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from flame.models.estimator import Candidates, Contrast, Estimator, at_least_float32, average_others, sum_valid
 from flame.models.gradient_guard import guard_gradient
 from flame.models.regression import CosineEstimator, SmoothL1Estimator
 from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
+from flame.objective_config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 
 __all__ = [
     "BilinearEstimator",

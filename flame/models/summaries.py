@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flame.config import FutureEncoder
 from flame.data.batch import PackedBatch
 from flame.models.future_lm import FutureLM
+from flame.objective_config import FutureEncoder
 
 
 @torch.no_grad()
