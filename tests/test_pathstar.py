@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -18,7 +18,7 @@ from flame.data.batch import build_batch
 from flame.data.documents import WHOLE, GeneratedDocuments, open_documents
 from flame.data.generated import ENDLESS
 from flame.data.lines import Cursor, open_line
-from flame.data.pathstar import Size, parse_sizes
+from flame.data.pathstar import FEWEST_GRAPHS, Size, parse_sizes
 from flame.data.sources import open_source
 from flame.data.streams import Piece, Stream
 from flame.data.tokenizer import build_bytes_tokenizer, encode_document, find_separator, load_tokenizer
@@ -73,6 +73,12 @@ def name_graph(document: str) -> tuple:
     return frozenset(edges), start
 
 
+def test_a_side_without_any_graph_does_not_search_for_ever():
+    assert Size(7, 2).count_graphs(8) == 8 < FEWEST_GRAPHS  # refused in a run; none of them is held out
+    with pytest.raises(AssertionError, match="no content"):
+        open_graphs("7x2", "validation", labels=8).read(105676)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     arms=st.integers(2, 10),
@@ -85,6 +91,7 @@ def name_graph(document: str) -> tuple:
 def test_documents_are_path_stars_with_the_only_answer(arms, nodes, spare, number, seed, section):
     size = Size(arms, nodes)
     labels = max(size.num_nodes + spare, 8)
+    assume(size.count_graphs(labels) >= FEWEST_GRAPHS)  # of fewer, which are refused, none may be on one side
     document = open_graphs(f"{arms}x{nodes}", section, labels=labels, seed=seed).read(number)
     edges, start, goal, answer = parse(document)
     found = find_arms(edges, start)

@@ -16,6 +16,8 @@ ENDLESS = 2**40
 MOST_WORDS = 2**18
 """Drawn for one block: what it takes of memory is a few times 8 bytes of each."""
 LARGEST_BLOCK = 1024
+MOST_ATTEMPTS = 10_000
+"""At a document of the right side."""
 INDEX_BITS = 16
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
@@ -67,6 +69,7 @@ class GeneratedSource(ABC):
         words = np.empty((len(numbers), self._num_words), dtype=np.uint64)
         open_rows, attempt = np.arange(len(numbers)), 0
         while len(open_rows):
+            assert attempt < MOST_ATTEMPTS, "options that leave no content on this side are refused before"
             drawn = draw_words(2 * self._seed + self.is_held_out, numbers[open_rows], attempt, self._num_words)
             fits = is_held_out(self._hash_contents(drawn)) == self.is_held_out
             words[open_rows[fits]] = drawn[fits]
