@@ -34,6 +34,8 @@ ENDED_FILE = "ended"
 """In the folder of a run that need not be made again: "done" or "out of steps"."""
 SECONDS_BETWEEN_LOOKS = 1.0
 SEEDS = range(1, 6)
+MOST_GRAPHS = 256
+"""That a process compiles of one layer. Each shape adds its own; beyond torch's default of 8 it would go on uncompiled."""
 
 Row = dict[str, float]
 
@@ -103,11 +105,10 @@ def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
         if not (out / run.name / ENDED_FILE).exists():
             waiting.put(run)
     deadline = time.time() + seconds
-    gpus = torch.cuda.device_count()
-    slots = [str(gpu) for _ in range(per_gpu) for gpu in range(max(gpus, 1))]
+    gpus = _list_gpus()
     workers = []
-    for slot in slots:
-        os.environ |= {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": slot} if gpus else {})  # read by what is spawned
+    for slot in (gpus or [""]) * per_gpu:
+        os.environ |= {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})  # read by what is spawned
         worker = context.Process(target=_work, args=(waiting, out.absolute(), deadline))
         worker.start()
         workers.append(worker)
@@ -116,8 +117,15 @@ def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
     waiting.cancel_join_thread()
 
 
+def _list_gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
 def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
     os.chdir(REPO)
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
     while time.time() < deadline:
         try:
             run = waiting.get(timeout=5)
