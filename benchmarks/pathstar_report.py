@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tomli
 
-from benchmarks.run_queue import read_rows
+from benchmarks.run_queue import ENDED_FILE, read_rows
 from flame.data.pathstar import parse_sizes
 
 SOLVED = 0.99
@@ -54,6 +55,43 @@ class Outcome(NamedTuple):
         """Index of the first validation that counts as solved."""
         return next((place for place, match in enumerate(self.exact_match) if match >= SOLVED), None)
 
+    @property
+    def last(self) -> int:
+        """Index of the validation up to which the run is paid for: where it was solved, or its end."""
+        return len(self.graphs) - 1 if self.solved_at is None else self.solved_at
+
+
+Groups = dict[tuple[str, str], list[Outcome]]
+"""Runs by size and variant."""
+
+
+class Effort(NamedTuple):
+    """What a variant takes on a size: all its runs, those that failed too, over how many solved it.
+
+    Auger and Hansen 2005, "Performance evaluation of an advanced local search evolutionary algorithm", call this the expected
+    running time. A variant that often fails has no other fair number: the mean of its lucky runs leaves the failures out.
+    """
+
+    solved: int
+    runs: int
+    thousands: float
+    """Graphs; infinite if none solved it."""
+    petaflops: float
+
+    @property
+    def rate(self) -> str:
+        return f"{self.solved}/{self.runs}"
+
+    def show(self, form: str, spent: float) -> str:
+        return form.format(spent) if self.solved else "-"
+
+
+def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
+    solved = sum(o.solved_at is not None for o in outcomes)
+    graphs = sum(o.graphs[o.last] for o in outcomes) / 1000
+    petaflops = sum(o.petaflops[o.last] for o in outcomes)
+    return Effort(solved, len(outcomes), *(spent / solved if solved else math.inf for spent in (graphs, petaflops)))
+
 
 def read_outcome(folder: Path) -> Outcome | None:
     """One run's folder; None if it was never validated."""
@@ -84,47 +122,80 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def write_report(runs: Path, out: Path) -> None:
-    """Write `pathstar.md` and `pathstar.png` into a folder."""
-    folders = sorted(path.parent for path in runs.glob("*/*/*/metrics.jsonl"))
+    """Write `pathstar.md` and `pathstar.png`, of the runs that have ended, into a folder."""
+    folders = sorted(path.parent for path in runs.glob(f"*/*/*/{ENDED_FILE}"))
     outcomes = [outcome for outcome in map(read_outcome, folders) if outcome is not None]
-    grouped: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    grouped: Groups = defaultdict(list)
     for outcome in outcomes:
         grouped[outcome.size, outcome.variant].append(outcome)
     (out / "pathstar.md").write_text(write_tables(grouped))
     plot_curves(grouped, out / "pathstar.png")
 
 
-def write_tables(grouped: dict[tuple[str, str], list[Outcome]]) -> str:
-    """Markdown: how often and how soon each variant solves each size; what the instruments show at the end."""
-    columns = (
-        "graphs",
-        "variant",
-        "solved",
-        "graphs to 99 %, thousands",
-        "PFLOP to 99 %",
-        "exact match at the end",
-        "first branch",
+def write_tables(grouped: Groups) -> str:
+    """Markdown: each variant on each size in short, how soon it solves it, and what the instruments show at the end."""
+    return "\n".join([*_compare_sizes(grouped), "", *_list_efforts(grouped), "", *_list_instruments(grouped)]) + "\n"
+
+
+def _compare_sizes(grouped: Groups) -> list[str]:
+    """A row a variant, a column a size: how many runs solved it, mean exact match at the end, graphs a solved run."""
+    sizes = sorted({size for size, _ in grouped}, key=lambda size: (parse_sizes(size)[0].num_tokens, size))
+    rows = _begin_table(
+        ["solved, mean exact match at the end, thousands of graphs a solved run", *(f"G({size})" for size in sizes)]
     )
-    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for variant in dict.fromkeys(variant for _, variant in grouped):
+        cells = [_show_short(grouped[size, variant]) if (size, variant) in grouped else "" for size in sizes]
+        rows.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _show_short(outcomes: Sequence[Outcome]) -> str:
+    effort = sum_effort(outcomes)
+    match = statistics.mean(100 * o.exact_match[-1] for o in outcomes)
+    return f"{effort.rate}, {match:.1f} %, {effort.show('{:,.0f}', effort.thousands)}"
+
+
+def _list_efforts(grouped: Groups) -> list[str]:
+    rows = _begin_table(
+        [
+            "graphs",
+            "variant",
+            "solved",
+            "graphs to 99 %, thousands",
+            "graphs a solved run, thousands",
+            "PFLOP a solved run",
+            "exact match at the end",
+            "first branch",
+        ]
+    )
     for (size, variant), outcomes in grouped.items():
-        solved = [(o.graphs[o.solved_at] / 1000, o.petaflops[o.solved_at]) for o in outcomes if o.solved_at is not None]
-        needed = _show_range([graphs for graphs, _ in solved], "{:,.0f}") if solved else "-"
-        work = f"{statistics.median(flops for _, flops in solved):,.1f}" if solved else "-"
+        effort = sum_effort(outcomes)
+        soon = [o.graphs[o.solved_at] / 1000 for o in outcomes if o.solved_at is not None]
+        needed = _show_range(soon, "{:,.0f}") if soon else "-"
         most = max(o.graphs[-1] for o in outcomes) / 1000
-        needed += "" if len(solved) == len(outcomes) else f" (others: not within {most:,.0f})"
+        needed += "" if len(soon) == len(outcomes) else f" (others: not within {most:,.0f})"
         ends = _show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
         branch = statistics.mean(100 * o.first_branch for o in outcomes)
-        rows.append(f"| {size} | {variant} | {len(solved)}/{len(outcomes)} | {needed} | {work} | {ends} | {branch:.1f} |")
-    measured = {key: outcomes for key, outcomes in grouped.items() if any(o.instruments for o in outcomes)}
-    rows += ["", "| graphs | variant | ln N - loss | " + " | ".join(INSTRUMENTS) + " |", "|---" * (3 + len(INSTRUMENTS)) + "|"]
-    for (size, variant), outcomes in measured.items():
-        names = ["mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS)]
-        means = (_mean_of(name, outcomes) for name in names)
-        rows.append(f"| {size} | {variant} | " + " | ".join(means) + " |")
-    return "\n".join(rows) + "\n"
+        spent = f"{effort.show('{:,.0f}', effort.thousands)} | {effort.show('{:,.1f}', effort.petaflops)}"
+        rows.append(f"| {size} | {variant} | {effort.rate} | {needed} | {spent} | {ends} | {branch:.1f} |")
+    return rows
 
 
-def plot_curves(grouped: dict[tuple[str, str], list[Outcome]], path: Path) -> None:
+def _list_instruments(grouped: Groups) -> list[str]:
+    """Means over the runs of the last value of each."""
+    rows = _begin_table(["graphs", "variant", "ln N - loss", *INSTRUMENTS])
+    for (size, variant), outcomes in grouped.items():
+        if any(o.instruments for o in outcomes):
+            means = (_mean_of(name, outcomes) for name in ("mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS)))
+            rows.append(f"| {size} | {variant} | " + " | ".join(means) + " |")
+    return rows
+
+
+def _begin_table(columns: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
+def plot_curves(grouped: Groups, path: Path) -> None:
     """Exact match against graphs seen: a panel a size, a colour a variant, a line a seed."""
     sizes = list(dict.fromkeys(size for size, _ in grouped))
     columns = min(len(sizes), 3)

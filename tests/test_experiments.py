@@ -53,12 +53,17 @@ def write_run(folder: Path, matches: list[float]) -> None:
         lines.append({"step": 10 * turn, "step_tflops": 2.0, "tokens_seen": 25_000 * turn, "future/top1": 0.1 * turn})
         lines.append({"step": 10 * turn, "validation_exact_match": match, "validation_first_branch": match})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+    (folder / "ended").write_text("done\n")
 
 
 def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     write_run(tmp_path / "3x3" / "future" / "seed 1", [0.2, 0.992, 0.98])
     write_run(tmp_path / "3x3" / "future" / "seed 2", [0.2, 0.4, 0.991, 0.996])
     write_run(tmp_path / "3x3" / "next_token" / "seed 1", [0.3, 0.989])
+    write_run(tmp_path / "3x5" / "top" / "seed 1", [0.3, 0.3, 0.3, 0.3, 0.3])
+    write_run(tmp_path / "3x5" / "top" / "seed 2", [0.3, 0.99])
+    write_run(tmp_path / "3x5" / "top" / "seed 3", [0.3, 0.99])
+    (tmp_path / "3x5" / "top" / "seed 3" / "ended").unlink()  # still under way
     outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
     assert outcome is not None
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
@@ -67,8 +72,10 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     out.mkdir()
     write_report(tmp_path, out)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "pathstar.md").read_text().splitlines()]
-    assert ["3x3", "future", "2/2", "2 [2, 3]", "0.1", "98.8 [98.0, 99.6]", "98.8"] in rows
-    assert ["3x3", "next_token", "0/1", "- (others: not within 2)", "-", "98.9", "98.9"] in rows
+    assert ["3x3", "future", "2/2", "2 [2, 3]", "2", "0.1", "98.8 [98.0, 99.6]", "98.8"] in rows
+    assert ["3x3", "next_token", "0/1", "- (others: not within 2)", "-", "-", "98.9", "98.9"] in rows
+    assert ["3x5", "top", "1/2", "2 (others: not within 5)", "7", "0.1", "64.5 [30.0, 99.0]", "64.5"] in rows
+    assert ["top", "", "1/2, 64.5 %, 7"] in rows and ["future", "2/2, 98.8 %, 2", ""] in rows
     assert (out / "pathstar.png").stat().st_size > 1000
 
 
