@@ -1,7 +1,7 @@
 """Path-star graphs: which objective learns to plan, after how many graphs, and which control explains it.
 
-    python -m benchmarks.pathstar run OUT --group objectives --per_gpu 3 --seconds 500
-    python -m benchmarks.pathstar report OUT docs/experiments
+    python -m benchmarks.pathstar run OUT --group objectives --per_gpu 7 --seconds 500
+    python -m benchmarks.pathstar report OUT docs/experiments/objectives
 
 `run` makes the runs of a group that OUT does not hold yet; cut short, the same command goes on. A run is ended when a validation
 shows `SOLVED` (0.995). `report` writes tables and plots from the run folders alone. Every run is `configs/pathstar.toml` with the
@@ -24,11 +24,10 @@ STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 
 """Longest run on each size."""
 PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
 HARD_SIZES = ("2x10", "7x7", "10x10")
-SWEPT_SIZE = "5x3"
-"""The smallest on which next-token training stays at chance."""
+SMALLEST_SIZE = "5x3"
+"""On which next-token training stays at chance."""
 LAPTOP = "laptop"
 """The group that runs on CPUs, with `--per_gpu 2` on two cores."""
-LONG_PLANS = ("target causal", "target mean_embedding", "target random", "target_shift 0", "bilinear", "with duplicates")
 
 Options = dict[str, object]
 OBJECTIVES: dict[str, Options] = {
@@ -38,48 +37,47 @@ OBJECTIVES: dict[str, Options] = {
     "fsp_bow": {"objective.name": "fsp_bow"},
     "future": {},
 }
-CONTROLS: dict[str, Options] = {
+TARGETS: dict[str, Options] = {
     "target random": {"future_encoder.target": "random"},
     "target ema": {"future_encoder.target": "ema"},
     "target mean_embedding": {"future_encoder.target": "mean_embedding"},
     "target causal": {"future_encoder.target": "causal"},
+    "target_shift 0": {"future_encoder.target_shift": 0},
+    "bilinear": {"future_encoder.estimator_type": "bilinear"},
+}
+CONTROLS: dict[str, Options] = TARGETS | {
     "target shuffled": {"future_encoder.target": "shuffled"},
     "predictor sees embedding": {"future_predictor.input": "embedding"},
-    "target_shift 0": {"future_encoder.target_shift": 0},
-}
-ESTIMATORS: dict[str, Options] = {
-    "bilinear": {"future_encoder.estimator_type": "bilinear"},
     "cosine": {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
     "smooth_l1": {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
-    "learned temperature": {"future_encoder.learnable_temperature": True},
-    "with duplicates": {"future_encoder.exclude_duplicates": False},
-    "other documents only": {"future_encoder.exclude_neighbors": 64},
 }
 SETTINGS: dict[str, Options] = {
     "loss_weight 0.1": {"future_encoder.loss_weight": 0.1},
     "loss_weight 0.3": {"future_encoder.loss_weight": 0.3},
     "loss_weight 3": {"future_encoder.loss_weight": 3.0},
-    "future_k 1": {"future_encoder.future_k": 1},
-    "target_shift 2": {"future_encoder.target_shift": 2},
     "temperature 0.02": {"future_encoder.temperature": 0.02},
     "temperature 0.1": {"future_encoder.temperature": 0.1},
+    "learned temperature": {"future_encoder.learnable_temperature": True},
+    "future_k 1": {"future_encoder.future_k": 1},
+    "target_shift 2": {"future_encoder.target_shift": 2},
     "linear head": {"future_predictor.head_type": "linear"},
+    "with duplicates": {"future_encoder.exclude_duplicates": False},
+    "other documents only": {"future_encoder.exclude_neighbors": 64},
 }
-
-
-ALL = OBJECTIVES | CONTROLS | ESTIMATORS | SETTINGS
 MANY_LABELS: Options = {"model.config": "configs/models/pathstar_100.json", "pathstar.labels": 100}
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
+SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
+SWEEP: Options = {"training.steps": 600}
 GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     "objectives": [(size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, OBJECTIVES.items())],
+    "slow_start": [("5x5", f"{name}, warm-up 300", options | SLOW_START) for name, options in OBJECTIVES.items()],
     "hard": [(size, name, OBJECTIVES[name] | MANY_LABELS) for size, name in product(HARD_SIZES, ("future", "next_token", "top"))],
     "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
     "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
-    "controls": [(SWEPT_SIZE, name, options) for name, options in CONTROLS.items()],
-    "estimators": [(SWEPT_SIZE, name, options) for name, options in ESTIMATORS.items()],
-    "settings": [(SWEPT_SIZE, name, options) for name, options in SETTINGS.items()],
+    "controls": [(SMALLEST_SIZE, name, options) for name, options in CONTROLS.items()],
     # The controls that are not stuck there, where plans are longer.
-    "targets": [(size, name, ALL[name]) for size, name in product(("3x5", "5x5"), LONG_PLANS)],
+    "targets": [(size, name, options) for size, (name, options) in product(("3x5", "5x5"), TARGETS.items())],
+    "settings": [("5x5", name, options | SWEEP) for name, options in SETTINGS.items()],
 }
 """Size, variant and its options."""
 

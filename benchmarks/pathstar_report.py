@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tomli
+from matplotlib.lines import Line2D
 
 from benchmarks.run_queue import ENDED_FILE, read_rows
 from flame.data.pathstar import parse_sizes
@@ -197,23 +198,24 @@ def _begin_table(columns: Sequence[str]) -> list[str]:
 
 def plot_curves(grouped: Groups, path: Path) -> None:
     """Exact match against graphs seen: a panel a size, a colour a variant, a line a seed."""
-    sizes = list(dict.fromkeys(size for size, _ in grouped))
-    columns = min(len(sizes), 3)
+    sizes, variants = (list(dict.fromkeys(names)) for names in zip(*grouped, strict=True))
+    columns = min(len(sizes), 2)
     rows = -(-len(sizes) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, sharey=True)
-    colors = {variant: f"C{place % 10}" for place, variant in enumerate(dict.fromkeys(variant for _, variant in grouped))}
-    for axis, size in zip(axes.flat, sizes, strict=False):
-        for (own_size, variant), outcomes in grouped.items():
-            for place, outcome in enumerate(outcomes if own_size == size else ()):
-                label = variant if place == 0 else None
-                thousands = [graphs / 1000 for graphs in outcome.graphs]
-                axis.plot(thousands, outcome.exact_match, color=colors[variant], label=label, linewidth=1, alpha=0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, sharey=True, layout="constrained")
+    panels = dict(zip(sizes, axes.flat, strict=False))
+    colors = {variant: f"C{place % 10}" for place, variant in enumerate(variants)}
+    styles = {variant: ("-", "--", ":")[place // 10 % 3] for place, variant in enumerate(variants)}
+    for (size, variant), outcomes in grouped.items():
+        for outcome in outcomes:
+            thousands = [graphs / 1000 for graphs in outcome.graphs]
+            panels[size].plot(thousands, outcome.exact_match, styles[variant], color=colors[variant], linewidth=1, alpha=0.8)
+    for size, axis in panels.items():
         axis.set(title=f"G({size.replace('x', ', ')})", xlabel="graphs seen, thousands", ylim=(-0.02, 1.02))
-        axis.legend(fontsize=6)
     for axis in islice(axes.flat, len(sizes), None):
         axis.remove()
     axes[0, 0].set_ylabel("exact match, held-out graphs")
-    figure.tight_layout()
+    lines = [Line2D([], [], color=colors[variant], linestyle=styles[variant], label=variant) for variant in variants]
+    figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
