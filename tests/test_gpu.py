@@ -254,10 +254,19 @@ def test_a_linear_attention_model_trains(workspace: Path, tmp_path: Path):  # no
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, compiled: bool):  # noqa: F811 - a fixture
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"training__compile": True},
+        {"future_encoder__negatives": "global", "future_encoder__exclude_duplicates": True},
+        {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5},
+    ],
+    ids=["eager", "compiled", "global negatives", "averaged weights"],
+)
+def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, object]):  # noqa: F811 - a fixture
     tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
-    changes = {"model__config": tmp_path / "model", "training__mixed_precision_param": "float32", "training__compile": compiled}
+    changes = options | {"model__config": tmp_path / "model", "training__mixed_precision_param": "float32"}
     one = run_ranks(1, workspace, tmp_path / "one", **changes)
     two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
     for found, expected in zip(measured(two), measured(one), strict=True):
