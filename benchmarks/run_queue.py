@@ -126,7 +126,7 @@ def _list_gpus() -> list[str]:
 def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
     os.chdir(REPO)
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    while time.time() < deadline:
+    while not _is_over(deadline):
         try:
             run = waiting.get(timeout=5)
         except Empty:
@@ -134,6 +134,12 @@ def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
         started = time.time()
         outcome = _make(run, out / run.name, deadline)
         print(f"{run.name}: {outcome}, {time.time() - started:.0f} s", flush=True)
+
+
+def _is_over(deadline: float) -> bool:
+    """Whether time is up, or who has started this process is gone: it would keep its GPU busy for nobody."""
+    parent = multiprocessing.parent_process()
+    return time.time() > deadline or parent is None or not parent.is_alive()
 
 
 def _make(run: Run, folder: Path, deadline: float) -> str:
@@ -148,7 +154,7 @@ def _make(run: Run, folder: Path, deadline: float) -> str:
         if not is_done and time.time() - looked > SECONDS_BETWEEN_LOOKS:
             looked = time.time()
             is_done = run.is_done(list(read_validations(folder)))
-        return is_done or time.time() > deadline
+        return is_done or _is_over(deadline)
 
     set_single_process_defaults()
     with (folder / LOG_FILE).open("w") as log, _redirected(log.fileno()):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pathstar, real_text, siblings
 from benchmarks.pathstar_report import read_outcome, write_report
-from benchmarks.run_queue import Row, Run, read_rows, run_all
+from benchmarks.run_queue import Row, Run, never, read_rows, run_all
 from flame.config_reader import read_config
 
 REPO = Path(__file__).parent.parent
@@ -96,29 +101,27 @@ def test_a_line_that_is_still_written_is_left_out(tmp_path: Path):
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [10, 10]
 
 
+SHORT: dict[str, object] = {
+    "job.config_file": "configs/pathstar_cpu.toml",
+    "training.seq_len": 190,
+    "training.steps": 400,
+    "validation.interval": 1,
+    "validation.num_sequences": 1,
+    "checkpoint.enable_checkpoint": False,
+    "metrics.log_freq": 1,
+}
+
+
 def is_validated_twice(validations: list[Row]) -> bool:
     return len(validations) >= 2
 
 
-def is_never_done(validations: list[Row]) -> bool:
-    return False
-
-
 @pytest.mark.slow
 def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd: pytest.CaptureFixture):
-    base: dict[str, object] = {
-        "job.config_file": "configs/pathstar_cpu.toml",
-        "training.seq_len": 190,
-        "training.steps": 400,
-        "validation.interval": 1,
-        "validation.num_sequences": 1,
-        "checkpoint.enable_checkpoint": False,
-        "metrics.log_freq": 1,
-    }
     runs = [
-        Run("a/early", base, is_validated_twice),
-        Run("b/wrong", base | {"training.no_such_key": 1}, is_never_done),
-        Run("c/whole", base | {"training.steps": 2}, is_never_done),
+        Run("a/early", SHORT, is_validated_twice),
+        Run("b/wrong", SHORT | {"training.no_such_key": 1}, never),
+        Run("c/whole", SHORT | {"training.steps": 2}, never),
     ]
     run_all(runs, tmp_path, per_gpu=1, seconds=300)
     steps = [row["step"] for row in read_rows(tmp_path / "a" / "early")]
@@ -130,3 +133,37 @@ def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd:
     stamps = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in ("a/early", "c/whole")}
     run_all([runs[0], runs[2]], tmp_path, per_gpu=1, seconds=300)
     assert stamps == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in stamps}
+
+
+START_ONE_RUN = """
+from pathlib import Path
+from benchmarks.run_queue import Run, never, run_all
+if __name__ == "__main__":
+    run_all([Run("a/long", {options}, never)], Path({folder!r}), per_gpu=1, seconds=300)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_process_that_asked_for_it(tmp_path: Path):
+    (tmp_path / "start.py").write_text(START_ONE_RUN.format(options=SHORT | {"training.steps": 1_000_000}, folder=str(tmp_path)))
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "start.py"], cwd=REPO, env=environment)
+    folder = tmp_path / "a" / "long"
+    wait_until(lambda: len(list(read_rows(folder))) > 3)
+    parent.kill()
+    parent.wait()
+
+    def has_stopped() -> bool:
+        before = len(list(read_rows(folder)))
+        time.sleep(2)
+        return len(list(read_rows(folder))) == before
+
+    wait_until(has_stopped)
+    assert not (folder / "ended").exists()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.time() + 120
+    while not is_so():
+        assert time.time() < deadline
+        time.sleep(0.5)
