@@ -1,12 +1,13 @@
-"""The packed batch of every benchmark of a training step: random tokens in documents of random lengths.
+"""Packed batches of benchmarks: random tokens in documents of random lengths, or given documents.
 
-The layout depends on its arguments alone, so that figures from different programs can be compared.
+The random layout depends on its arguments alone, so that figures from different programs can be compared.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,8 +41,17 @@ def draw_batch(total: int, vocab_size: int, seed: int = 0) -> PackedBatch:
     """Uniformly random tokens in the layout of `draw_cu_seqlens(total, seed=seed)`, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (total,), generator=generator)
-    boundaries = draw_cu_seqlens(total, seed=seed)
-    sequence = PackedSequence(tokens.numpy(), boundaries.numpy(), "random", 0, Cursor(0, 0, 0, 0), [], 0)
+    return _pack(tokens, draw_cu_seqlens(total, seed=seed))
+
+
+def pack_documents(documents: Sequence[Tensor]) -> PackedBatch:
+    """Whole documents, int64 [tokens] each, on the CPU."""
+    lengths = torch.tensor([0, *map(len, documents)])
+    return _pack(torch.cat(list(documents)), lengths.cumsum(0).int())
+
+
+def _pack(tokens: Tensor, cu_seqlens: Tensor) -> PackedBatch:
+    sequence = PackedSequence(tokens.numpy(), cu_seqlens.numpy(), "given", 0, Cursor(0, 0, 0, 0), [], 0)
     return build_batch(sequence, sequence_index=0)
 
 

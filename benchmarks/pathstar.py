@@ -14,7 +14,7 @@ import argparse
 from itertools import product
 
 from benchmarks.pathstar_report import write_report
-from benchmarks.run_queue import Row, Run, never, run_command
+from benchmarks.run_queue import Row, Run, run_command
 from flame.data.pathstar import parse_sizes
 
 SOLVED = 0.995
@@ -26,8 +26,6 @@ PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
 HARD_SIZES = ("2x10", "7x7", "10x10")
 SMALLEST_SIZE = "5x3"
 """On which next-token training stays at chance."""
-LAPTOP = "laptop"
-"""The group that runs on CPUs, with `--per_gpu 2` on two cores."""
 
 Options = dict[str, object]
 OBJECTIVES: dict[str, Options] = {
@@ -82,24 +80,32 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     "settings": [("5x5", name, options | SWEEP) for name, options in SETTINGS.items()],
 }
 """Size, variant and its options."""
+LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
+    "laptop": {name: {"objective.name": name} for name in ("future", "next_token")},
+    "laptop_targets": {
+        "target_shift 1": {"future_encoder.target_shift": 1},
+        "target random": {"future_encoder.target": "random"},
+        "target random, target_shift 1": {"future_encoder.target": "random", "future_encoder.target_shift": 1},
+        "target ema, target_shift 1": {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
+    },
+}
+"""Those that run on CPUs, with `--per_gpu 2` on two cores: `configs/pathstar_cpu.toml` under a variant."""
 
 
 def list_runs(group: str, seed: int) -> list[Run]:
     """The runs of a group."""
-    if group == LAPTOP:
-        return [build_laptop_run(name, seed) for name in ("future", "next_token")]
+    if group in LAPTOP_GROUPS:
+        return [build_laptop_run(name, options, seed) for name, options in LAPTOP_GROUPS[group].items()]
     return [build_run(size, name, options, seed) for size, name, options in GROUPS[group]]
 
 
-def build_laptop_run(name: str, seed: int) -> Run:
-    """`configs/pathstar_cpu.toml` to its end, under one objective."""
-    options: Options = {
+def build_laptop_run(name: str, options: Options, seed: int) -> Run:
+    base: Options = {
         "job.config_file": "configs/pathstar_cpu.toml",
-        "objective.name": name,
         "training.seed": seed,
         "checkpoint.enable_checkpoint": False,
     }
-    return Run(f"2x3/{name}/seed {seed}", options, never)
+    return Run(f"2x3/{name}/seed {seed}", base | options, is_solved)
 
 
 def build_run(size: str, name: str, options: Options, seed: int) -> Run:
@@ -135,7 +141,7 @@ def list_all(arguments: argparse.Namespace) -> list[Run]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group", nargs="+", required=True, choices=[*GROUPS, LAPTOP])
+    parser.add_argument("--group", nargs="+", required=True, choices=[*GROUPS, *LAPTOP_GROUPS])
     parser.add_argument("--only", default="", help="of the groups, runs whose folder holds this text")
 
 

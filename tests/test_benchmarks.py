@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import kernels, prototypes
 from benchmarks.fp8 import compare_summaries
-from benchmarks.packs import draw_batch, draw_cu_seqlens
+from benchmarks.packs import draw_batch, draw_cu_seqlens, pack_documents
 from benchmarks.peers import MODEL
 from benchmarks.prototypes import ChunkedCrossEntropy, ChunkedInfoNCE, Dense, Planned
+from benchmarks.summary_content import explain_variance
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
@@ -209,3 +210,25 @@ def test_comparing_summaries_takes_its_batch_out_of_the_data(workspace, tmp_path
     trainer._close_run()
     end_processes()
     assert (mean, low) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_given_documents_are_packed_in_order():
+    batch = pack_documents([torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 9])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 9]] and batch.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+
+
+def test_explained_variance_is_one_less_the_variance_within_groups():
+    generator = torch.Generator().manual_seed(0)
+    summaries = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 4, (50,), generator=generator)
+    summaries[:, 0] += 3 * tokens
+    center = sum(summaries) / 50
+    whole = sum(((row - center) ** 2).sum() for row in summaries)
+    within = 0.0
+    for token in range(4):
+        group = [row for row, own in zip(summaries, tokens, strict=True) if own == token]
+        mean = sum(group) / len(group)
+        within += sum(((row - mean) ** 2).sum() for row in group)
+    assert explain_variance(summaries, 10 * tokens) == pytest.approx(float(1 - within / whole))
+    assert explain_variance(torch.eye(4, dtype=torch.float64)[tokens], tokens) == pytest.approx(1)

@@ -34,9 +34,11 @@ def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyP
 
 def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPO)
-    configs = [read_config(run.spell_options(), 1) for run in pathstar.list_runs(pathstar.LAPTOP, seed=3)]
+    configs = [read_config(run.spell_options(), 1) for run in pathstar.list_runs("laptop", seed=3)]
     assert [(config.objective_name, config.training.seed) for config in configs] == [("future", 3), ("next_token", 3)]
     assert all(config.training.dataset_name == "2x3" for config in configs)
+    targets = [read_config(run.spell_options(), 1).future_encoder for run in pathstar.list_runs("laptop_targets", seed=3)]
+    assert [(target.target, target.target_shift) for target in targets] == [("self", 1), ("random", 0), ("random", 1), ("ema", 1)]
 
 
 @pytest.mark.parametrize("experiment", [siblings, real_text])
