@@ -20,6 +20,8 @@ from flame.data.pathstar import parse_sizes
 SOLVED = 0.995
 """Exact match on held-out graphs at which a run is over."""
 GRAPHS_A_STEP = 1024
+HARD_GRAPHS_A_STEP = 512
+"""Of the large graphs, whose documents have up to 284 tokens."""
 STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2500, "10x10": 3000}
 """Longest run on each size."""
 PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
@@ -64,6 +66,10 @@ SETTINGS: dict[str, Options] = {
     "with duplicates": {"future_encoder.exclude_duplicates": False},
     "other documents only": {"future_encoder.exclude_neighbors": 64},
 }
+RIVAL_SETTINGS: dict[str, Options] = {
+    f"{name}, weight {weight}": OBJECTIVES[name] | {"objective.loss_weight": weight}
+    for name, weight in (("mtp-4", 0.3), ("top", 0.3), ("top", 3.0), ("fsp_bow", 0.03), ("fsp_bow", 0.3))
+}
 MANY_LABELS: Options = {"model.config": "configs/models/pathstar_100.json", "pathstar.labels": 100}
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
 SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
@@ -71,7 +77,11 @@ SWEEP: Options = {"training.steps": 600}
 GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     "objectives": [(size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, OBJECTIVES.items())],
     "slow_start": [("5x5", f"{name}, warm-up 300", options | SLOW_START) for name, options in OBJECTIVES.items()],
-    "hard": [(size, name, OBJECTIVES[name] | MANY_LABELS) for size, name in product(HARD_SIZES, ("future", "next_token", "top"))],
+    "rivals": [("5x5", name, options) for name, options in RIVAL_SETTINGS.items()],
+    "hard": [
+        (size, name, OBJECTIVES[name] | MANY_LABELS | {"training.seq_len": HARD_GRAPHS_A_STEP * parse_sizes(size)[0].num_tokens})
+        for size, name in product(HARD_SIZES, ("future", "next_token", "top"))
+    ],
     "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
     "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
     "controls": [(SMALLEST_SIZE, name, options) for name, options in CONTROLS.items()],
