@@ -80,6 +80,8 @@ def run_command(
     report.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "report":
+        if not any(arguments.runs.rglob(ENDED_FILE)):
+            parser.error(f"{arguments.runs} holds no run that has ended: make some with `run {arguments.runs}`")
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_report(arguments.runs, arguments.out)
     else:

@@ -86,6 +86,16 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     assert (out / "pathstar.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("experiment", ["pathstar", "siblings", "real_text"])
+def test_a_report_of_nothing_says_so(experiment: str, tmp_path: Path):
+    write_run(tmp_path / "runs" / "3x3" / "future" / "seed 1", [0.2])
+    (tmp_path / "runs" / "3x3" / "future" / "seed 1" / "ended").unlink()
+    command = [sys.executable, "-m", f"benchmarks.{experiment}", "report", tmp_path / "runs", tmp_path / "out"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "holds no run that has ended" in done.stderr.splitlines()[-1]
+
+
 def test_a_validation_between_two_log_lines_counts_the_steps_before_it(tmp_path: Path):
     folder = tmp_path / "3x3" / "future" / "seed 1"
     write_run(folder, [])
