@@ -92,6 +92,7 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
 """Size, variant and its options."""
 LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
     "laptop": {name: {"objective.name": name} for name in ("future", "next_token")},
+    "laptop_rivals": {name: OBJECTIVES[name] for name in ("mtp-4", "top", "fsp_bow")},
     "laptop_targets": {
         "target_shift 1": {"future_encoder.target_shift": 1},
         "target random": {"future_encoder.target": "random"},
