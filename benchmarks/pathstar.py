@@ -20,12 +20,9 @@ from flame.data.pathstar import parse_sizes
 SOLVED = 0.995
 """Exact match on held-out graphs at which a run is over."""
 GRAPHS_A_STEP = 1024
-HARD_GRAPHS_A_STEP = 512
-"""Of the large graphs, whose documents have up to 284 tokens."""
-STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2500, "10x10": 3000}
+STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2000, "10x10": 4000}
 """Longest run on each size."""
 PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
-HARD_SIZES = ("2x10", "7x7", "10x10")
 SMALLEST_SIZE = "5x3"
 """On which next-token training stays at chance."""
 
@@ -37,19 +34,22 @@ OBJECTIVES: dict[str, Options] = {
     "fsp_bow": {"objective.name": "fsp_bow"},
     "future": {},
 }
-TARGETS: dict[str, Options] = {
-    "target random": {"future_encoder.target": "random"},
-    "target ema": {"future_encoder.target": "ema"},
-    "target mean_embedding": {"future_encoder.target": "mean_embedding"},
-    "target causal": {"future_encoder.target": "causal"},
-    "target_shift 0": {"future_encoder.target_shift": 0},
-    "bilinear": {"future_encoder.estimator_type": "bilinear"},
+SELF: Options = {"future_encoder.target": "self", "future_encoder.target_shift": 1, "future_encoder.loss_weight": 1.0}
+"""The trainer's default target, at the weight that suits it here. Controls and settings are variants of it."""
+FIRST: dict[str, Options] = {"target self": SELF}
+TARGETS: dict[str, Options] = FIRST | {
+    "target random": SELF | {"future_encoder.target": "random"},
+    "target ema": SELF | {"future_encoder.target": "ema"},
+    "target mean_embedding": SELF | {"future_encoder.target": "mean_embedding"},
+    "target causal": SELF | {"future_encoder.target": "causal"},
+    "target_shift 0": SELF | {"future_encoder.target_shift": 0},
+    "bilinear": SELF | {"future_encoder.estimator_type": "bilinear"},
 }
 CONTROLS: dict[str, Options] = TARGETS | {
-    "target shuffled": {"future_encoder.target": "shuffled"},
-    "predictor sees embedding": {"future_predictor.input": "embedding"},
-    "cosine": {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
-    "smooth_l1": {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
+    "target shuffled": SELF | {"future_encoder.target": "shuffled"},
+    "predictor sees embedding": SELF | {"future_predictor.input": "embedding"},
+    "cosine": SELF | {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
+    "smooth_l1": SELF | {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
 }
 SETTINGS: dict[str, Options] = {
     "loss_weight 0.1": {"future_encoder.loss_weight": 0.1},
@@ -70,34 +70,55 @@ RIVAL_SETTINGS: dict[str, Options] = {
     f"{name}, weight {weight}": OBJECTIVES[name] | {"objective.loss_weight": weight}
     for name, weight in (("mtp-4", 0.3), ("top", 0.3), ("top", 3.0), ("fsp_bow", 0.03), ("fsp_bow", 0.3))
 }
+CPU_SELF: Options = {"future_encoder.target": "self", "future_encoder.loss_weight": 0.3}
+CPU_MANY_LABELS: Options = {"model.config": "configs/models/pathstar_cpu_40.json", "pathstar.labels": 40, "training.steps": 1500}
 MANY_LABELS: Options = {"model.config": "configs/models/pathstar_100.json", "pathstar.labels": 100}
+HARD: dict[str, Options] = {
+    "2x10": {},
+    "7x7": MANY_LABELS | {"training.seq_len": 512 * parse_sizes("7x7")[0].num_tokens},
+    "10x10": MANY_LABELS | {"training.seq_len": 256 * parse_sizes("10x10")[0].num_tokens},
+}
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
 SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
 SWEEP: Options = {"training.steps": 600}
 GROUPS: dict[str, list[tuple[str, str, Options]]] = {
-    "objectives": [(size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, OBJECTIVES.items())],
+    "objectives": [(size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, (OBJECTIVES | FIRST).items())],
     "slow_start": [("5x5", f"{name}, warm-up 300", options | SLOW_START) for name, options in OBJECTIVES.items()],
     "rivals": [("5x5", name, options) for name, options in RIVAL_SETTINGS.items()],
     "hard": [
-        (size, name, OBJECTIVES[name] | MANY_LABELS | {"training.seq_len": HARD_GRAPHS_A_STEP * parse_sizes(size)[0].num_tokens})
-        for size, name in product(HARD_SIZES, ("future", "next_token", "top"))
+        (size, name, OBJECTIVES[name] | SLOW_START | options)
+        for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
     ],
     "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
     "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
     "controls": [(SMALLEST_SIZE, name, options) for name, options in CONTROLS.items()],
     # The controls that are not stuck there, where plans are longer.
     "targets": [(size, name, options) for size, (name, options) in product(("3x5", "5x5"), TARGETS.items())],
-    "settings": [("5x5", name, options | SWEEP) for name, options in SETTINGS.items()],
+    "settings": [("5x5", name, SELF | options | SWEEP) for name, options in SETTINGS.items()],
 }
 """Size, variant and its options."""
 LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
     "laptop": {name: {"objective.name": name} for name in ("future", "next_token")},
     "laptop_rivals": {name: OBJECTIVES[name] for name in ("mtp-4", "top", "fsp_bow")},
     "laptop_targets": {
-        "target_shift 1": {"future_encoder.target_shift": 1},
-        "target random": {"future_encoder.target": "random"},
-        "target random, target_shift 1": {"future_encoder.target": "random", "future_encoder.target_shift": 1},
-        "target ema, target_shift 1": {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
+        "target self": CPU_SELF,
+        "target self, target_shift 1": CPU_SELF | {"future_encoder.target_shift": 1},
+        "target random": CPU_SELF | {"future_encoder.target": "random"},
+        "target random, target_shift 1": CPU_SELF | {"future_encoder.target": "random", "future_encoder.target_shift": 1},
+        "target ema, target_shift 1": CPU_SELF | {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
+    },
+    # Center and goal tell 256 graphs over 40 labels apart, so that a summary may do without the path between them.
+    "laptop_labels": {
+        name: options | CPU_MANY_LABELS
+        for name, options in {
+            "next_token": OBJECTIVES["next_token"],
+            "top": OBJECTIVES["top"],
+            "fsp_bow": OBJECTIVES["fsp_bow"],
+            "future": OBJECTIVES["future"],
+            "target self": {"future_encoder.target": "self"},
+            "loss_weight 0.3": {"future_encoder.loss_weight": 0.3},
+            "target_shift 1": {"future_encoder.target_shift": 1},
+        }.items()
     },
 }
 """Those that run on CPUs, with `--per_gpu 2` on two cores: `configs/pathstar_cpu.toml` under a variant."""
@@ -138,7 +159,7 @@ def build_run(size: str, name: str, options: Options, seed: int) -> Run:
         "checkpoint.enable_checkpoint": False,
         "metrics.future_interval": 100,
     }
-    return Run(f"{size}/{name}/seed {seed}".replace(",", "+"), base | options, is_solved)
+    return Run(f"{size.replace(',', '+')}/{name}/seed {seed}", base | options, is_solved)
 
 
 def is_solved(validations: list[Row]) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import tomli
 from matplotlib.lines import Line2D
 
-from benchmarks.run_queue import ENDED_FILE, read_rows
+from benchmarks.run_queue import list_ended, read_rows
 from flame.data.pathstar import parse_sizes
 
 SOLVED = 0.99
@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     """What one run came to."""
 
     size: str
+    """As `training.dataset_name` has it."""
     variant: str
     seed: int
     graphs: list[float]
@@ -96,8 +97,8 @@ def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
 
 def read_outcome(folder: Path) -> Outcome | None:
     """One run's folder; None if it was never validated."""
-    config = tomli.loads((folder / "config.toml").read_text())
-    sizes = parse_sizes(config["training"]["dataset_name"])
+    size = tomli.loads((folder / "config.toml").read_text())["training"]["dataset_name"]
+    sizes = parse_sizes(size)
     tokens_a_graph = sum(size.num_tokens for size in sizes) / len(sizes)
     steps, tokens, petaflops = [0.0], [0.0], [0.0]  # at the start and at each log line
     validated, matches = [], []
@@ -118,14 +119,13 @@ def read_outcome(folder: Path) -> Outcome | None:
     # Most validations are between two log lines.
     graphs = (np.interp(validated, steps, tokens) / tokens_a_graph).tolist()
     spent = np.interp(validated, steps, petaflops).tolist()
-    size, variant, seed = folder.parts[-3:]
+    _, variant, seed = folder.parts[-3:]
     return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments)
 
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `pathstar.md` and `pathstar.png`, of the runs that have ended, into a folder."""
-    folders = sorted(path.parent for path in runs.glob(f"*/*/*/{ENDED_FILE}"))
-    outcomes = [outcome for outcome in map(read_outcome, folders) if outcome is not None]
+    outcomes = [outcome for outcome in map(read_outcome, list_ended(runs, "*/*/*")) if outcome is not None]
     grouped: Groups = defaultdict(list)
     for outcome in outcomes:
         grouped[outcome.size, outcome.variant].append(outcome)
@@ -135,19 +135,21 @@ def write_report(runs: Path, out: Path) -> None:
 
 def write_tables(grouped: Groups) -> str:
     """Markdown: each variant on each size in short, how soon it solves it, and what the instruments show at the end."""
-    return "\n".join([*_compare_sizes(grouped), "", *_list_efforts(grouped), "", *_list_instruments(grouped)]) + "\n"
+    return "\n".join([*_compare_sizes(grouped), "", *_list_efforts(grouped), "", *_list_instruments(grouped)]).rstrip() + "\n"
 
 
 def _compare_sizes(grouped: Groups) -> list[str]:
     """A row a variant, a column a size: how many runs solved it, mean exact match at the end, graphs a solved run."""
     sizes = sorted({size for size, _ in grouped}, key=lambda size: (parse_sizes(size)[0].num_tokens, size))
-    rows = _begin_table(
-        ["solved, mean exact match at the end, thousands of graphs a solved run", *(f"G({size})" for size in sizes)]
-    )
+    rows = _begin_table(["solved, mean exact match at the end, thousands of graphs a solved run", *map(_name_size, sizes)])
     for variant in dict.fromkeys(variant for _, variant in grouped):
         cells = [_show_short(grouped[size, variant]) if (size, variant) in grouped else "" for size in sizes]
         rows.append(f"| {variant} | " + " | ".join(cells) + " |")
     return rows
+
+
+def _name_size(size: str) -> str:
+    return " and ".join(f"G({each.arms}, {each.nodes})" for each in parse_sizes(size))
 
 
 def _show_short(outcomes: Sequence[Outcome]) -> str:
@@ -177,19 +179,19 @@ def _list_efforts(grouped: Groups) -> list[str]:
         needed += "" if len(soon) == len(outcomes) else f" (others: not within {most:,.0f})"
         ends = _show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
         branch = statistics.mean(100 * o.first_branch for o in outcomes)
-        spent = f"{effort.show('{:,.0f}', effort.thousands)} | {effort.show('{:,.1f}', effort.petaflops)}"
+        spent = f"{effort.show('{:,.0f}', effort.thousands)} | {effort.show('{:.3g}', effort.petaflops)}"
         rows.append(f"| {size} | {variant} | {effort.rate} | {needed} | {spent} | {ends} | {branch:.1f} |")
     return rows
 
 
 def _list_instruments(grouped: Groups) -> list[str]:
-    """Means over the runs of the last value of each."""
-    rows = _begin_table(["graphs", "variant", "ln N - loss", *INSTRUMENTS])
+    """Means over the runs of the last value of each; nothing if no run has any."""
+    rows = []
     for (size, variant), outcomes in grouped.items():
         if any(o.instruments for o in outcomes):
             means = (_mean_of(name, outcomes) for name in ("mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS)))
             rows.append(f"| {size} | {variant} | " + " | ".join(means) + " |")
-    return rows
+    return [*_begin_table(["graphs", "variant", "ln N - loss", *INSTRUMENTS]), *rows] if rows else []
 
 
 def _begin_table(columns: Sequence[str]) -> list[str]:
@@ -210,7 +212,7 @@ def plot_curves(grouped: Groups, path: Path) -> None:
             thousands = [graphs / 1000 for graphs in outcome.graphs]
             panels[size].plot(thousands, outcome.exact_match, styles[variant], color=colors[variant], linewidth=1, alpha=0.8)
     for size, axis in panels.items():
-        axis.set(title=f"G({size.replace('x', ', ')})", xlabel="graphs seen, thousands", ylim=(-0.02, 1.02))
+        axis.set(title=_name_size(size), xlabel="graphs seen, thousands", ylim=(-0.02, 1.02))
     for axis in islice(axes.flat, len(sizes), None):
         axis.remove()
     axes[0, 0].set_ylabel("exact match, held-out graphs")

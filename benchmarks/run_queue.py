@@ -193,6 +193,11 @@ def _redirected(file: int) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+def list_ended(runs: Path, pattern: str) -> list[Path]:
+    """The folders below `runs` that match a glob and hold a run that has ended."""
+    return sorted(path.parent for path in runs.glob(f"{pattern}/{ENDED_FILE}"))
+
+
 def read_validations(folder: Path) -> Iterator[Row]:
     """The validations of a run, oldest first."""
     return (row for row in read_rows(folder) if any(name.startswith("validation_") for name in row))

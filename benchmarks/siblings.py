@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.run_queue import ENDED_FILE, Run, never, read_validations, run_command
+from benchmarks.run_queue import Run, list_ended, never, read_validations, run_command
 from flame.config import Siblings
 from flame.data.siblings import NUM_TOKENS, judge_samples
 
@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "top": {"objective.name": "top"},
     "fsp_bow": {"objective.name": "fsp_bow", "objective.loss_weight": 0.01},
     "future": {},
-    "future, random target": {"future_encoder.target": "random"},
+    "future, random target": {"future_encoder.target": "random", "future_encoder.target_shift": 0},
 }
 
 
@@ -61,7 +61,7 @@ def write_report(runs: Path, out: Path) -> None:
     """Write `siblings.md` into a folder."""
     rows = ["| objective | seeds | coherent | held out | unique | cross entropy, held-out pairs |", "|---|---|---|---|---|---|"]
     for name in OBJECTIVES:
-        folders = sorted(path.parent for path in runs.glob(f"{name}/*/{ENDED_FILE}"))
+        folders = list_ended(runs, f"{name}/*")
         if not folders:
             continue
         judged = []

@@ -17,6 +17,7 @@ from benchmarks import pathstar, real_text, siblings
 from benchmarks.pathstar_report import read_outcome, write_report
 from benchmarks.run_queue import Row, Run, never, read_rows, run_all
 from flame.config_reader import read_config
+from flame.data.pathstar import parse_sizes
 
 REPO = Path(__file__).parent.parent
 
@@ -37,8 +38,14 @@ def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):
     configs = [read_config(run.spell_options(), 1) for run in pathstar.list_runs("laptop", seed=3)]
     assert [(config.objective_name, config.training.seed) for config in configs] == [("future", 3), ("next_token", 3)]
     assert all(config.training.dataset_name == "2x3" for config in configs)
-    targets = [read_config(run.spell_options(), 1).future_encoder for run in pathstar.list_runs("laptop_targets", seed=3)]
-    assert [(target.target, target.target_shift) for target in targets] == [("self", 1), ("random", 0), ("random", 1), ("ema", 1)]
+
+
+@pytest.mark.parametrize("group", pathstar.LAPTOP_GROUPS)
+def test_every_laptop_run_is_possible_and_another(group: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    runs = pathstar.list_runs(group, seed=3)
+    configs = [read_config(run.spell_options(), 1) for run in runs]
+    assert len({run.name for run in runs}) == len({repr((each.objective, each.future_encoder)) for each in configs}) == len(runs)
 
 
 @pytest.mark.parametrize("experiment", [siblings, real_text])
@@ -51,14 +58,19 @@ def test_every_other_run_is_possible(experiment, monkeypatch: pytest.MonkeyPatch
         read_config(run.spell_options(), 1)
 
 
-def write_run(folder: Path, matches: list[float]) -> None:
-    """A run of 100 graphs of 25 tokens a step, 2 TFLOP each, that is logged and validated every 10 steps."""
+def write_run(folder: Path, matches: list[float], size: str = "3x3") -> None:
+    """A run of 100 graphs a step, 2 TFLOP each, that is logged and validated every 10 steps."""
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text('[training]\nseq_len = 2500\ndataset_name = "3x3"\n')
+    sizes = parse_sizes(size)
+    tokens = 100 * sum(each.num_tokens for each in sizes) // len(sizes)
+    (folder / "config.toml").write_text(f'[training]\nseq_len = {tokens}\ndataset_name = "{size}"\n')
     lines = []
     for turn, match in enumerate(matches, start=1):
-        lines.append({"step": 10 * turn, "step_tflops": 2.0, "tokens_seen": 25_000 * turn, "future/top1": 0.1 * turn})
-        lines.append({"step": 10 * turn, "validation_exact_match": match, "validation_first_branch": match})
+        step = 10 * turn
+        lines.append({"step": step, "step_tflops": 2.0, "tokens_seen": step * tokens, "future/top1": 0.1 * turn})
+        lines.append(
+            {"step": step, "validation_exact_match": match, "validation_first_branch": match, "validation_ce_loss": 1 - match}
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
     (folder / "ended").write_text("done\n")
 
@@ -67,10 +79,11 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     write_run(tmp_path / "3x3" / "future" / "seed 1", [0.2, 0.992, 0.98])
     write_run(tmp_path / "3x3" / "future" / "seed 2", [0.2, 0.4, 0.991, 0.996])
     write_run(tmp_path / "3x3" / "next_token" / "seed 1", [0.3, 0.989])
-    write_run(tmp_path / "3x5" / "top" / "seed 1", [0.3, 0.3, 0.3, 0.3, 0.3])
-    write_run(tmp_path / "3x5" / "top" / "seed 2", [0.3, 0.99])
-    write_run(tmp_path / "3x5" / "top" / "seed 3", [0.3, 0.99])
-    (tmp_path / "3x5" / "top" / "seed 3" / "ended").unlink()  # still under way
+    write_run(tmp_path / "5x3" / "top" / "seed 1", [0.3, 0.3, 0.3, 0.3, 0.3], "5x3")
+    write_run(tmp_path / "5x3" / "top" / "seed 2", [0.3, 0.99], "5x3")
+    write_run(tmp_path / "5x3" / "top" / "seed 3", [0.3, 0.99], "5x3")
+    (tmp_path / "5x3" / "top" / "seed 3" / "ended").unlink()  # still under way
+    write_run(tmp_path / "3x3+3x5" / "top" / "seed 1", [0.3, 0.3], "3x3,3x5")
     outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
     assert outcome is not None
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
@@ -79,11 +92,26 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     out.mkdir()
     write_report(tmp_path, out)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "pathstar.md").read_text().splitlines()]
-    assert ["3x3", "future", "2/2", "2 [2, 3]", "2", "0.1", "98.8 [98.0, 99.6]", "98.8"] in rows
+    assert ["3x3", "future", "2/2", "2 [2, 3]", "2", "0.05", "98.8 [98.0, 99.6]", "98.8"] in rows
     assert ["3x3", "next_token", "0/1", "- (others: not within 2)", "-", "-", "98.9", "98.9"] in rows
-    assert ["3x5", "top", "1/2", "2 (others: not within 5)", "7", "0.1", "64.5 [30.0, 99.0]", "64.5"] in rows
-    assert ["top", "", "1/2, 64.5 %, 7"] in rows and ["future", "2/2, 98.8 %, 2", ""] in rows
+    assert ["5x3", "top", "1/2", "2 (others: not within 5)", "7", "0.14", "64.5 [30.0, 99.0]", "64.5"] in rows
+    assert ["3x3,3x5", "top", "0/1", "- (others: not within 2)", "-", "-", "30.0", "30.0"] in rows
+    short = rows[: rows.index([])]
+    assert short[0][1:] == ["G(3, 3)", "G(3, 3) and G(3, 5)", "G(5, 3)"]
+    assert ["top", "", "0/1, 30.0 %, -", "1/2, 64.5 %, 7"] in short and ["future", "2/2, 98.8 %, 2", "", ""] in short
     assert (out / "pathstar.png").stat().st_size > 1000
+
+
+def test_harm_is_counted_over_ended_runs_of_a_seed(tmp_path: Path):
+    write_run(tmp_path / "next token" / "seed 1", [0.5, 0.6])
+    write_run(tmp_path / "next token" / "seed 2", [0.5, 0.5])
+    write_run(tmp_path / "future, weight 0.1" / "seed 1", [0.5, 0.58])
+    write_run(tmp_path / "future, weight 0.1" / "seed 2", [0.1])
+    (tmp_path / "future, weight 0.1" / "seed 2" / "ended").unlink()  # cut off early, at a high loss
+    real_text.write_report(tmp_path, tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "real_text.md").read_text().splitlines()]
+    assert ["future, weight 0.1", "1", "0", "1.00", "0.4200", "+5.00 [+5.00, +5.00]"] in rows
+    assert ["next token", "2", "0", "1.00", "0.4500", "+0.00 [+0.00, +0.00]"] in rows
 
 
 @pytest.mark.parametrize("experiment", ["pathstar", "siblings", "real_text"])
