@@ -4,8 +4,8 @@
     python -m benchmarks.pathstar report OUT docs/experiments/objectives
 
 `run` makes the runs of a group that OUT does not hold yet; cut short, the same command goes on. A run is ended when a validation
-shows `SOLVED` (0.995). `report` writes tables and plots from the run folders alone. Every run is `configs/pathstar.toml` with the
-options that its folder's config.toml shows.
+shows `SOLVED` (0.995). `report` writes tables and plots from the run folders alone. Every run is `configs/pathstar.toml` (in
+the laptop groups `configs/pathstar_cpu.toml`) with the options that its folder's config.toml shows.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ TARGETS: dict[str, Options] = FIRST | {
     "bilinear": SELF | {"future_encoder.estimator_type": "bilinear"},
 }
 CONTROLS: dict[str, Options] = TARGETS | {
+    "next_token": OBJECTIVES["next_token"],
     "target shuffled": SELF | {"future_encoder.target": "shuffled"},
     "predictor sees embedding": SELF | {"future_predictor.input": "embedding"},
     "cosine": SELF | {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
     "smooth_l1": SELF | {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
 }
 SETTINGS: dict[str, Options] = {
+    "target self, 600 steps": {},
     "loss_weight 0.1": {"future_encoder.loss_weight": 0.1},
     "loss_weight 0.3": {"future_encoder.loss_weight": 0.3},
     "loss_weight 3": {"future_encoder.loss_weight": 3.0},
@@ -109,13 +111,16 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
     },
     # Center and goal tell 256 graphs over 40 labels apart, so that a summary may do without the path between them.
     "laptop_labels": {
-        name: options | CPU_MANY_LABELS
+        f"{name}, 40 labels": options | CPU_MANY_LABELS
         for name, options in {
             "next_token": OBJECTIVES["next_token"],
             "top": OBJECTIVES["top"],
             "fsp_bow": OBJECTIVES["fsp_bow"],
             "future": OBJECTIVES["future"],
             "target self": {"future_encoder.target": "self"},
+            "target ema, 0.999": {"future_encoder.target": "ema", "future_encoder.ema_decay": 0.999},
+            "target ema, 0.9999": {"future_encoder.target": "ema", "future_encoder.ema_decay": 0.9999},
+            "target mean_embedding": {"future_encoder.target": "mean_embedding"},
             "loss_weight 0.3": {"future_encoder.loss_weight": 0.3},
             "target_shift 1": {"future_encoder.target_shift": 1},
         }.items()
@@ -167,9 +172,9 @@ def is_solved(validations: list[Row]) -> bool:
 
 
 def list_all(arguments: argparse.Namespace) -> list[Run]:
-    """One seed of all groups before the next: cut short, each variant has about as many."""
-    runs = [run for seed in arguments.seeds for group in arguments.group for run in list_runs(group, seed)]
-    return [run for run in runs if arguments.only in run.name]
+    """One seed of all groups before the next: cut short, each variant has about as many. What two groups share is made once."""
+    runs = {run.name: run for seed in arguments.seeds for group in arguments.group for run in list_runs(group, seed)}
+    return [run for name, run in runs.items() if arguments.only in name]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -178,4 +183,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_all, write_report, add_options)
+    run_command(__doc__, list_all, write_report, "*/*/*", add_options)

@@ -1,11 +1,13 @@
 """Does the future loss cost cross entropy on real text? A byte-level model of 14 M parameters on Python sources.
 
     python -m benchmarks.real_text run OUT --per_gpu 4
-    python -m benchmarks.real_text report OUT docs/experiments
+    python -m benchmarks.real_text report OUT docs/experiments/real_text
+    python -m benchmarks.real_text run OUT2 --per_gpu 4 --start "OUT/next token, more steps/seed 1/hf"
 
 The text is what Python packages this machine has, one document a file, each 50th held out. Runs of a seed see the same tokens in
 the same order. "next token, more steps" has as many FLOPs as the runs with the future loss. `report` compares each run with that
-of the same seed under next-token prediction alone: cross entropy on the held-out files, at the end.
+of the same seed under next-token prediction alone: cross entropy on the held-out files, at the end. From random weights that end
+hangs on the step at which a run has learned to copy from its context; with `--start` all runs go on from a model that has.
 """
 
 from __future__ import annotations
@@ -43,12 +45,13 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def list_runs(arguments: argparse.Namespace) -> list[Run]:
     """One seed of all variants before the next."""
+    start: dict[str, object] = {"checkpoint.initial_load_path": arguments.start.resolve()} if arguments.start else {}
     base: dict[str, object] = {
         "model.config": "configs/models/llama_15M.json",
         "model.tokenizer_path": "bytes",
         "training.dataset": "text",
         "training.data_files": arguments.data_files,
-        "training.seq_len": 16_384,  # at 65,536 and 600 steps no run had learned to copy from its context yet
+        "training.seq_len": 16_384,
         "training.context_len": 1024,
         "training.steps": STEPS,
         "training.num_workers": 1,
@@ -62,10 +65,10 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
         "validation.interval": 320,
         "validation.num_sequences": 64,
         "metrics.future_interval": 320,
-        "checkpoint.enable_checkpoint": False,
+        "checkpoint.interval": MORE_STEPS,
     }
     return [
-        Run(f"{name}/seed {seed}", base | {"training.seed": seed} | options, never)
+        Run(f"{name}/seed {seed}", base | start | {"training.seed": seed} | options, never)
         for seed in arguments.seeds
         for name, options in VARIANTS.items()
     ]
@@ -104,7 +107,10 @@ def _read(folder: Path) -> tuple[float, float, float]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_files", default=f"{sysconfig.get_path('purelib')}/[a-t]*/**/*.py", help="glob of the text")
+    parser.add_argument(
+        "--start", type=Path, help="folder of an exported model that all runs begin with, instead of random weights"
+    )
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report, add_options)
+    run_command(__doc__, list_runs, write_report, f"{BASELINE}/*", add_options)

@@ -58,6 +58,7 @@ def run_command(
     description: str,
     list_runs: Callable[[argparse.Namespace], list[Run]],
     write_report: Callable[[Path, Path], None],
+    pattern: str,
     add_options: Callable[[argparse.ArgumentParser], object] = lambda _: None,
 ) -> None:
     """The command line `run OUT` and `report RUNS OUT` of an experiment.
@@ -65,6 +66,7 @@ def run_command(
     Args:
         list_runs: from the arguments of `run`, among them `seeds`.
         write_report: from a folder of runs into a folder.
+        pattern: glob of the runs' folders in it.
         add_options: to `run`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,12 +82,17 @@ def run_command(
     report.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "report":
-        if not any(arguments.runs.rglob(ENDED_FILE)):
-            parser.error(f"{arguments.runs} holds no run that has ended: make some with `run {arguments.runs}`")
+        if not list_ended(arguments.runs, pattern):
+            parser.error(
+                f"{arguments.runs} holds no run that has ended ({pattern}/{ENDED_FILE}): make some with `run {arguments.runs}`"
+            )
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_report(arguments.runs, arguments.out)
     else:
-        run_all(list_runs(arguments), arguments.out, arguments.per_gpu, arguments.seconds)
+        runs = list_runs(arguments)
+        if not runs:
+            parser.error("the options leave no run to make")
+        run_all(runs, arguments.out, arguments.per_gpu, arguments.seconds)
 
 
 def never(_validations: list[Row]) -> bool:

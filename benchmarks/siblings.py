@@ -1,7 +1,7 @@
 """Sibling discovery: what models trained under each objective write, sampled from their exported weights.
 
     python -m benchmarks.siblings run OUT --per_gpu 4
-    python -m benchmarks.siblings report OUT docs/experiments
+    python -m benchmarks.siblings report OUT docs/experiments/siblings
 
 `run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws
 `NUM_SAMPLES` texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
@@ -80,4 +80,4 @@ def _show(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report)
+    run_command(__doc__, list_runs, write_report, "*/*")

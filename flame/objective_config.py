@@ -44,10 +44,11 @@ class FutureEncoder:
     """Window of the anti-causal attention, in tokens; 0 means up to the end of the document. The window is per layer:
     with L layers a summary reaches L x future_k tokens ahead."""
     target: Literal["self", "random", "ema", "mean_embedding", "causal", "shuffled"] = "self"
-    """Where summaries come from: "self", the anti-causal pass of the network itself. The others are controls: that pass of a
-    frozen network with random weights ("random") or of a running average of the weights ("ema"); the mean embedding of the
-    tokens ahead ("mean_embedding"); the causal pass, which has not seen the future ("causal"); the network's own, dealt to
-    other anchors at random ("shuffled")."""
+    """Where summaries come from: "self", the anti-causal pass of the network itself, or "random", that of a frozen
+    network of the same shape with random weights of its own (docs/experiments.md says when to take it). The others are
+    controls: the pass of a running average of the weights ("ema"); the mean embedding of the tokens ahead
+    ("mean_embedding"); the causal pass, which has not seen the future ("causal"); the network's own, dealt to other anchors at
+    random ("shuffled")."""
     ema_decay: Probability = 0.999
     """With target = "ema": share of the average that one step keeps."""
     target_shift: NonNegativeInt = 1

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import pathstar, real_text, siblings
 from benchmarks.pathstar_report import read_outcome, write_report
@@ -22,15 +23,11 @@ from flame.data.pathstar import parse_sizes
 REPO = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("group", pathstar.GROUPS)
+@pytest.mark.parametrize("group", [*pathstar.GROUPS, *pathstar.LAPTOP_GROUPS])
 def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPO)
-    names = set()
     for run in pathstar.list_runs(group, seed=3):
-        config = read_config(run.spell_options(), 1)
-        assert config.training.seed == config.pathstar.seed == 3
-        names.add(run.name)
-    assert len(names) == len(pathstar.GROUPS[group])
+        assert read_config(run.spell_options(), 1).training.seed == 3
 
 
 def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):
@@ -40,22 +37,60 @@ def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):
     assert all(config.training.dataset_name == "2x3" for config in configs)
 
 
-@pytest.mark.parametrize("group", pathstar.LAPTOP_GROUPS)
-def test_every_laptop_run_is_possible_and_another(group: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_stands_for_the_same_run_in_every_group():
+    options: dict[str, dict[str, object]] = {}
+    for group in (*pathstar.GROUPS, *pathstar.LAPTOP_GROUPS):
+        for run in pathstar.list_runs(group, seed=3):
+            made = {key: value for key, value in run.options.items() if key != "job.description"}
+            assert options.setdefault(run.name, made) == made, (group, run.name)
+    assert len({repr(sorted(made.items(), key=str)) for made in options.values()}) == len(options)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "target", "shift", "weight", "labels"),
+    [
+        ("objectives", "5x5/future", "random", 0, 3.0, 30),
+        ("objectives", "5x5/target self", "self", 1, 1.0, 30),
+        ("hard", "10x10/future", "random", 0, 3.0, 100),
+        ("controls", "5x3/target ema", "ema", 1, 1.0, 30),
+        ("settings", "5x5/target_shift 2", "self", 2, 1.0, 30),
+        ("laptop", "2x3/future", "random", 0, 3.0, 7),
+        ("laptop_targets", "2x3/target self, target_shift 1", "self", 1, 0.3, 7),
+        ("laptop_labels", "2x3/target self, 40 labels", "self", 0, 3.0, 40),
+    ],
+)
+def test_a_variant_is_what_its_name_says(group, name, target, shift, weight, labels, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPO)
-    runs = pathstar.list_runs(group, seed=3)
-    configs = [read_config(run.spell_options(), 1) for run in runs]
-    assert len({run.name for run in runs}) == len({repr((each.objective, each.future_encoder)) for each in configs}) == len(runs)
+    (run,) = (run for run in pathstar.list_runs(group, seed=3) if run.name == f"{name}/seed 3")
+    config = read_config(run.spell_options(), 1)
+    future = config.future_encoder
+    assert (future.target, future.target_shift, future.loss_weight) == (target, shift, weight)
+    assert config.pathstar.labels == labels and config.training.seed == 3
+
+
+def test_what_two_groups_share_is_made_once():
+    arguments = argparse.Namespace(seeds=[1], group=["objectives", "controls"], only="5x3/target self")
+    assert [run.name for run in pathstar.list_all(arguments)] == ["5x3/target self/seed 1"]
 
 
 @pytest.mark.parametrize("experiment", [siblings, real_text])
 def test_every_other_run_is_possible(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(REPO)
     (tmp_path / "a.py").write_text("pass\n")
-    runs = experiment.list_runs(argparse.Namespace(seeds=[1, 2], data_files=str(tmp_path / "*.py")))
+    runs = experiment.list_runs(argparse.Namespace(seeds=[1, 2], data_files=str(tmp_path / "*.py"), start=None))
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         read_config(run.spell_options(), 1)
+
+
+def test_real_text_goes_on_from_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(REPO)
+    (tmp_path / "a.py").write_text("pass\n")
+    config = json.loads((REPO / "configs/models/llama_15M.json").read_text())
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path / "hf")
+    arguments = argparse.Namespace(seeds=[1], data_files=str(tmp_path / "*.py"), start=Path(os.path.relpath(tmp_path / "hf")))
+    for run in real_text.list_runs(arguments):
+        assert read_config(run.spell_options(), 1).checkpoint.initial_load_path == str(tmp_path / "hf")
 
 
 def write_run(folder: Path, matches: list[float], size: str = "3x3") -> None:
@@ -122,6 +157,12 @@ def test_a_report_of_nothing_says_so(experiment: str, tmp_path: Path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "holds no run that has ended" in done.stderr.splitlines()[-1]
+
+
+def test_options_that_leave_no_run_are_said(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.pathstar", "run", tmp_path, "--group", "mixed", "--only", "7x7"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("the options leave no run to make")
 
 
 def test_a_validation_between_two_log_lines_counts_the_steps_before_it(tmp_path: Path):
