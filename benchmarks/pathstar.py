@@ -109,7 +109,7 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
         "target random, target_shift 1": CPU_SELF | {"future_encoder.target": "random", "future_encoder.target_shift": 1},
         "target ema, target_shift 1": CPU_SELF | {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
     },
-    # Center and goal tell 256 graphs over 40 labels apart, so that a summary may do without the path between them.
+    # The center and the goal, which are known, tell 256 graphs over 40 labels apart.
     "laptop_labels": {
         f"{name}, 40 labels": options | CPU_MANY_LABELS
         for name, options in {

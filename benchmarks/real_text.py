@@ -6,8 +6,8 @@
 
 The text is what Python packages this machine has, one document a file, each 50th held out. Runs of a seed see the same tokens in
 the same order. "next token, more steps" has as many FLOPs as the runs with the future loss. `report` compares each run with that
-of the same seed under next-token prediction alone: cross entropy on the held-out files, at the end. From random weights that end
-hangs on the step at which a run has learned to copy from its context; with `--start` all runs go on from a model that has.
+of the same seed under next-token prediction alone: cross entropy on the held-out files, at the end. From random weights seeds
+differ there by more than the harm in question; with `--start` all runs go on from one trained model.
 """
 
 from __future__ import annotations
