@@ -21,8 +21,12 @@ from matplotlib.lines import Line2D
 from benchmarks.run_queue import list_ended, read_rows
 from flame.data.pathstar import parse_sizes
 
+RUN_FOLDERS = "*/*/*"
+"""Size, variant and seed."""
 SOLVED = 0.99
 """Exact match on held-out graphs that counts as solved."""
+UNDER_WAY = 0.75
+"""Exact match that no guess of the first step reaches."""
 INSTRUMENTS = (
     "top1",
     "top1_same_document",
@@ -33,6 +37,7 @@ INSTRUMENTS = (
     "grad_ratio",
     "grad_cosine",
 )
+EARLY = ("rank_targets", "rank_hidden")
 
 
 class Outcome(NamedTuple):
@@ -51,11 +56,17 @@ class Outcome(NamedTuple):
     """At the last validation."""
     instruments: dict[str, float]
     """The last value of each."""
+    early: dict[str, float]
+    """The second measurement: the first is of the first step."""
 
     @property
     def solved_at(self) -> int | None:
         """Index of the first validation that counts as solved."""
-        return next((place for place, match in enumerate(self.exact_match) if match >= SOLVED), None)
+        return self.find(SOLVED)
+
+    def find(self, exact_match: float) -> int | None:
+        """Index of the first validation that reaches it."""
+        return next((place for place, match in enumerate(self.exact_match) if match >= exact_match), None)
 
     @property
     def last(self) -> int:
@@ -104,6 +115,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     validated, matches = [], []
     branch = 0.0
     instruments: dict[str, float] = {}
+    measured: list[dict[str, float]] = []
     for row in read_rows(folder):
         if "validation_exact_match" in row:
             validated.append(row["step"])
@@ -114,18 +126,21 @@ def read_outcome(folder: Path) -> Outcome | None:
             steps.append(row["step"])
             tokens.append(row["tokens_seen"])
             instruments |= {name: value for name, value in row.items() if name.startswith("future/") or name == "mi_lower_bound"}
+            if any(name.startswith("future/") for name in row):
+                measured.append(row)
     if not matches:
         return None
     # Most validations are between two log lines.
     graphs = (np.interp(validated, steps, tokens) / tokens_a_graph).tolist()
     spent = np.interp(validated, steps, petaflops).tolist()
     _, variant, seed = folder.parts[-3:]
-    return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments)
+    early = measured[1] if len(measured) > 1 else {}
+    return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments, early)
 
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `pathstar.md` and `pathstar.png`, of the runs that have ended, into a folder."""
-    outcomes = [outcome for outcome in map(read_outcome, list_ended(runs, "*/*/*")) if outcome is not None]
+    outcomes = [outcome for outcome in map(read_outcome, list_ended(runs, RUN_FOLDERS)) if outcome is not None]
     grouped: Groups = defaultdict(list)
     for outcome in outcomes:
         grouped[outcome.size, outcome.variant].append(outcome)
@@ -164,6 +179,7 @@ def _list_efforts(grouped: Groups) -> list[str]:
             "graphs",
             "variant",
             "solved",
+            "graphs to 75 %, thousands",
             "graphs to 99 %, thousands",
             "graphs a solved run, thousands",
             "PFLOP a solved run",
@@ -173,10 +189,7 @@ def _list_efforts(grouped: Groups) -> list[str]:
     )
     for (size, variant), outcomes in grouped.items():
         effort = sum_effort(outcomes)
-        soon = [o.graphs[o.solved_at] / 1000 for o in outcomes if o.solved_at is not None]
-        needed = _show_range(soon, "{:,.0f}") if soon else "-"
-        most = max(o.graphs[-1] for o in outcomes) / 1000
-        needed += "" if len(soon) == len(outcomes) else f" (others: not within {most:,.0f})"
+        needed = " | ".join(_show_needed(outcomes, match) for match in (UNDER_WAY, SOLVED))
         ends = _show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
         branch = statistics.mean(100 * o.first_branch for o in outcomes)
         spent = f"{effort.show('{:,.0f}', effort.thousands)} | {effort.show('{:.3g}', effort.petaflops)}"
@@ -184,14 +197,26 @@ def _list_efforts(grouped: Groups) -> list[str]:
     return rows
 
 
+def _show_needed(outcomes: Sequence[Outcome], exact_match: float) -> str:
+    """Graphs up to an exact match, in thousands: the runs that reach it, and when the others gave up."""
+    places = [(o, o.find(exact_match)) for o in outcomes]
+    soon = [o.graphs[place] / 1000 for o, place in places if place is not None]
+    most = max(o.graphs[-1] for o in outcomes) / 1000
+    shown = _show_range(soon, "{:,.0f}") if soon else "-"
+    return shown if len(soon) == len(outcomes) else f"{shown} ({len(outcomes) - len(soon)} not within {most:,.0f})"
+
+
 def _list_instruments(grouped: Groups) -> list[str]:
-    """Means over the runs of the last value of each; nothing if no run has any."""
+    """Means over the runs of the last value of each, and of the ranks early on; nothing if no run has any."""
     rows = []
     for (size, variant), outcomes in grouped.items():
         if any(o.instruments for o in outcomes):
-            means = (_mean_of(name, outcomes) for name in ("mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS)))
+            last = [o.instruments for o in outcomes]
+            means = [_mean_of(name, last) for name in ("mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS))]
+            means += [_mean_of(f"future/{name}", [o.early for o in outcomes]) for name in EARLY]
             rows.append(f"| {size} | {variant} | " + " | ".join(means) + " |")
-    return [*_begin_table(["graphs", "variant", "ln N - loss", *INSTRUMENTS]), *rows] if rows else []
+    columns = ["graphs", "variant", "ln N - loss", *INSTRUMENTS, *(f"{name}, second measurement" for name in EARLY)]
+    return [*_begin_table(columns), *rows] if rows else []
 
 
 def _begin_table(columns: Sequence[str]) -> list[str]:
@@ -222,8 +247,8 @@ def plot_curves(grouped: Groups, path: Path) -> None:
     plt.close(figure)
 
 
-def _mean_of(name: str, outcomes: Iterable[Outcome]) -> str:
-    values = [o.instruments[name] for o in outcomes if name in o.instruments]
+def _mean_of(name: str, measured: Iterable[dict[str, float]]) -> str:
+    values = [each[name] for each in measured if name in each]
     return f"{statistics.mean(values):.3g}" if values else "-"
 
 

@@ -123,14 +123,15 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     assert outcome is not None
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
     assert outcome.petaflops == pytest.approx([0.02, 0.04, 0.06, 0.08]) and outcome.instruments == {"future/top1": 0.4}
+    assert outcome.early["future/top1"] == 0.2
     out = tmp_path / "out"
     out.mkdir()
     write_report(tmp_path, out)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "pathstar.md").read_text().splitlines()]
-    assert ["3x3", "future", "2/2", "2 [2, 3]", "2", "0.05", "98.8 [98.0, 99.6]", "98.8"] in rows
-    assert ["3x3", "next_token", "0/1", "- (others: not within 2)", "-", "-", "98.9", "98.9"] in rows
-    assert ["5x3", "top", "1/2", "2 (others: not within 5)", "7", "0.14", "64.5 [30.0, 99.0]", "64.5"] in rows
-    assert ["3x3,3x5", "top", "0/1", "- (others: not within 2)", "-", "-", "30.0", "30.0"] in rows
+    assert ["3x3", "future", "2/2", "2 [2, 3]", "2 [2, 3]", "2", "0.05", "98.8 [98.0, 99.6]", "98.8"] in rows
+    assert ["3x3", "next_token", "0/1", "2", "- (1 not within 2)", "-", "-", "98.9", "98.9"] in rows
+    assert ["5x3", "top", "1/2", "2 (1 not within 5)", "2 (1 not within 5)", "7", "0.14", "64.5 [30.0, 99.0]", "64.5"] in rows
+    assert ["3x3,3x5", "top", "0/1", "- (1 not within 2)", "- (1 not within 2)", "-", "-", "30.0", "30.0"] in rows
     short = rows[: rows.index([])]
     assert short[0][1:] == ["G(3, 3)", "G(3, 3) and G(3, 5)", "G(5, 3)"]
     assert ["top", "", "0/1, 30.0 %, -", "1/2, 64.5 %, 7"] in short and ["future", "2/2, 98.8 %, 2", "", ""] in short
