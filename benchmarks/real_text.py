@@ -1,8 +1,9 @@
-"""Does the future loss cost cross entropy on real text? A byte-level model of 14 M parameters on Python sources.
+"""Does the future loss cost cross entropy on real text? A byte-level model on Python sources.
 
     python -m benchmarks.real_text run OUT --per_gpu 4
     python -m benchmarks.real_text report OUT docs/experiments/real_text
     python -m benchmarks.real_text run OUT2 --per_gpu 4 --start "OUT/next token, more steps/seed 1/hf"
+    python -m benchmarks.real_text run OUT3 --laptop --per_gpu 2
 
 The text is what Python packages this machine has, one document a file, each 50th held out. Runs of a seed see the same tokens in
 the same order. "next token, more steps" has as many FLOPs as the runs with the future loss. `report` compares each run with that
@@ -20,12 +21,14 @@ from pathlib import Path
 from benchmarks.run_queue import Run, list_ended, never, read_rows, read_validations, run_command
 
 STEPS = 1600
-MORE_STEPS = 2160
-"""The future loss takes 1.35 times the arithmetic of next-token training at this shape; the report shows the exact ratio."""
+LAPTOP_STEPS = 600
+MORE_STEPS = 1.35
+"""Times the steps: what the future loss takes of the arithmetic of next-token training. The report shows the exact ratio."""
 BASELINE = "next token"
+MORE = "next token, more steps"
 VARIANTS: dict[str, dict[str, object]] = {
     BASELINE: {"objective.name": "next_token"},
-    "next token, more steps": {"objective.name": "next_token", "training.steps": MORE_STEPS},
+    MORE: {"objective.name": "next_token"},
     "future, weight 0.03": {"objective.name": "future", "future_encoder.loss_weight": 0.03},
     "future, weight 0.1": {"objective.name": "future", "future_encoder.loss_weight": 0.1},
     "future, weight 0.3": {"objective.name": "future", "future_encoder.loss_weight": 0.3},
@@ -41,37 +44,54 @@ VARIANTS: dict[str, dict[str, object]] = {
         "future_encoder.target_shift": 0,
     },
 }
+SIZE: dict[str, object] = {
+    "model.config": "configs/models/llama_15M.json",
+    "training.seq_len": 16_384,
+    "training.context_len": 1024,
+    "training.num_workers": 1,
+    "training.compile": True,
+    "optimizer.lr": 1e-3,
+    "lr_scheduler.warmup_steps": 120,
+    "future_encoder.max_anchors": 4096,  # at width 384 the scores of all would cost more than the network
+    "validation.interval": 320,
+    "validation.num_sequences": 64,
+    "metrics.future_interval": 320,
+}
+LAPTOP_SIZE: dict[str, object] = {
+    "model.config": "configs/models/llama_600K.json",
+    "training.seq_len": 4096,
+    "training.context_len": 256,
+    "training.num_workers": 0,
+    "optimizer.lr": 3e-3,
+    "lr_scheduler.warmup_steps": 50,
+    "future_encoder.max_anchors": 1024,
+    "validation.interval": 200,
+    "validation.num_sequences": 64,
+    "metrics.future_interval": 200,
+}
 
 
 def list_runs(arguments: argparse.Namespace) -> list[Run]:
-    """One seed of all variants before the next."""
+    """One seed of the variants before the next."""
+    steps = LAPTOP_STEPS if arguments.laptop else STEPS
     start: dict[str, object] = {"checkpoint.initial_load_path": arguments.start.resolve()} if arguments.start else {}
     base: dict[str, object] = {
-        "model.config": "configs/models/llama_15M.json",
         "model.tokenizer_path": "bytes",
         "training.dataset": "text",
         "training.data_files": arguments.data_files,
-        "training.seq_len": 16_384,
-        "training.context_len": 1024,
-        "training.steps": STEPS,
-        "training.num_workers": 1,
-        "training.compile": True,
-        "optimizer.lr": 1e-3,
-        "lr_scheduler.warmup_steps": 120,
         "future_encoder.temperature": 0.1,
         "future_encoder.exclude_duplicates": True,
-        "future_encoder.max_anchors": 4096,  # at width 384 the scores of all would cost more than the network
         "validation.holdout_every": 50,
-        "validation.interval": 320,
-        "validation.num_sequences": 64,
-        "metrics.future_interval": 320,
-        "checkpoint.interval": MORE_STEPS,
+        **(LAPTOP_SIZE if arguments.laptop else SIZE),
+        **start,
     }
-    return [
-        Run(f"{name}/seed {seed}", base | start | {"training.seed": seed} | options, never)
-        for seed in arguments.seeds
-        for name, options in VARIANTS.items()
-    ]
+
+    def build_run(name: str, seed: int) -> Run:
+        more = round(steps * MORE_STEPS) if name == MORE else steps
+        sized = {"training.seed": seed, "training.steps": more, "checkpoint.interval": more}
+        return Run(f"{name}/seed {seed}", base | sized | VARIANTS[name], never)
+
+    return [build_run(name, seed) for seed in arguments.seeds for name in arguments.variants]
 
 
 def write_report(runs: Path, out: Path) -> None:
@@ -107,6 +127,8 @@ def _read(folder: Path) -> tuple[float, float, float]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_files", default=f"{sysconfig.get_path('purelib')}/[a-t]*/**/*.py", help="glob of the text")
+    parser.add_argument("--laptop", action="store_true", help="a model of 0.6 M parameters and few tokens, for CPUs")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="those to run")
     parser.add_argument(
         "--start", type=Path, help="folder of an exported model that all runs begin with, instead of random weights"
     )

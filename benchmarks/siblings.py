@@ -2,6 +2,7 @@
 
     python -m benchmarks.siblings run OUT --per_gpu 4
     python -m benchmarks.siblings report OUT docs/experiments/siblings
+    python -m benchmarks.siblings run OUT2 --laptop --per_gpu 2
 
 `run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws
 `NUM_SAMPLES` texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
@@ -15,12 +16,13 @@ import argparse
 import statistics
 from pathlib import Path
 
+import tomli
 import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.run_queue import Run, list_ended, never, read_validations, run_command
 from flame.config import Siblings
-from flame.data.siblings import NUM_TOKENS, judge_samples
+from flame.data.siblings import NUM_TOKENS, SamplesJudged, judge_samples
 
 NUM_SAMPLES = 4096
 OBJECTIVES: dict[str, dict[str, object]] = {
@@ -31,11 +33,23 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "future": {},
     "future, random target": {"future_encoder.target": "random", "future_encoder.target_shift": 0},
 }
+LAPTOP_SIZE: dict[str, object] = {
+    "model.config": "configs/models/siblings_cpu.json",
+    "siblings.children": 100,
+    "siblings.pairs": 10_000,
+    "training.seq_len": 5120,
+    "training.steps": 300,
+    "training.compile": False,
+    "future_encoder.max_anchors": 1024,
+    "validation.interval": 20,
+    "checkpoint.interval": 300,
+}
 
 
 def list_runs(arguments: argparse.Namespace) -> list[Run]:
     """One seed of all objectives before the next."""
-    base = {"job.config_file": "configs/siblings.toml", "training.num_workers": 0}
+    size = LAPTOP_SIZE if arguments.laptop else {}
+    base: dict[str, object] = {"job.config_file": "configs/siblings.toml", "training.num_workers": 0} | size
     return [
         Run(f"{name}/seed {seed}", base | {"training.seed": seed, "siblings.seed": seed} | options, never)
         for seed in arguments.seeds
@@ -44,12 +58,11 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
 
 
 @torch.no_grad()
-def draw_samples(folder: Path, seed: int) -> list[list[int]]:
+def draw_samples(folder: Path, options: Siblings) -> list[list[int]]:
     """Texts of an exported model behind the separator, at temperature 1."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
-    options = Siblings()
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(options.seed)
     ids = torch.full((NUM_SAMPLES, 1), options.parents * (options.children + 1), device=device)
     for _ in range(NUM_TOKENS - 1):
         probabilities = model(ids).logits[:, -1].float().softmax(dim=-1)
@@ -59,20 +72,35 @@ def draw_samples(folder: Path, seed: int) -> list[list[int]]:
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `siblings.md` into a folder."""
-    rows = ["| objective | seeds | coherent | held out | unique | cross entropy, held-out pairs |", "|---|---|---|---|---|---|"]
+    columns = ("objective", "seeds", "coherent, %", "held out, %", "unique, %")
+    columns += ("cross entropy of held-out pairs", "at its lowest", "at step")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in OBJECTIVES:
         folders = list_ended(runs, f"{name}/*")
         if not folders:
             continue
-        judged = []
-        for folder in folders:
-            seed = int(folder.name.removeprefix("seed "))
-            judged.append(judge_samples(draw_samples(folder / "hf", seed), Siblings(seed=seed)))
-        losses = [list(read_validations(folder))[-1]["validation_ce_loss"] for folder in folders]
-        shares = [_show([100 * getattr(one, field) for one in judged]) for field in ("coherent", "held_out", "unique")]
-        rows.append(f"| {name} | {len(folders)} | " + " | ".join(shares) + f" | {_show(losses)} |")
+        judged = [_judge(folder) for folder in folders]
+        shares = [_show([100 * getattr(one, field) for one in judged]) for field in SamplesJudged._fields]
+        validations = [list(read_validations(folder)) for folder in folders]
+        lowest = [min(rows, key=lambda row: row["validation_ce_loss"]) for rows in validations]
+        losses = [
+            _show([rows[-1]["validation_ce_loss"] for rows in validations]),
+            _show([row["validation_ce_loss"] for row in lowest]),
+            f"{statistics.median(row['step'] for row in lowest):.0f}",
+        ]
+        rows.append(f"| {name} | {len(folders)} | " + " | ".join(shares + losses) + " |")
     (out / "siblings.md").write_text("\n".join(rows) + "\n")
     print("\n".join(rows))
+
+
+def _judge(folder: Path) -> SamplesJudged:
+    """What the model of a run writes."""
+    options = Siblings(**tomli.loads((folder / "config.toml").read_text())["siblings"])
+    return judge_samples(draw_samples(folder / "hf", options), options)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--laptop", action="store_true", help="100 children each and a model of two layers, for CPUs")
 
 
 def _show(values: list[float]) -> str:
@@ -80,4 +108,4 @@ def _show(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report, "*/*")
+    run_command(__doc__, list_runs, write_report, "*/*", add_options)

@@ -73,11 +73,20 @@ def test_what_two_groups_share_is_made_once():
     assert [run.name for run in pathstar.list_all(arguments)] == ["5x3/target self/seed 1"]
 
 
+def parse_run(experiment, *options: object) -> argparse.Namespace:
+    """What `run` is given of an experiment's own options, and two seeds."""
+    parser = argparse.ArgumentParser()
+    experiment.add_options(parser)
+    return parser.parse_args([str(option) for option in options], argparse.Namespace(seeds=[1, 2]))
+
+
+@pytest.mark.parametrize("size", [[], ["--laptop"]], ids=["gpu", "laptop"])
 @pytest.mark.parametrize("experiment", [siblings, real_text])
-def test_every_other_run_is_possible(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_every_other_run_is_possible(experiment, size: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(REPO)
     (tmp_path / "a.py").write_text("pass\n")
-    runs = experiment.list_runs(argparse.Namespace(seeds=[1, 2], data_files=str(tmp_path / "*.py"), start=None))
+    data = ["--data_files", tmp_path / "*.py"] if experiment is real_text else []
+    runs = experiment.list_runs(parse_run(experiment, *size, *data))
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         read_config(run.spell_options(), 1)
@@ -88,7 +97,8 @@ def test_real_text_goes_on_from_a_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "a.py").write_text("pass\n")
     config = json.loads((REPO / "configs/models/llama_15M.json").read_text())
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path / "hf")
-    arguments = argparse.Namespace(seeds=[1], data_files=str(tmp_path / "*.py"), start=Path(os.path.relpath(tmp_path / "hf")))
+    start = os.path.relpath(tmp_path / "hf")
+    arguments = parse_run(real_text, "--data_files", tmp_path / "*.py", "--start", start, "--variants", real_text.BASELINE)
     for run in real_text.list_runs(arguments):
         assert read_config(run.spell_options(), 1).checkpoint.initial_load_path == str(tmp_path / "hf")
 
@@ -148,6 +158,23 @@ def test_harm_is_counted_over_ended_runs_of_a_seed(tmp_path: Path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "real_text.md").read_text().splitlines()]
     assert ["future, weight 0.1", "1", "0", "1.00", "0.4200", "+5.00 [+5.00, +5.00]"] in rows
     assert ["next token", "2", "0", "1.00", "0.4500", "+0.00 [+0.00, +0.00]"] in rows
+
+
+def test_siblings_are_judged_by_the_families_of_their_run(tmp_path: Path):
+    folder = tmp_path / "next_token" / "seed 1"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("[siblings]\nparents = 2\nchildren = 20\nseed = 3\n")
+    (folder / "ended").write_text("out of steps\n")
+    losses = {20: 3.0, 40: 2.5, 60: 2.75}
+    lines = [json.dumps({"step": step, "validation_ce_loss": loss}) for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    config = json.loads((REPO / "configs/models/siblings_cpu.json").read_text()) | {"vocab_size": 44, "eos_token_id": 43}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folder / "hf")
+    siblings.write_report(tmp_path, tmp_path)
+    row = [cell.strip() for cell in (tmp_path / "siblings.md").read_text().splitlines()[-1].split("|")[1:-1]]
+    assert row[:2] == ["next_token", "1"] and row[5:] == ["2.75 [2.75, 2.75]", "2.50 [2.50, 2.50]", "40"]
+    # Of 44^4 random texts 2 * 20 * 19 are coherent: of 4,096 samples 0.8 on average.
+    assert 0 <= float(row[2].split()[0]) < 0.3
 
 
 @pytest.mark.parametrize("experiment", ["pathstar", "siblings", "real_text"])
