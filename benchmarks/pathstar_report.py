@@ -18,7 +18,8 @@ import numpy as np
 import tomli
 from matplotlib.lines import Line2D
 
-from benchmarks.run_queue import list_ended, read_rows
+from benchmarks.run_folder import CONFIG_FILE, list_ended, read_progress, read_rows
+from benchmarks.tables import format_table, show_range
 from flame.data.pathstar import parse_sizes
 
 RUN_FOLDERS = "*/*/*"
@@ -81,8 +82,9 @@ Groups = dict[tuple[str, str], list[Outcome]]
 class Effort(NamedTuple):
     """What a variant takes on a size: all its runs, those that failed too, over how many solved it.
 
-    Auger and Hansen 2005, "Performance evaluation of an advanced local search evolutionary algorithm", call this the expected
-    running time. A variant that often fails has no other fair number: the mean of its lucky runs leaves the failures out.
+    The expected running time of Hansen, Auger, Finck and Ros 2009 (INRIA RR-6828), which Auger and Hansen 2005 analyze as success
+    performance. A variant that often fails has no other fair number: the mean of its lucky runs leaves the failures out. Where
+    runs fail, it depends on how long they were let.
     """
 
     solved: int
@@ -108,10 +110,9 @@ def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
 
 def read_outcome(folder: Path) -> Outcome | None:
     """One run's folder; None if it was never validated."""
-    size = tomli.loads((folder / "config.toml").read_text())["training"]["dataset_name"]
+    size = tomli.loads((folder / CONFIG_FILE).read_text())["training"]["dataset_name"]
     sizes = parse_sizes(size)
     tokens_a_graph = sum(size.num_tokens for size in sizes) / len(sizes)
-    steps, tokens, petaflops = [0.0], [0.0], [0.0]  # at the start and at each log line
     validated, matches = [], []
     branch = 0.0
     instruments: dict[str, float] = {}
@@ -121,18 +122,16 @@ def read_outcome(folder: Path) -> Outcome | None:
             validated.append(row["step"])
             matches.append(row["validation_exact_match"])
             branch = row["validation_first_branch"]
-        elif "step_tflops" in row:
-            petaflops.append(petaflops[-1] + row["step_tflops"] * (row["step"] - steps[-1]) / 1000)
-            steps.append(row["step"])
-            tokens.append(row["tokens_seen"])
+        else:
             instruments |= {name: value for name, value in row.items() if name.startswith("future/") or name == "mi_lower_bound"}
             if any(name.startswith("future/") for name in row):
                 measured.append(row)
     if not matches:
         return None
     # Most validations are between two log lines.
-    graphs = (np.interp(validated, steps, tokens) / tokens_a_graph).tolist()
-    spent = np.interp(validated, steps, petaflops).tolist()
+    progress = read_progress(folder)
+    graphs = (np.interp(validated, progress.steps, progress.tokens) / tokens_a_graph).tolist()
+    spent = (np.interp(validated, progress.steps, progress.tflops) / 1000).tolist()
     _, variant, seed = folder.parts[-3:]
     early = measured[1] if len(measured) > 1 else {}
     return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments, early)
@@ -156,11 +155,11 @@ def write_tables(grouped: Groups) -> str:
 def _compare_sizes(grouped: Groups) -> list[str]:
     """A row a variant, a column a size: how many runs solved it, mean exact match at the end, graphs a solved run."""
     sizes = sorted({size for size, _ in grouped}, key=lambda size: (parse_sizes(size)[0].num_tokens, size))
-    rows = _begin_table(["solved, mean exact match at the end, thousands of graphs a solved run", *map(_name_size, sizes)])
-    for variant in dict.fromkeys(variant for _, variant in grouped):
-        cells = [_show_short(grouped[size, variant]) if (size, variant) in grouped else "" for size in sizes]
-        rows.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return rows
+    rows = [
+        [variant, *(_show_short(grouped[size, variant]) if (size, variant) in grouped else "" for size in sizes)]
+        for variant in dict.fromkeys(variant for _, variant in grouped)
+    ]
+    return format_table(["solved, mean exact match at the end, thousands of graphs a solved run", *map(_name_size, sizes)], rows)
 
 
 def _name_size(size: str) -> str:
@@ -174,27 +173,26 @@ def _show_short(outcomes: Sequence[Outcome]) -> str:
 
 
 def _list_efforts(grouped: Groups) -> list[str]:
-    rows = _begin_table(
-        [
-            "graphs",
-            "variant",
-            "solved",
-            "graphs to 75 %, thousands",
-            "graphs to 99 %, thousands",
-            "graphs a solved run, thousands",
-            "PFLOP a solved run",
-            "exact match at the end",
-            "first branch",
-        ]
-    )
+    columns = [
+        "graphs",
+        "variant",
+        "solved",
+        "graphs to 75 %, thousands",
+        "graphs to 99 %, thousands",
+        "graphs a solved run, thousands",
+        "PFLOP a solved run",
+        "exact match at the end",
+        "first branch",
+    ]
+    rows = []
     for (size, variant), outcomes in grouped.items():
         effort = sum_effort(outcomes)
-        needed = " | ".join(_show_needed(outcomes, match) for match in (UNDER_WAY, SOLVED))
-        ends = _show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
+        needed = [_show_needed(outcomes, match) for match in (UNDER_WAY, SOLVED)]
+        spent = [effort.show("{:,.0f}", effort.thousands), effort.show("{:.3g}", effort.petaflops)]
+        ends = show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
         branch = statistics.mean(100 * o.first_branch for o in outcomes)
-        spent = f"{effort.show('{:,.0f}', effort.thousands)} | {effort.show('{:.3g}', effort.petaflops)}"
-        rows.append(f"| {size} | {variant} | {effort.rate} | {needed} | {spent} | {ends} | {branch:.1f} |")
-    return rows
+        rows.append([size, variant, effort.rate, *needed, *spent, ends, f"{branch:.1f}"])
+    return format_table(columns, rows)
 
 
 def _show_needed(outcomes: Sequence[Outcome], exact_match: float) -> str:
@@ -202,7 +200,7 @@ def _show_needed(outcomes: Sequence[Outcome], exact_match: float) -> str:
     places = [(o, o.find(exact_match)) for o in outcomes]
     soon = [o.graphs[place] / 1000 for o, place in places if place is not None]
     most = max(o.graphs[-1] for o in outcomes) / 1000
-    shown = _show_range(soon, "{:,.0f}") if soon else "-"
+    shown = show_range(soon, "{:,.0f}") if soon else "-"
     return shown if len(soon) == len(outcomes) else f"{shown} ({len(outcomes) - len(soon)} not within {most:,.0f})"
 
 
@@ -214,13 +212,9 @@ def _list_instruments(grouped: Groups) -> list[str]:
             last = [o.instruments for o in outcomes]
             means = [_mean_of(name, last) for name in ("mi_lower_bound", *(f"future/{name}" for name in INSTRUMENTS))]
             means += [_mean_of(f"future/{name}", [o.early for o in outcomes]) for name in EARLY]
-            rows.append(f"| {size} | {variant} | " + " | ".join(means) + " |")
+            rows.append([size, variant, *means])
     columns = ["graphs", "variant", "ln N - loss", *INSTRUMENTS, *(f"{name}, second measurement" for name in EARLY)]
-    return [*_begin_table(columns), *rows] if rows else []
-
-
-def _begin_table(columns: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return format_table(columns, rows) if rows else []
 
 
 def plot_curves(grouped: Groups, path: Path) -> None:
@@ -250,8 +244,3 @@ def plot_curves(grouped: Groups, path: Path) -> None:
 def _mean_of(name: str, measured: Iterable[dict[str, float]]) -> str:
     values = [each[name] for each in measured if name in each]
     return f"{statistics.mean(values):.3g}" if values else "-"
-
-
-def _show_range(values: Sequence[float], form: str) -> str:
-    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} [{low}, {high}]"

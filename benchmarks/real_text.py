@@ -2,13 +2,16 @@
 
     python -m benchmarks.real_text run OUT --per_gpu 4
     python -m benchmarks.real_text report OUT docs/experiments/real_text
-    python -m benchmarks.real_text run OUT2 --per_gpu 4 --start "OUT/next token, more steps/seed 1/hf"
-    python -m benchmarks.real_text run OUT3 --laptop --per_gpu 2
+    python -m benchmarks.real_text run OUT2 --laptop --per_gpu 2
 
 The text is what Python packages this machine has, one document a file, each 50th held out. Runs of a seed see the same tokens in
 the same order. "next token, more steps" has as many FLOPs as the runs with the future loss. `report` compares each run with that
 of the same seed under next-token prediction alone: cross entropy on the held-out files, at the end. From random weights seeds
-differ there by more than the harm in question; with `--start` all runs go on from one trained model.
+differ there by more than the harm in question. With `--start` all go on from one trained model, here of a sixth seed, since a
+seed also decides which tokens come:
+
+    python -m benchmarks.real_text run OUT --seeds 6 --variants "next token, more steps"
+    python -m benchmarks.real_text run OUT3 --per_gpu 4 --start "OUT/next token, more steps/seed 6/hf"
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ import argparse
 import statistics
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.run_queue import Run, list_ended, never, read_rows, read_validations, run_command
+from benchmarks.run_folder import list_ended, read_progress, read_validations
+from benchmarks.run_queue import Run, never, run_command
+from benchmarks.tables import format_table, show_range
 
 STEPS = 1600
 LAPTOP_STEPS = 600
@@ -96,39 +102,50 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `real_text.md`, of the runs that have ended, into a folder. A seed counts where the baseline has ended too."""
-    rows = ["| objective | seeds | tokens, millions | FLOPs / baseline | held-out cross entropy | against the baseline, % |"]
-    rows.append("|---|---|---|---|---|---|")
+    columns = ["objective", "seeds", "tokens, millions", "FLOPs / baseline"]
+    columns += ["held-out cross entropy, nats a byte", "the baseline's on the same seeds", "change on the same seed, %"]
     baseline = {folder.name: _read(folder) for folder in list_ended(runs, f"{BASELINE}/*")}
+    rows = []
     for name in VARIANTS:
         found = {folder.name: _read(folder) for folder in list_ended(runs, f"{name}/*")}
         pairs = [(found[seed], baseline[seed]) for seed in found if seed in baseline]
-        if not pairs:
-            continue
-        losses = [own[0] for own, _ in pairs]
-        changes = [100 * (own[0] / other[0] - 1) for own, other in pairs]
-        tokens, work = pairs[0][0][1] / 1e6, statistics.mean(own[2] / other[2] for own, other in pairs)
-        rows.append(
-            f"| {name} | {len(pairs)} | {tokens:.0f} | {work:.2f} | {statistics.mean(losses):.4f} | "
-            f"{statistics.mean(changes):+.2f} [{min(changes):+.2f}, {max(changes):+.2f}] |"
-        )
-    (out / "real_text.md").write_text("\n".join(rows) + "\n")
-    print("\n".join(rows))
+        if pairs:
+            losses = [show_range([run.loss for run in runs], "{:.4f}") for runs in zip(*pairs, strict=True)]
+            changes = show_range([100 * (own.loss / other.loss - 1) for own, other in pairs], "{:+.2f}")
+            work = statistics.mean(own.tflops / other.tflops for own, other in pairs)
+            rows.append([name, str(len(pairs)), f"{pairs[0][0].tokens / 1e6:.1f}", f"{work:.2f}", *losses, changes])
+    table = "\n".join(format_table(columns, rows))
+    (out / "real_text.md").write_text(table + "\n")
+    print(table)
 
 
-def _read(folder: Path) -> tuple[float, float, float]:
-    """Held-out cross entropy at the end, tokens seen, TFLOP spent."""
-    step = tokens = spent = 0.0
-    for row in read_rows(folder):
-        if "step_tflops" in row:
-            spent += row["step_tflops"] * (row["step"] - step)
-            step, tokens = row["step"], row["tokens_seen"]
-    return list(read_validations(folder))[-1]["validation_ce_loss"], tokens, spent
+class End(NamedTuple):
+    """What a run came to."""
+
+    loss: float
+    """Held-out cross entropy."""
+    tokens: float
+    """Trained on."""
+    tflops: float
+    """Spent."""
+
+
+def _read(folder: Path) -> End:
+    progress = read_progress(folder)
+    return End(list(read_validations(folder))[-1]["validation_ce_loss"], progress.tokens[-1], progress.tflops[-1])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_files", default=f"{sysconfig.get_path('purelib')}/[a-t]*/**/*.py", help="glob of the text")
     parser.add_argument("--laptop", action="store_true", help="a model of 0.6 M parameters and few tokens, for CPUs")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="those to run")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"those to run, of: {'; '.join(VARIANTS)}",
+    )
     parser.add_argument(
         "--start", type=Path, help="folder of an exported model that all runs begin with, instead of random weights"
     )

@@ -6,14 +6,14 @@ Runs of one slot share a process: what is imported and compiled once serves all 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
-import json
 import multiprocessing
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -23,21 +23,21 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from benchmarks.run_folder import CONFIG_FILE, ENDED_FILE, Row, list_ended, list_unended, read_validations
+from flame.checkpoints.resume_check import flatten
 from flame.components.distributed import set_single_process_defaults
-from flame.components.loggers import METRICS_FILE
+from flame.config_reader import CONFIG_FILE as CONFIG_KEY
 from flame.config_reader import read_config
+from flame.errors import UserError
 from flame.train import Trainer
 
 REPO = Path(__file__).parent.parent
 LOG_FILE = "log"
-ENDED_FILE = "ended"
-"""In the folder of a run that need not be made again: "done" or "out of steps"."""
+FAILED = "failed"
 SECONDS_BETWEEN_LOOKS = 1.0
 SEEDS = range(1, 6)
 MOST_GRAPHS = 256
 """That a process compiles of one layer. Each shape adds its own; beyond torch's default of 8 it would go on uncompiled."""
-
-Row = dict[str, float]
 
 
 class Run(NamedTuple):
@@ -72,27 +72,33 @@ def run_command(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("out", type=Path)
-    run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    run.add_argument("--per_gpu", type=int, default=1, help="runs at the same time on one GPU")
+    run.add_argument("out", type=Path, help="folder of the runs")
+    run.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 1 to 5")
+    run.add_argument("--per_gpu", type=int, default=1, help="runs at the same time, on each GPU or, without any, in all")
     run.add_argument("--seconds", type=float, default=float("inf"), help="end all runs after so many")
     add_options(run)
     report = commands.add_parser("report")
-    report.add_argument("runs", type=Path)
-    report.add_argument("out", type=Path)
+    report.add_argument("runs", type=Path, help="folder of the runs")
+    report.add_argument("out", type=Path, help="folder to write to")
     arguments = parser.parse_args()
     if arguments.command == "report":
         if not list_ended(arguments.runs, pattern):
             parser.error(
                 f"{arguments.runs} holds no run that has ended ({pattern}/{ENDED_FILE}): make some with `run {arguments.runs}`"
             )
+        for folder in list_unended(arguments.runs, pattern):
+            print(f"{folder}: not counted, it has not ended", file=sys.stderr)
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_report(arguments.runs, arguments.out)
     else:
         runs = list_runs(arguments)
         if not runs:
             parser.error("the options leave no run to make")
-        run_all(runs, arguments.out, arguments.per_gpu, arguments.seconds)
+        others = [line for run in runs if (line := find_other_run(run, arguments.out))]
+        if others:
+            parser.error("\n".join(others))
+        if not run_all(runs, arguments.out, arguments.per_gpu, arguments.seconds):
+            sys.exit(1)
 
 
 def never(_validations: list[Row]) -> bool:
@@ -100,9 +106,25 @@ def never(_validations: list[Row]) -> bool:
     return False
 
 
-def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
-    """Make those runs that have not been made. One that was cut short goes on from
-    its last checkpoint, or is begun again.
+def find_other_run(run: Run, out: Path) -> str | None:
+    """A line about the run that has this one's folder and other options, if there is one."""
+    folder = out.absolute() / run.name
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    try:
+        made = read_config(["--job.config_file", str(folder / CONFIG_FILE)], 1)
+        wanted = read_config([*run.spell_options(), "--job.dump_folder", str(folder)], 1)
+    except UserError as error:
+        return str(error)
+    before, now = (flatten(dataclasses.asdict(config)) for config in (made, wanted))
+    keys = [key for key in now if now[key] != before.get(key) and key not in (CONFIG_KEY, "job.dump_folder", "job.description")]
+    changes = ", ".join(f"{key} = {before.get(key)} (now {now[key]})" for key in keys)
+    return f"{out / run.name} holds a run with {changes}: give another folder, or remove it" if keys else None
+
+
+def run_all(runs: Iterable[Run], out: Path, per_gpu: int, seconds: float) -> bool:
+    """Make those runs that have not been made. One that was cut short goes on from its last checkpoint, or is begun again.
+    Returns whether none has failed.
 
     Args:
         per_gpu: runs at the same time on one GPU; small models leave most of it idle. Without GPUs, at the same time.
@@ -124,6 +146,7 @@ def run_all(runs: list[Run], out: Path, per_gpu: int, seconds: float) -> None:
     for worker in workers:
         worker.join()
     waiting.cancel_join_thread()
+    return not any(worker.exitcode for worker in workers)
 
 
 def _list_gpus() -> list[str]:
@@ -135,14 +158,17 @@ def _list_gpus() -> list[str]:
 def _work(waiting: Queue[Run], out: Path, deadline: float) -> None:
     os.chdir(REPO)
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    num_failed = 0
     while not _is_over(deadline):
         try:
             run = waiting.get(timeout=5)
         except Empty:
-            return
+            break
         started = time.time()
         outcome = _make(run, out / run.name, deadline)
+        num_failed += outcome.startswith(FAILED)
         print(f"{run.name}: {outcome}, {time.time() - started:.0f} s", flush=True)
+    sys.exit(num_failed > 0)
 
 
 def _is_over(deadline: float) -> bool:
@@ -171,7 +197,7 @@ def _make(run: Run, folder: Path, deadline: float) -> str:
             is_finished = Trainer(read_config([*arguments, "--job.dump_folder", str(folder)], 1), is_stop_requested).train()
         except Exception:
             traceback.print_exc()
-            return f"failed, see {folder / LOG_FILE}"
+            return f"{FAILED}, see {folder / LOG_FILE}"
     is_done = run.is_done(list(read_validations(folder)))
     outcome = "done" if is_done else "out of steps" if is_finished else "out of time"
     if is_done or is_finished:
@@ -198,21 +224,3 @@ def _redirected(file: int) -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def list_ended(runs: Path, pattern: str) -> list[Path]:
-    """The folders below `runs` that match a glob and hold a run that has ended."""
-    return sorted(path.parent for path in runs.glob(f"{pattern}/{ENDED_FILE}"))
-
-
-def read_validations(folder: Path) -> Iterator[Row]:
-    """The validations of a run, oldest first."""
-    return (row for row in read_rows(folder) if any(name.startswith("validation_") for name in row))
-
-
-def read_rows(folder: Path) -> Iterator[Row]:
-    """The lines of a run's metrics; one that is still being written is left out."""
-    path = folder / METRICS_FILE
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        if line.endswith("\n"):
-            yield json.loads(line)

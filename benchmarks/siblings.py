@@ -4,8 +4,8 @@
     python -m benchmarks.siblings report OUT docs/experiments/siblings
     python -m benchmarks.siblings run OUT2 --laptop --per_gpu 2
 
-`run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws
-`NUM_SAMPLES` texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
+`run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws 4,096
+texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
 one that no earlier text has. Of all pairs 1 in 8 is held out, so a model that has learned families and not pairs has a held-out
 share of an eighth of its coherent one.
 """
@@ -13,14 +13,15 @@ share of an eighth of its coherent one.
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 
 import tomli
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.run_queue import Run, list_ended, never, read_validations, run_command
+from benchmarks.run_folder import CONFIG_FILE, list_ended, read_validations
+from benchmarks.run_queue import Run, never, run_command
+from benchmarks.tables import format_table, show_range
 from flame.config import Siblings
 from flame.data.siblings import NUM_TOKENS, SamplesJudged, judge_samples
 
@@ -72,39 +73,36 @@ def draw_samples(folder: Path, options: Siblings) -> list[list[int]]:
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `siblings.md` into a folder."""
-    columns = ("objective", "seeds", "coherent, %", "held out, %", "unique, %")
-    columns += ("cross entropy of held-out pairs", "at its lowest", "at step")
-    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns = ["objective", "seeds", "coherent, %", "held out, %", "unique, %"]
+    columns += ["cross entropy of held-out pairs, nats a token, at the end", "at its lowest", "at step"]
+    rows = []
     for name in OBJECTIVES:
         folders = list_ended(runs, f"{name}/*")
         if not folders:
             continue
         judged = [_judge(folder) for folder in folders]
-        shares = [_show([100 * getattr(one, field) for one in judged]) for field in SamplesJudged._fields]
+        shares = [show_range([100 * getattr(one, field) for one in judged], "{:.2f}") for field in SamplesJudged._fields]
         validations = [list(read_validations(folder)) for folder in folders]
         lowest = [min(rows, key=lambda row: row["validation_ce_loss"]) for rows in validations]
         losses = [
-            _show([rows[-1]["validation_ce_loss"] for rows in validations]),
-            _show([row["validation_ce_loss"] for row in lowest]),
-            f"{statistics.median(row['step'] for row in lowest):.0f}",
+            show_range([rows[-1]["validation_ce_loss"] for rows in validations], "{:.3f}"),
+            show_range([row["validation_ce_loss"] for row in lowest], "{:.3f}"),
+            show_range([row["step"] for row in lowest], "{:.0f}"),
         ]
-        rows.append(f"| {name} | {len(folders)} | " + " | ".join(shares + losses) + " |")
-    (out / "siblings.md").write_text("\n".join(rows) + "\n")
-    print("\n".join(rows))
+        rows.append([name, str(len(folders)), *shares, *losses])
+    table = "\n".join(format_table(columns, rows))
+    (out / "siblings.md").write_text(table + "\n")
+    print(table)
 
 
 def _judge(folder: Path) -> SamplesJudged:
     """What the model of a run writes."""
-    options = Siblings(**tomli.loads((folder / "config.toml").read_text())["siblings"])
+    options = Siblings(**tomli.loads((folder / CONFIG_FILE).read_text())["siblings"])
     return judge_samples(draw_samples(folder / "hf", options), options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--laptop", action="store_true", help="100 children each and a model of two layers, for CPUs")
-
-
-def _show(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 if __name__ == "__main__":

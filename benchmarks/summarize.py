@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from benchmarks.tables import format_table
 from flame.errors import UserError
 from flame.utils.plotting import is_validation, read_metrics
 
@@ -26,8 +27,8 @@ SPEEDS = {
 LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
 
 
-def summarize(folder: Path) -> str:
-    """One table row."""
+def summarize(folder: Path) -> list[str]:
+    """The cells of a table row."""
     rows = [row for row in read_metrics(folder) if not is_validation(row)]
     steady = rows[len(rows) // 4 :]
     cells = [str(folder), str(rows[-1]["step"])]
@@ -39,7 +40,7 @@ def summarize(folder: Path) -> str:
         low, high = values[len(values) // 10], values[-1 - len(values) // 10]
         cells.append(f"{statistics.median(values):,.1f} [{low:,.1f}, {high:,.1f}]")
     cells += [f"{rows[0][name]:.3f} -> {rows[-1][name]:.3f}" if name in rows[-1] else "-" for name in LOSSES]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main(folders: list[str]) -> None:
@@ -56,10 +57,7 @@ def main(folders: list[str]) -> None:
         "aux",
         "top-1",
     ]
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for folder in folders:
-        print(summarize(Path(folder)))
+    print("\n".join(format_table(header, [summarize(Path(folder)) for folder in folders])))
 
 
 if __name__ == "__main__":

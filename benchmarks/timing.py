@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.tables import format_table
+
 Function = Callable[[], object]
 
 
@@ -130,6 +132,4 @@ class Report:
             file.write(text + "\n")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-        lines.insert(1, "|" + "---|" * len(header))
-        self.write(f"\n{title}\n\n" + "\n".join(lines))
+        self.write("\n".join(["", title, "", *format_table(header, rows)]))

@@ -1,24 +1,31 @@
-"""The experiments of benchmarks/: every run they list can start, and their reports say what the folders hold."""
+"""The experiments of benchmarks/: every run they list is possible, and their reports say what the folders hold."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import pathstar, real_text, siblings
 from benchmarks.pathstar_report import read_outcome, write_report
-from benchmarks.run_queue import Row, Run, never, read_rows, run_all
-from flame.config_reader import read_config
+from benchmarks.run_folder import Row, read_rows
+from benchmarks.run_queue import Run, find_other_run, never, run_all, run_command
+from flame.config import Siblings
+from flame.config_reader import read_config, write_config
+from flame.data.generated import is_held_out
 from flame.data.pathstar import parse_sizes
+from flame.data.siblings import deal_children, hash_pairs
 
 REPO = Path(__file__).parent.parent
 
@@ -103,8 +110,13 @@ def test_real_text_goes_on_from_a_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert read_config(run.spell_options(), 1).checkpoint.initial_load_path == str(tmp_path / "hf")
 
 
-def write_run(folder: Path, matches: list[float], size: str = "3x3") -> None:
-    """A run of 100 graphs a step, 2 TFLOP each, that is logged and validated every 10 steps."""
+def read_tables(path: Path) -> list[list[str]]:
+    """The cells of each line of a report."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in path.read_text().splitlines()]
+
+
+def write_run(folder: Path, matches: list[float], size: str = "3x3", step_tflops: float = 2.0) -> None:
+    """A run of 100 graphs a step that is logged and validated every 10 steps."""
     folder.mkdir(parents=True)
     sizes = parse_sizes(size)
     tokens = 100 * sum(each.num_tokens for each in sizes) // len(sizes)
@@ -112,7 +124,8 @@ def write_run(folder: Path, matches: list[float], size: str = "3x3") -> None:
     lines = []
     for turn, match in enumerate(matches, start=1):
         step = 10 * turn
-        lines.append({"step": step, "step_tflops": 2.0, "tokens_seen": step * tokens, "future/top1": 0.1 * turn})
+        instruments = {"future/top1": 0.1 * turn, "future/rank_targets": None if turn == 3 else 10.0 * turn}
+        lines.append({"step": step, "step_tflops": step_tflops, "tokens_seen": step * tokens} | instruments)
         lines.append(
             {"step": step, "validation_exact_match": match, "validation_first_branch": match, "validation_ce_loss": 1 - match}
         )
@@ -132,12 +145,12 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
     assert outcome is not None
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
-    assert outcome.petaflops == pytest.approx([0.02, 0.04, 0.06, 0.08]) and outcome.instruments == {"future/top1": 0.4}
+    assert outcome.petaflops == pytest.approx([0.02, 0.04, 0.06, 0.08]) and outcome.instruments["future/top1"] == 0.4
     assert outcome.early["future/top1"] == 0.2
     out = tmp_path / "out"
     out.mkdir()
     write_report(tmp_path, out)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "pathstar.md").read_text().splitlines()]
+    rows = read_tables(out / "pathstar.md")
     assert ["3x3", "future", "2/2", "2 [2, 3]", "2 [2, 3]", "2", "0.05", "98.8 [98.0, 99.6]", "98.8"] in rows
     assert ["3x3", "next_token", "0/1", "2", "- (1 not within 2)", "-", "-", "98.9", "98.9"] in rows
     assert ["5x3", "top", "1/2", "2 (1 not within 5)", "2 (1 not within 5)", "7", "0.14", "64.5 [30.0, 99.0]", "64.5"] in rows
@@ -145,22 +158,40 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     short = rows[: rows.index([])]
     assert short[0][1:] == ["G(3, 3)", "G(3, 3) and G(3, 5)", "G(5, 3)"]
     assert ["top", "", "0/1, 30.0 %, -", "1/2, 64.5 %, 7"] in short and ["future", "2/2, 98.8 %, 2", "", ""] in short
+    columns = next(row for row in reversed(rows) if "top1" in row)
+    by_variant = {tuple(row[:2]): dict(zip(columns, row, strict=True)) for row in rows[rows.index(columns) + 2 :]}
+    assert by_variant["3x3", "future"]["top1"] == "0.35" and by_variant["3x3", "future"]["rank_targets"] == "nan"
+    assert by_variant["5x3", "top"]["rank_targets, second measurement"] == "20"
     assert (out / "pathstar.png").stat().st_size > 1000
 
 
 def test_harm_is_counted_over_ended_runs_of_a_seed(tmp_path: Path):
-    write_run(tmp_path / "next token" / "seed 1", [0.5, 0.6])
-    write_run(tmp_path / "next token" / "seed 2", [0.5, 0.5])
-    write_run(tmp_path / "future, weight 0.1" / "seed 1", [0.5, 0.58])
+    write_run(tmp_path / "next token" / "seed 1", [0.5, 0.6], "10x10")
+    write_run(tmp_path / "next token" / "seed 2", [0.5, 0.5], "10x10")
+    write_run(tmp_path / "future, weight 0.1" / "seed 1", [0.5, 0.9, 0.58], "10x10", step_tflops=3.0)
     write_run(tmp_path / "future, weight 0.1" / "seed 2", [0.1])
     (tmp_path / "future, weight 0.1" / "seed 2" / "ended").unlink()  # cut off early, at a high loss
     real_text.write_report(tmp_path, tmp_path)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "real_text.md").read_text().splitlines()]
-    assert ["future, weight 0.1", "1", "0", "1.00", "0.4200", "+5.00 [+5.00, +5.00]"] in rows
-    assert ["next token", "2", "0", "1.00", "0.4500", "+0.00 [+0.00, +0.00]"] in rows
+    rows = read_tables(tmp_path / "real_text.md")
+    tokens = 100 * parse_sizes("10x10")[0].num_tokens / 1e6
+    assert ["future, weight 0.1", "1", f"{30 * tokens:.1f}", "2.25", "0.4200", "0.4000", "+5.00"] in rows
+    assert ["next token", "2", f"{20 * tokens:.1f}", "1.00", *2 * ["0.4500 [0.4000, 0.5000]"], "+0.00"] in rows
 
 
-def test_siblings_are_judged_by_the_families_of_their_run(tmp_path: Path):
+RESULT = re.compile(r"(\d/\d), (?:([\d.]+ %), )?([\d,]*\d|-)")
+"""Runs that solved it, mean exact match, which the README leaves out, and thousands of graphs a solved run."""
+
+
+@pytest.mark.parametrize("prose", ["README.md", "docs/experiments.md"])
+def test_results_in_the_prose_are_those_of_the_reports(prose: str):
+    reports = (REPO / "docs/experiments").glob("*/pathstar.md")
+    reported = {result for path in reports for result in RESULT.findall(path.read_text())}
+    reported |= {(rate, "", graphs) for rate, _, graphs in reported}
+    told = RESULT.findall((REPO / prose).read_text().replace("*", ""))
+    assert told and set(told) <= reported
+
+
+def test_siblings_are_judged_by_the_families_of_their_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     folder = tmp_path / "next_token" / "seed 1"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("[siblings]\nparents = 2\nchildren = 20\nseed = 3\n")
@@ -170,11 +201,19 @@ def test_siblings_are_judged_by_the_families_of_their_run(tmp_path: Path):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     config = json.loads((REPO / "configs/models/siblings_cpu.json").read_text()) | {"vocab_size": 44, "eos_token_id": 43}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folder / "hf")
+    options = Siblings(parents=2, children=20, seed=3)
+    first, second = deal_children(options).tolist()
+    samples = siblings.draw_samples(folder / "hf", options)
+    assert len(samples) == siblings.NUM_SAMPLES and {len(sample) for sample in samples} == {4} and max(map(max, samples)) < 44
+
+    pairs = [(one, other) for one in first for other in first if one != other]
+    is_new = is_held_out(hash_pairs(*np.asarray(pairs).T)).tolist()
+    new = next(pair for pair, flag in zip(pairs, is_new, strict=True) if flag)
+    old = next(pair for pair, flag in zip(pairs, is_new, strict=True) if not flag)
+    drawn = [[*new, 40, 43], [*new[::-1], 40, 43], [*old, 40, 43], [first[0], second[0], 40, 43]]
+    monkeypatch.setattr(siblings, "draw_samples", lambda *_: drawn)
     siblings.write_report(tmp_path, tmp_path)
-    row = [cell.strip() for cell in (tmp_path / "siblings.md").read_text().splitlines()[-1].split("|")[1:-1]]
-    assert row[:2] == ["next_token", "1"] and row[5:] == ["2.75 [2.75, 2.75]", "2.50 [2.50, 2.50]", "40"]
-    # Of 44^4 random texts 2 * 20 * 19 are coherent: of 4,096 samples 0.8 on average.
-    assert 0 <= float(row[2].split()[0]) < 0.3
+    assert read_tables(tmp_path / "siblings.md")[-1] == ["next_token", "1", "75.00", "50.00", "25.00", "2.750", "2.500", "40"]
 
 
 @pytest.mark.parametrize("experiment", ["pathstar", "siblings", "real_text"])
@@ -225,6 +264,25 @@ def is_validated_twice(validations: list[Row]) -> bool:
     return len(validations) >= 2
 
 
+def test_a_folder_of_other_options_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    run, other = (Run("a/seed 1", SHORT | {"training.steps": steps}, never) for steps in (400, 500))
+    assert find_other_run(run, tmp_path) is None
+    folder = tmp_path / run.name
+    folder.mkdir(parents=True)
+    write_config(read_config([*run.spell_options(), "--job.dump_folder", str(folder)], 1), folder / "config.toml")
+    assert find_other_run(run, tmp_path) is None
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "a", moved / "a")
+    assert find_other_run(run, moved) is None
+
+    monkeypatch.setattr(sys, "argv", ["experiment", "run", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        run_command("", lambda _: [other], lambda *_: None, "*/*")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and "a/seed 1 holds a run with training.steps = 400 (now 500)" in line
+
+
 @pytest.mark.slow
 def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd: pytest.CaptureFixture):
     runs = [
@@ -232,7 +290,7 @@ def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd:
         Run("b/wrong", SHORT | {"training.no_such_key": 1}, never),
         Run("c/whole", SHORT | {"training.steps": 2}, never),
     ]
-    run_all(runs, tmp_path, per_gpu=1, seconds=300)
+    assert not run_all(runs, tmp_path, per_gpu=1, seconds=300)
     steps = [row["step"] for row in read_rows(tmp_path / "a" / "early")]
     assert (tmp_path / "a" / "early" / "ended").read_text() == "done\n" and steps[-1] < 400
     assert (tmp_path / "c" / "whole" / "ended").read_text() == "out of steps\n"
@@ -240,7 +298,7 @@ def test_runs_share_a_process_end_early_and_are_made_once(tmp_path: Path, capfd:
     assert "b/wrong: failed" in capfd.readouterr().out
 
     stamps = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in ("a/early", "c/whole")}
-    run_all([runs[0], runs[2]], tmp_path, per_gpu=1, seconds=300)
+    assert run_all([runs[0], runs[2]], tmp_path, per_gpu=1, seconds=300)
     assert stamps == {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in stamps}
 
 
