@@ -38,6 +38,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "future, weight 0.03": {"objective.name": "future", "future_encoder.loss_weight": 0.03},
     "future, weight 0.1": {"objective.name": "future", "future_encoder.loss_weight": 0.1},
     "future, weight 0.3": {"objective.name": "future", "future_encoder.loss_weight": 0.3},
+    "future, weight 0.1, random target": {
+        "objective.name": "future",
+        "future_encoder.loss_weight": 0.1,
+        "future_encoder.target": "random",
+    },
     "future, weight 0.1, random target, target_shift 0": {
         "objective.name": "future",
         "future_encoder.loss_weight": 0.1,

@@ -39,11 +39,11 @@ LAPTOP_SIZE: dict[str, object] = {
     "siblings.children": 100,
     "siblings.pairs": 10_000,
     "training.seq_len": 5120,
-    "training.steps": 300,
+    "training.steps": 200,
     "training.compile": False,
     "future_encoder.max_anchors": 1024,
     "validation.interval": 20,
-    "checkpoint.interval": 300,
+    "checkpoint.interval": 200,
 }
 
 
