@@ -1,5 +1,5 @@
-"""Siblings, generated: the task of Nagarajan et al. 2025 (arXiv:2504.15266, sections 2 and 3) that asks for what has not been
-seen: "sibling discovery".
+"""Siblings, generated: the task of Nagarajan et al. 2025 (arXiv:2504.15266) that asks for what has not been seen: "sibling
+discovery".
 
 There are parents, each with as many children of its own. A document is two different children of one parent, in random order,
 then the parent, which the model has to be thinking of before it writes the first child:

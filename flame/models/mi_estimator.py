@@ -5,7 +5,8 @@ a score s and a temperature t,
 
     loss = -1/N sum_i log( exp(s(x_i, y_o(i)) / t) / sum_j exp(s(x_i, y_j) / t) ),      I(x; y) >= ln K - loss.
 
-The candidates are those of the same pack (N = K), or also those of other packs. They are labels, so only the gradient of x (and
+The bound holds for candidates that are drawn independently of the anchor. Those here are of the same pack (N = K), or also of
+other packs, and some may be left out, so it is nearly one. They are labels, so only the gradient of x (and
 of the parameters of the score) is ever needed, and what arrives from above is a scalar. It is therefore formed in the forward,
 one chunk of rows after another: 4 N K d FLOPs in two matrix products, and one pass of `softmax_rows_` over the chunk's scores,
 with O(chunk x K) memory.

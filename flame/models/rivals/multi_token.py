@@ -1,4 +1,4 @@
-"""Multi-token prediction (MTP; Gloeckle et al. 2024, arXiv:2404.19737, section 2).
+"""Multi-token prediction (MTP; Gloeckle et al. 2024, arXiv:2404.19737, sections 2 and 3).
 
 k heads on one trunk predict the next k tokens, each by itself. With trunk f_s, heads f_1 .. f_k of one transformer layer each and
 the unembedding f_u that they share,
