@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -61,6 +64,15 @@ def encode(model: FutureLM, batch, direction: str, window_k: int = 0) -> torch.T
 
 
 # ---------------------------------------------------------------- the worked example
+
+
+def test_the_command_of_the_documentation_trains(tmp_path):
+    text = (EXAMPLE.parent.parent / "custom_models.md").read_text()
+    (command,) = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "train.sh" in block]
+    arguments = shlex.split(command.replace("\\\n", " ").replace("exp/tiny_transformer", str(tmp_path / "run")))
+    arguments += ["--training.steps", "1"]
+    done = subprocess.run(arguments, cwd=EXAMPLE.parent.parent.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_example_trains_and_its_export_loads(workspace, tmp_path):  # noqa: F811 - a fixture
