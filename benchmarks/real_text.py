@@ -19,10 +19,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.run_folder import list_ended, read_progress, read_validations
+from benchmarks.run_folder import Row, list_ended, read_progress, read_rows
 from benchmarks.run_queue import Run, never, run_command
 from benchmarks.tables import format_table, show_range
 
@@ -30,6 +31,8 @@ STEPS = 1600
 LAPTOP_STEPS = 600
 MORE_STEPS = 1.35
 """Times the steps: what the future loss takes of the arithmetic of next-token training. The report shows the exact ratio."""
+HARM = 0.5
+"""Rise of cross entropy, in percent, that counts as harm."""
 BASELINE = "next token"
 MORE = "next token, more steps"
 VARIANTS: dict[str, dict[str, object]] = {
@@ -55,6 +58,12 @@ VARIANTS: dict[str, dict[str, object]] = {
         "future_encoder.target_shift": 0,
     },
 }
+INSTRUMENTS = {
+    "validation_mi_lower_bound": "ln N - loss on held-out files, nats",
+    "future/rank_targets": "rank of targets",
+    "future/grad_cosine": "cosine of the gradients",
+}
+"""Shown as they are at the end of a run."""
 SIZE: dict[str, object] = {
     "model.config": "configs/models/llama_15M.json",
     "training.seq_len": 16_384,
@@ -108,7 +117,13 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
 def write_report(runs: Path, out: Path) -> None:
     """Write `real_text.md`, of the runs that have ended, into a folder. A seed counts where the baseline has ended too."""
     columns = ["objective", "seeds", "tokens, millions", "FLOPs / baseline"]
-    columns += ["held-out cross entropy, nats a byte", "the baseline's on the same seeds", "change on the same seed, %"]
+    columns += [
+        "held-out cross entropy, nats a byte",
+        "the baseline's on the same seeds",
+        "change on the same seed, %",
+        f"worse by more than {HARM} %",
+    ]
+    columns += list(INSTRUMENTS.values())
     baseline = {folder.name: _read(folder) for folder in list_ended(runs, f"{BASELINE}/*")}
     rows = []
     for name in VARIANTS:
@@ -116,9 +131,22 @@ def write_report(runs: Path, out: Path) -> None:
         pairs = [(found[seed], baseline[seed]) for seed in found if seed in baseline]
         if pairs:
             losses = [show_range([run.loss for run in runs], "{:.4f}") for runs in zip(*pairs, strict=True)]
-            changes = show_range([100 * (own.loss / other.loss - 1) for own, other in pairs], "{:+.2f}")
+            changes = [100 * (own.loss / other.loss - 1) for own, other in pairs]
+            harmed = f"{sum(change > HARM for change in changes)}/{len(pairs)}"
             work = statistics.mean(own.tflops / other.tflops for own, other in pairs)
-            rows.append([name, str(len(pairs)), f"{pairs[0][0].tokens / 1e6:.1f}", f"{work:.2f}", *losses, changes])
+            instruments = [_show_last(instrument, [own for own, _ in pairs]) for instrument in INSTRUMENTS]
+            rows.append(
+                [
+                    name,
+                    str(len(pairs)),
+                    f"{pairs[0][0].tokens / 1e6:.1f}",
+                    f"{work:.2f}",
+                    *losses,
+                    show_range(changes, "{:+.2f}"),
+                    harmed,
+                    *instruments,
+                ]
+            )
     table = "\n".join(format_table(columns, rows))
     (out / "real_text.md").write_text(table + "\n")
     print(table)
@@ -133,11 +161,18 @@ class End(NamedTuple):
     """Trained on."""
     tflops: float
     """Spent."""
+    row: Row
+    """The last value of everything logged."""
 
 
 def _read(folder: Path) -> End:
-    progress = read_progress(folder)
-    return End(list(read_validations(folder))[-1]["validation_ce_loss"], progress.tokens[-1], progress.tflops[-1])
+    progress, row = read_progress(folder), {name: value for row in read_rows(folder) for name, value in row.items()}
+    return End(row["validation_ce_loss"], progress.tokens[-1], progress.tflops[-1], row)
+
+
+def _show_last(instrument: str, ends: Sequence[End]) -> str:
+    values = [end.row[instrument] for end in ends if instrument in end.row]
+    return show_range(values, "{:.2f}") if values else "-"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

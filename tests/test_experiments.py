@@ -174,8 +174,19 @@ def test_harm_is_counted_over_ended_runs_of_a_seed(tmp_path: Path):
     real_text.write_report(tmp_path, tmp_path)
     rows = read_tables(tmp_path / "real_text.md")
     tokens = 100 * parse_sizes("10x10")[0].num_tokens / 1e6
-    assert ["future, weight 0.1", "1", f"{30 * tokens:.1f}", "2.25", "0.4200", "0.4000", "+5.00"] in rows
-    assert ["next token", "2", f"{20 * tokens:.1f}", "1.00", *2 * ["0.4500 [0.4000, 0.5000]"], "+0.00"] in rows
+    assert ["future, weight 0.1", "1", f"{30 * tokens:.1f}", "2.25", "0.4200", "0.4000", "+5.00", "1/1", "-", "nan", "-"] in rows
+    assert [
+        "next token",
+        "2",
+        f"{20 * tokens:.1f}",
+        "1.00",
+        *2 * ["0.4500 [0.4000, 0.5000]"],
+        "+0.00",
+        "0/2",
+        "-",
+        "20.00",
+        "-",
+    ] in rows
 
 
 RESULT = re.compile(r"(\d/\d), (?:([\d.]+ %), )?([\d,]*\d|-)")
