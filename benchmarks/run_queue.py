@@ -66,7 +66,7 @@ def run_command(
     Args:
         list_runs: from the arguments of `run`, among them `seeds`.
         write_report: from a folder of runs into a folder.
-        pattern: glob of the runs' folders in it.
+        pattern: glob of folders in it, of which one at least must have ended for a report.
         add_options: to `run`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +86,7 @@ def run_command(
             parser.error(
                 f"{arguments.runs} holds no run that has ended ({pattern}/{ENDED_FILE}): make some with `run {arguments.runs}`"
             )
-        for folder in list_unended(arguments.runs, pattern):
+        for folder in list_unended(arguments.runs, "/".join("*" * len(Path(pattern).parts))):
             print(f"{folder}: not counted, it has not ended", file=sys.stderr)
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_report(arguments.runs, arguments.out)

@@ -237,6 +237,16 @@ def test_a_report_of_nothing_says_so(experiment: str, tmp_path: Path):
     assert "holds no run that has ended" in done.stderr.splitlines()[-1]
 
 
+def test_a_report_names_what_has_not_ended(tmp_path: Path):
+    for name in ("next token", "future, weight 0.1"):
+        write_run(tmp_path / "runs" / name / "seed 1", [0.2])
+    (tmp_path / "runs" / "future, weight 0.1" / "seed 1" / "ended").unlink()
+    command = [sys.executable, "-m", "benchmarks.real_text", "report", tmp_path / "runs", tmp_path / "out"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [f"{tmp_path}/runs/future, weight 0.1/seed 1: not counted, it has not ended"]
+
+
 def test_options_that_leave_no_run_are_said(tmp_path: Path):
     command = [sys.executable, "-m", "benchmarks.pathstar", "run", tmp_path, "--group", "mixed", "--only", "7x7"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
