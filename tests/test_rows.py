@@ -51,7 +51,7 @@ def batch_of(lengths: list[int]) -> PackedBatch:
 @contextmanager
 def rows(wanted: bool) -> Iterator[None]:
     """Rows whatever they cost, or none."""
-    with patch.object(future_encoder, "WIDEST_ROWS", float("inf") if wanted else 0.0):
+    with patch.object(future_encoder, "is_cheaper_in_rows", lambda layout, width: wanted):
         yield
 
 
@@ -113,15 +113,22 @@ def test_rows_are_documents_and_come_back(lengths):
     assert torch.equal(layout.collect(laid_out), values)
 
 
+def count_products(rows: int, length: int, width: int) -> int:
+    """Multiplications of a common layer on rows of one length: queries, keys, values, output and two matrices of four times the
+    width; then each token's scores with the keys of its row, and its sum of their values."""
+    weights = 4 * width * width + 2 * width * 4 * width
+    return rows * length * (weights + length * width + length * width)
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
 @example([19] * 30)
-@example([16, 20, 12, 16])  # 80 places for 64 tokens: just so
-@example([16, 21, 12, 16])
-def test_rows_are_taken_where_they_are_hardly_more_tokens(lengths):
-    batch, total = batch_of(lengths), sum(lengths)
-    is_cheap = 4 * len(lengths) * max(lengths) <= 5 * total
-    expected = (len(lengths), max(lengths)) if is_cheap else (1, total)
-    passes = build_passes("sdpa", tiny_llama(), 64)
+@example([60] + [1] * 39)
+@example([4] * 8 + [40])
+def test_rows_are_taken_where_they_are_less_arithmetic(lengths):
+    batch, total, config = batch_of(lengths), sum(lengths), tiny_llama()
+    in_rows, as_one = (count_products(*shape, config.hidden_size) for shape in ((len(lengths), max(lengths)), (1, total)))
+    expected = (len(lengths), max(lengths)) if in_rows <= as_one else (1, total)
+    passes = build_passes("sdpa", config, 64)
     assert find_shapes(passes, batch) == [expected] * 2
 
 
@@ -135,7 +142,7 @@ def test_rows_are_for_known_families_on_cpus():
         assert passes._choose_rows(cast(PackedBatch, on_gpu)) is None  # and asks for no length
     unknown = build_passes("sdpa", OPTConfig(), 64)
     assert find_shapes(unknown, batch) == [(1, 28)] * 2
-    assert MaskedPasses(True, 0, takes_rows=True)._choose_rows(batch) is None
+    assert MaskedPasses(True, 0, row_width=8)._choose_rows(batch) is None
 
 
 @every_family

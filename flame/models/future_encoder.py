@@ -2,8 +2,8 @@
 
 `VarlenPasses`: softmax attention in half precision on GPUs. Flash kernels that skip whole documents; the anti-causal pass reads
 the pack backwards, under strictly causal attention.
-`MaskedPasses`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask. On CPUs, many
-documents of much the same length are a row each.
+`MaskedPasses`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask. On CPUs,
+documents are a row each where padding costs less than attention across the pack.
 `ReversedPasses`: recurrent layers (linear attention, state-space models) take neither. Each document is reversed, run forward,
 and reversed back. There a summary holds its own token by construction.
 
@@ -27,8 +27,9 @@ from flame.models.families import find_family, find_limits, tighten
 from flame.models.fla_families import TAKES_ROWS
 from flame.models.varlen_attention import WIDEST_HEAD, DocumentLayout
 
-WIDEST_ROWS = 1.25
-"""Places in rows, padding included, for each token of the pack, up to which rows take the place of one mask of T x T."""
+KEYS_PER_WIDTH = 6
+"""Times the width d of a model: the keys at which a token's attention takes as much arithmetic as its matrix products. A common
+layer has 12 d^2 weights, and scores and sums of L keys are 2 d L products."""
 
 
 class Passes(Protocol):
@@ -88,14 +89,14 @@ class MaskedPasses:
     Args:
         by_blocks: FlexAttention attends, and takes BlockMasks.
         limits: of the layers' own windows, as `find_limits` gives them.
-        takes_rows: on CPUs, SDPA may get one document a row, where that is hardly more tokens (`WIDEST_ROWS`): attention then
-            costs S x longest^2 instead of T^2. Not of models whose use of a mask is only checked on one row.
+        row_width: of the model, d. On CPUs, SDPA may then get one document a row, where that `is_cheaper_in_rows`. None for
+            models whose use of a mask is only checked on one row.
     """
 
-    def __init__(self, by_blocks: bool, limits: int | dict[str, int], takes_rows: bool = False):
+    def __init__(self, by_blocks: bool, limits: int | dict[str, int], row_width: int | None = None):
         self._by_blocks = by_blocks
         self._limits = limits
-        self._takes_rows = takes_rows and not by_blocks
+        self._row_width = None if by_blocks else row_width
 
     def describe(self) -> str:
         return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
@@ -119,11 +120,10 @@ class MaskedPasses:
 
     def _choose_rows(self, batch: PackedBatch) -> DocumentRows | None:
         """None leaves the pack one row. Asking a GPU for lengths would wait for it, so there it stays one."""
-        total = batch.input_ids.shape[1]
-        if not self._takes_rows or batch.cu_seqlens.is_cuda:
+        if self._row_width is None or batch.cu_seqlens.is_cuda:
             return None
-        rows = DocumentRows(batch.cu_seqlens, total)
-        return rows if len(rows.lengths) * rows.longest <= WIDEST_ROWS * total else None
+        rows = DocumentRows(batch.cu_seqlens, batch.input_ids.shape[1])
+        return rows if is_cheaper_in_rows(rows, self._row_width) else None
 
     def _build_masks(
         self, segment_ids: Tensor, direction: Direction, window_k: int, rows: DocumentRows | None = None
@@ -153,8 +153,8 @@ class DocumentRows:
         self.lengths = cu.diff()
         """int64 [S]"""
         self.longest = int(self.lengths.max())
+        self.total = total
         self._starts = cu[:-1]
-        self._total = total
 
     def lay_out(self, values: Tensor) -> Tensor:
         """[T, ...] -> [S, longest, ...]."""
@@ -168,9 +168,22 @@ class DocumentRows:
     @cached_property
     def _places(self) -> Tensor:
         """int64 [T]: of each token in the rows, one behind the other."""
-        token = torch.arange(self._total, device=self.lengths.device)
+        token = torch.arange(self.total, device=self.lengths.device)
         row_starts = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
-        return token + torch.repeat_interleave(row_starts - self._starts, self.lengths, output_size=self._total)
+        return token + torch.repeat_interleave(row_starts - self._starts, self.lengths, output_size=self.total)
+
+
+def is_cheaper_in_rows(rows: DocumentRows, width: int) -> bool:
+    """Whether a model of that width does less arithmetic on documents as rows than under one mask across the pack."""
+    in_rows, as_one = count_work(rows, width)
+    return in_rows <= as_one
+
+
+def count_work(rows: DocumentRows, width: int) -> tuple[int, int]:
+    """Arithmetic of a layer, in queries times keys: S rows of the longest document, padding included, and one row of all T
+    tokens under a mask of T x T. CPUs compute what a mask forbids."""
+    others = KEYS_PER_WIDTH * width
+    return len(rows.lengths) * rows.longest * (others + rows.longest), rows.total * (others + rows.total)
 
 
 class ReversedPasses:
@@ -246,7 +259,7 @@ def build_passes(attention: Attention, config: PretrainedConfig, max_length: int
         return VarlenPasses(max_length, find_head_dim(config))
     if attention == "none":
         return ReversedPasses()
-    return MaskedPasses(attention == "flex", find_limits(config), takes_rows=find_family(config) is not None)
+    return MaskedPasses(attention == "flex", find_limits(config), config.hidden_size if find_family(config) else None)
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:
