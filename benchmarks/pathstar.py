@@ -21,7 +21,7 @@ from flame.data.pathstar import parse_sizes
 STOP_AT = 0.995
 """Exact match on held-out graphs at which a run is over. What counts as solved, `pathstar_report.SOLVED`, is less."""
 GRAPHS_A_STEP = 1024
-STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2000, "10x10": 4000}
+STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2000, "10x10": 5000}
 """Longest run on each size."""
 PUBLISHED_SIZES = ("3x3", "3x5", "5x3", "5x5")
 SMALLEST_SIZE = "5x3"
@@ -81,9 +81,24 @@ HARD: dict[str, Options] = {
     "7x7": MANY_LABELS | {"training.seq_len": 512 * parse_sizes("7x7")[0].num_tokens},
     "10x10": MANY_LABELS | {"training.seq_len": 256 * parse_sizes("10x10")[0].num_tokens},
 }
+HARD_MIXES = {"7x7": "3x3,5x5,7x7", "10x10": "3x3,5x5,7x7,10x10"}
+"""Trained on, where the largest size alone is validated on: small graphs are cheap, and have the same edges to follow."""
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
 SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
 SWEEP: Options = {"training.steps": 600}
+
+
+def build_mix(names: str) -> Options:
+    """Training on graphs of several sizes, 512 a step."""
+    return {"training.dataset_name": names, "training.seq_len": 512 * find_mean_tokens(names), "validation.num_sequences": 4}
+
+
+def find_mean_tokens(names: str) -> int:
+    """Tokens of a graph of these sizes, rounded down."""
+    sizes = parse_sizes(names)
+    return sum(size.num_tokens for size in sizes) // len(sizes)
+
+
 GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     "objectives": [
         (size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, (OBJECTIVES | {"target self": SELF}).items())
@@ -93,6 +108,10 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     "hard": [
         (size, name, OBJECTIVES[name] | SLOW_START | options)
         for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
+    ],
+    "hard_mixed": [
+        (size, f"{name}, smaller graphs too", OBJECTIVES[name] | SLOW_START | MANY_LABELS | build_mix(mix))
+        for (size, mix), name in product(HARD_MIXES.items(), ("future", "next_token", "top"))
     ],
     "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
     "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
@@ -151,14 +170,12 @@ def build_laptop_run(name: str, options: Options, seed: int) -> Run:
 
 def build_run(size: str, name: str, options: Options, seed: int) -> Run:
     """A run on graphs of one size, or of several in one pack, under one variant."""
-    sizes = parse_sizes(size)
-    tokens = sum(each.num_tokens for each in sizes) // len(sizes)
     base: Options = {
         "job.config_file": "configs/pathstar.toml",
         "job.description": name,
         "training.dataset_name": size,
         "validation.dataset_name": size,
-        "training.seq_len": GRAPHS_A_STEP * tokens,
+        "training.seq_len": GRAPHS_A_STEP * find_mean_tokens(size),
         "training.steps": max(STEPS[each] for each in size.split(",")),
         "training.seed": seed,
         "pathstar.seed": seed,

@@ -45,11 +45,11 @@ class Outcome(NamedTuple):
     """What one run came to."""
 
     size: str
-    """As `training.dataset_name` has it."""
+    """As `validation.dataset_name` has it. Training may have others too."""
     variant: str
     seed: int
     graphs: list[float]
-    """Trained on at each validation."""
+    """Trained on at each validation, of whatever size."""
     exact_match: list[float]
     petaflops: list[float]
     """Spent at each validation, as the step requires them."""
@@ -110,8 +110,8 @@ def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
 
 def read_outcome(folder: Path) -> Outcome | None:
     """One run's folder; None if it was never validated."""
-    size = tomli.loads((folder / CONFIG_FILE).read_text())["training"]["dataset_name"]
-    sizes = parse_sizes(size)
+    config = tomli.loads((folder / CONFIG_FILE).read_text())
+    sizes = parse_sizes(config["training"]["dataset_name"])
     tokens_a_graph = sum(size.num_tokens for size in sizes) / len(sizes)
     validated, matches = [], []
     branch = 0.0
@@ -134,6 +134,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     spent = (np.interp(validated, progress.steps, progress.tflops) / 1000).tolist()
     _, variant, seed = folder.parts[-3:]
     early = measured[1] if len(measured) > 1 else {}
+    size = config["validation"]["dataset_name"]
     return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments, early)
 
 

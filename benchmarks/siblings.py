@@ -18,6 +18,7 @@ from pathlib import Path
 import tomli
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.run_folder import CONFIG_FILE, list_ended, read_validations
 from benchmarks.run_queue import Run, never, run_command
@@ -32,7 +33,9 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "top": {"objective.name": "top"},
     "fsp_bow": {"objective.name": "fsp_bow", "objective.loss_weight": 0.01},
     "future": {},
-    "future, random target": {"future_encoder.target": "random", "future_encoder.target_shift": 0},
+    "future, target_shift 0": {"future_encoder.target_shift": 0},
+    "future, random target": {"future_encoder.target": "random"},
+    "future, random target, target_shift 0": {"future_encoder.target": "random", "future_encoder.target_shift": 0},
 }
 LAPTOP_SIZE: dict[str, object] = {
     "model.config": "configs/models/siblings_cpu.json",
@@ -73,6 +76,7 @@ def draw_samples(folder: Path, options: Siblings) -> list[list[int]]:
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `siblings.md` into a folder."""
+    disable_progress_bar()  # one for each model that is loaded
     columns = ["objective", "seeds", "coherent, %", "held out, %", "unique, %"]
     columns += ["cross entropy of held-out pairs, nats a token, at the end", "at its lowest", "at step"]
     rows = []

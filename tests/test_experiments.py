@@ -59,6 +59,7 @@ def test_a_folder_stands_for_the_same_run_in_every_group():
         ("objectives", "5x5/future", "random", 0, 3.0, 30),
         ("objectives", "5x5/target self", "self", 1, 1.0, 30),
         ("hard", "10x10/future", "random", 0, 3.0, 100),
+        ("hard_mixed", "7x7/future, smaller graphs too", "random", 0, 3.0, 100),
         ("controls", "5x3/target ema", "ema", 1, 1.0, 30),
         ("settings", "5x5/target_shift 2", "self", 2, 1.0, 30),
         ("laptop", "2x3/future", "random", 0, 3.0, 7),
@@ -115,12 +116,13 @@ def read_tables(path: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in path.read_text().splitlines()]
 
 
-def write_run(folder: Path, matches: list[float], size: str = "3x3", step_tflops: float = 2.0) -> None:
-    """A run of 100 graphs a step that is logged and validated every 10 steps."""
+def write_run(folder: Path, matches: list[float], size: str = "3x3", step_tflops: float = 2.0, judged: str = "") -> None:
+    """A run of 100 graphs a step that is logged and validated every 10 steps, on what it is trained on unless said otherwise."""
     folder.mkdir(parents=True)
     sizes = parse_sizes(size)
     tokens = 100 * sum(each.num_tokens for each in sizes) // len(sizes)
-    (folder / "config.toml").write_text(f'[training]\nseq_len = {tokens}\ndataset_name = "{size}"\n')
+    training = f'[training]\nseq_len = {tokens}\ndataset_name = "{size}"\n'
+    (folder / "config.toml").write_text(f'{training}[validation]\ndataset_name = "{judged or size}"\n')
     lines = []
     for turn, match in enumerate(matches, start=1):
         step = 10 * turn
@@ -142,6 +144,7 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     write_run(tmp_path / "5x3" / "top" / "seed 3", [0.3, 0.99], "5x3")
     (tmp_path / "5x3" / "top" / "seed 3" / "ended").unlink()  # still under way
     write_run(tmp_path / "3x3+3x5" / "top" / "seed 1", [0.3, 0.3], "3x3,3x5")
+    write_run(tmp_path / "5x5" / "top" / "seed 1", [0.3, 0.99], "3x3,5x5", judged="5x5")
     outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
     assert outcome is not None
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
@@ -154,10 +157,12 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     assert ["3x3", "future", "2/2", "2 [2, 3]", "2 [2, 3]", "2", "0.05", "98.8 [98.0, 99.6]", "98.8"] in rows
     assert ["3x3", "next_token", "0/1", "2", "- (1 not within 2)", "-", "-", "98.9", "98.9"] in rows
     assert ["5x3", "top", "1/2", "2 (1 not within 5)", "2 (1 not within 5)", "7", "0.14", "64.5 [30.0, 99.0]", "64.5"] in rows
+    assert ["5x5", "top", "1/1", "2", "2", "2", "0.04", "99.0", "99.0"] in rows
     assert ["3x3,3x5", "top", "0/1", "- (1 not within 2)", "- (1 not within 2)", "-", "-", "30.0", "30.0"] in rows
     short = rows[: rows.index([])]
-    assert short[0][1:] == ["G(3, 3)", "G(3, 3) and G(3, 5)", "G(5, 3)"]
-    assert ["top", "", "0/1, 30.0 %, -", "1/2, 64.5 %, 7"] in short and ["future", "2/2, 98.8 %, 2", "", ""] in short
+    assert short[0][1:] == ["G(3, 3)", "G(3, 3) and G(3, 5)", "G(5, 3)", "G(5, 5)"]
+    assert ["top", "", "0/1, 30.0 %, -", "1/2, 64.5 %, 7", "1/1, 99.0 %, 2"] in short
+    assert ["future", "2/2, 98.8 %, 2", "", "", ""] in short
     columns = next(row for row in reversed(rows) if "top1" in row)
     by_variant = {tuple(row[:2]): dict(zip(columns, row, strict=True)) for row in rows[rows.index(columns) + 2 :]}
     assert by_variant["3x3", "future"]["top1"] == "0.35" and by_variant["3x3", "future"]["rank_targets"] == "nan"
