@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import cast
@@ -12,19 +12,21 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig, PreTrainedModel
 
-from flame.config import JobConfig
+from flame.config import JobConfig, Training
 from flame.data.batch import PackedBatch
 from flame.models import future_encoder
 from flame.models.attention_mask import build_row_mask
 from flame.models.families import FAMILIES, find_limits
 from flame.models.fla_families import TAKES_ROWS
 from flame.models.future_encoder import DocumentRows, MaskedPasses, Passes, ReversedPasses, build_passes
-from flame.models.future_lm import FutureLM
+from flame.models.future_lm import FutureLM, build_future_lm
 from flame.objective import Parts, compute_losses
 from flame.objective_config import Objective
 from tests.helpers import build_unsharded, future_config, random_batch, tiny_llama
@@ -113,23 +115,39 @@ def test_rows_are_documents_and_come_back(lengths):
     assert torch.equal(layout.collect(laid_out), values)
 
 
-def count_products(rows: int, length: int, width: int) -> int:
-    """Multiplications of a common layer on rows of one length: queries, keys, values, output and two matrices of four times the
-    width; then each token's scores with the keys of its row, and its sum of their values."""
-    weights = 4 * width * width + 2 * width * 4 * width
-    return rows * length * (weights + length * width + length * width)
+COMMON = tiny_llama(intermediate_size=32 * 8 // 3, num_key_value_heads=4)
 
 
+@cache
+def build_common() -> FutureLM:
+    return build_unsharded(future_config(), COMMON)
+
+
+def count_flops(batch: PackedBatch, in_rows: bool) -> int:
+    """Of the causal forward, all matrix products, attention's among them."""
+    with torch.no_grad(), rows(in_rows), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build_common().encode_past(batch)
+    return counter.get_total_flops()
+
+
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
 @example([19] * 30)
-@example([60] + [1] * 39)
+@example([60] + [20] * 39)
 @example([4] * 8 + [40])
+@example([1] * 30 + [60])
 def test_rows_are_taken_where_they_are_less_arithmetic(lengths):
-    batch, total, config = batch_of(lengths), sum(lengths), tiny_llama()
-    in_rows, as_one = (count_products(*shape, config.hidden_size) for shape in ((len(lengths), max(lengths)), (1, total)))
-    expected = (len(lengths), max(lengths)) if in_rows <= as_one else (1, total)
-    passes = build_passes("sdpa", config, 64)
-    assert find_shapes(passes, batch) == [expected] * 2
+    batch, places, total = batch_of(lengths), len(lengths) * max(lengths), sum(lengths)
+    in_rows, as_one = count_flops(batch, in_rows=True), count_flops(batch, in_rows=False)
+    assume(places == total or abs(in_rows / as_one - 1) > 0.05)
+    expected = (len(lengths), max(lengths)) if in_rows <= as_one and places <= 4 * total else (1, total)
+    assert find_shapes(build_passes("sdpa", COMMON, 64), batch) == [expected] * 2
+
+
+def test_compiled_layers_get_rows_of_one_shape_only():
+    passes = build_future_lm(JobConfig(training=Training(compile=True)), COMMON, "cpu")._passes
+    assert find_shapes(passes, batch_of([12] * 10)) == [(10, 12)] * 2
+    assert find_shapes(passes, batch_of([12] * 9 + [11])) == [(1, 119)] * 2
 
 
 def test_rows_are_for_known_families_on_cpus():

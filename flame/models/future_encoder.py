@@ -29,7 +29,9 @@ from flame.models.varlen_attention import WIDEST_HEAD, DocumentLayout
 
 KEYS_PER_WIDTH = 6
 """Times the width d of a model: the keys at which a token's attention takes as much arithmetic as its matrix products. A common
-layer has 12 d^2 weights, and scores and sums of L keys are 2 d L products."""
+layer has 12 d^2 weights, and scores and sums of L keys are 2 d L products. Wide heads and experts change that by up to two."""
+MOST_PLACES = 4
+"""Places in rows, padding included, for each token of the pack: what a layer keeps for the backward grows with them."""
 
 
 class Passes(Protocol):
@@ -91,12 +93,14 @@ class MaskedPasses:
         limits: of the layers' own windows, as `find_limits` gives them.
         row_width: of the model, d. On CPUs, SDPA may then get one document a row, where that `is_cheaper_in_rows`. None for
             models whose use of a mask is only checked on one row.
+        is_compiled: the layers are, for each shape anew. Then rows must need no padding: else each pack would have its own shape.
     """
 
-    def __init__(self, by_blocks: bool, limits: int | dict[str, int], row_width: int | None = None):
+    def __init__(self, by_blocks: bool, limits: int | dict[str, int], row_width: int | None = None, is_compiled: bool = False):
         self._by_blocks = by_blocks
         self._limits = limits
         self._row_width = None if by_blocks else row_width
+        self._is_compiled = is_compiled
 
     def describe(self) -> str:
         return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
@@ -123,6 +127,8 @@ class MaskedPasses:
         if self._row_width is None or batch.cu_seqlens.is_cuda:
             return None
         rows = DocumentRows(batch.cu_seqlens, batch.input_ids.shape[1])
+        if self._is_compiled and rows.num_places > rows.total:
+            return None
         return rows if is_cheaper_in_rows(rows, self._row_width) else None
 
     def _build_masks(
@@ -154,11 +160,13 @@ class DocumentRows:
         """int64 [S]"""
         self.longest = int(self.lengths.max())
         self.total = total
+        self.num_places = len(self.lengths) * self.longest
+        """Padding included."""
         self._starts = cu[:-1]
 
     def lay_out(self, values: Tensor) -> Tensor:
         """[T, ...] -> [S, longest, ...]."""
-        flat = values.new_zeros(len(self.lengths) * self.longest, *values.shape[1:])
+        flat = values.new_zeros(self.num_places, *values.shape[1:])
         return flat.index_copy(0, self._places, values).unflatten(0, (len(self.lengths), self.longest))
 
     def collect(self, rows: Tensor) -> Tensor:
@@ -174,16 +182,17 @@ class DocumentRows:
 
 
 def is_cheaper_in_rows(rows: DocumentRows, width: int) -> bool:
-    """Whether a model of that width does less arithmetic on documents as rows than under one mask across the pack."""
-    in_rows, as_one = count_work(rows, width)
-    return in_rows <= as_one
+    """Whether a model of that width likely does less arithmetic on documents as rows than under one mask across the pack, at a
+    bounded price in memory."""
+    in_rows, as_one = estimate_work(rows, width)
+    return in_rows <= as_one and rows.num_places <= MOST_PLACES * rows.total
 
 
-def count_work(rows: DocumentRows, width: int) -> tuple[int, int]:
+def estimate_work(rows: DocumentRows, width: int) -> tuple[int, int]:
     """Arithmetic of a layer, in queries times keys: S rows of the longest document, padding included, and one row of all T
     tokens under a mask of T x T. CPUs compute what a mask forbids."""
     others = KEYS_PER_WIDTH * width
-    return len(rows.lengths) * rows.longest * (others + rows.longest), rows.total * (others + rows.total)
+    return rows.num_places * (others + rows.longest), rows.total * (others + rows.total)
 
 
 class ReversedPasses:
@@ -253,13 +262,14 @@ def find_head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def build_passes(attention: Attention, config: PretrainedConfig, max_length: int) -> Passes:
-    """The passes that go with a choice of `choose_attention`; no document is longer than max_length."""
+def build_passes(attention: Attention, config: PretrainedConfig, max_length: int, is_compiled: bool = False) -> Passes:
+    """The passes that go with a choice of `choose_attention`; no document is longer than max_length. is_compiled: the layers."""
     if attention == "varlen":
         return VarlenPasses(max_length, find_head_dim(config))
     if attention == "none":
         return ReversedPasses()
-    return MaskedPasses(attention == "flex", find_limits(config), config.hidden_size if find_family(config) else None)
+    row_width = config.hidden_size if find_family(config) else None
+    return MaskedPasses(attention == "flex", find_limits(config), row_width, is_compiled)
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:

@@ -103,7 +103,7 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
     """
     attention = choose_attention(model_config, device_type, getattr(torch, config.training.mixed_precision_param))
     lm = build_on_meta(model_config, device_type, attention)
-    passes = build_passes(attention, model_config, config.training.context_len)
+    passes = build_passes(attention, model_config, config.training.context_len, config.training.compile)
     if config.experimental.freeze_lm_for_infonce:
         lm.requires_grad_(False)
     if config.objective_name in ("mtp", "top", "fsp_bow"):
