@@ -81,15 +81,16 @@ HARD: dict[str, Options] = {
     "7x7": MANY_LABELS | {"training.seq_len": 512 * parse_sizes("7x7")[0].num_tokens},
     "10x10": MANY_LABELS | {"training.seq_len": 256 * parse_sizes("10x10")[0].num_tokens},
 }
+WEIGHT_1: Options = {"future_encoder.loss_weight": 1.0}
 HARD_SETTINGS: dict[str, Options] = {
-    "learning rate 3e-3": {"optimizer.lr": 3e-3},
     "Muon": {"optimizer.name": "Muon"},
-    "Muon, learning rate 3e-3": {"optimizer.name": "Muon", "optimizer.lr": 3e-3},
-    "loss_weight 1": {"future_encoder.loss_weight": 1.0},
+    "loss_weight 1": WEIGHT_1,
+    "loss_weight 1, Muon": WEIGHT_1 | {"optimizer.name": "Muon"},
+    "loss_weight 1, learning rate 3e-3": WEIGHT_1 | {"optimizer.lr": 3e-3},
 }
 """What may shorten the wait until edges are looked up."""
 HARD_MIXES = {"7x7": "3x3,5x5,7x7", "10x10": "3x3,5x5,7x7,10x10"}
-"""Trained on, where the largest size alone is validated on: small graphs are cheap, and looking up an edge is the same in all. The
+"""Trained on, where the largest size alone is validated on: small graphs are cheap, and an edge is looked up alike in all. The
 report counts graphs of all sizes, so compare with runs on one size by FLOPs."""
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
 SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
@@ -136,6 +137,7 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
     "laptop": {name: {"objective.name": name} for name in ("future", "next_token")},
     "laptop_rivals": {name: OBJECTIVES[name] for name in ("mtp-4", "top", "fsp_bow")},
     "laptop_rival_weights": RIVAL_SETTINGS,
+    "laptop_weights": {"loss_weight 1": WEIGHT_1, "loss_weight 1, 40 labels": WEIGHT_1 | CPU_MANY_LABELS},
     "laptop_targets": {
         "target self": CPU_SELF,
         "target self, target_shift 1": CPU_SELF | {"future_encoder.target_shift": 1},
