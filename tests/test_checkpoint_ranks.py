@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 
 from flame.checkpoints import random_state
@@ -219,6 +221,28 @@ def agree(folder: Path) -> list[str]:
 def test_ranks_agree(tmp_path):
     shared = ["RankFailure KeyError: 'x'", "UserError one\ntwo", "ValueError: a b"]
     assert run_ranks(2, tmp_path / "run", agree) == [["0", "0", *shared], ["10", "0", *shared]]
+
+
+class InterruptedWriter(FileSystemWriter):
+    """Ctrl-C arrives on the last rank, inside torch's checkpointing."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise KeyboardInterrupt
+        return plan
+
+
+def interrupt(folder: Path) -> str:
+    try:
+        run_on_all(lambda: dcp.save({"x": torch.ones(2)}, storage_writer=InterruptedWriter(folder)))
+    except BaseException as error:
+        return type(error).__name__
+    return "saved"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_interrupt_while_writing_is_one(tmp_path, ranks):
+    assert run_ranks(ranks, tmp_path / "run", interrupt) == ["KeyboardInterrupt"] * ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

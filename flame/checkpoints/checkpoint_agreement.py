@@ -41,12 +41,15 @@ def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) 
     Raises:
         UserError: some rank met one; it is raised on all.
         RankFailure: some rank met another error.
+        KeyboardInterrupt: as the action does, also where torch's checkpointing has made a failure of it.
     """
     result: T | None = None
     error: BaseException | None = None
     try:
         result = action()
     except (Exception, CheckpointException) as caught:
+        if _is_interrupt(caught):
+            raise KeyboardInterrupt from caught
         error = caught
     outcomes: list[tuple[int, str] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, None if error is None else (_weigh(error), describe(error)), group=group)
@@ -73,6 +76,13 @@ def run_on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None)
     box = [result]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]  # type: ignore[return-value]
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Torch's checkpointing collects whatever stops a rank, Ctrl-C too, and raises it as a failure on every rank."""
+    return isinstance(error, CheckpointException) and any(
+        isinstance(met, KeyboardInterrupt) for met, _ in error.failures.values()
+    )
 
 
 def _weigh(error: BaseException) -> int:
