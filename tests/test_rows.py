@@ -53,7 +53,7 @@ def batch_of(lengths: list[int]) -> PackedBatch:
 @contextmanager
 def rows(wanted: bool) -> Iterator[None]:
     """Rows whatever they cost, or none."""
-    with patch.object(future_encoder, "is_cheaper_in_rows", lambda layout, width: wanted):
+    with patch.object(future_encoder, "is_cheaper_in_rows", return_value=wanted):
         yield
 
 
@@ -136,6 +136,7 @@ def count_flops(batch: PackedBatch, in_rows: bool) -> int:
 @example([60] + [20] * 39)
 @example([4] * 8 + [40])
 @example([1] * 30 + [60])
+@example([9] * 200 + [60])  # less arithmetic, at six places a token
 def test_rows_are_taken_where_they_are_less_arithmetic(lengths):
     batch, places, total = batch_of(lengths), len(lengths) * max(lengths), sum(lengths)
     in_rows, as_one = count_flops(batch, in_rows=True), count_flops(batch, in_rows=False)
