@@ -73,6 +73,7 @@ RIVAL_SETTINGS: dict[str, Options] = {
     f"{name}, weight {weight}": OBJECTIVES[name] | {"objective.loss_weight": weight}
     for name, weight in (*product(("mtp-4", "top", "fsp_bow"), (0.3, 3.0)), ("fsp_bow", 0.03))
 }
+WEIGHT_1: Options = {"future_encoder.loss_weight": 1.0}
 CPU_SELF: Options = {"future_encoder.target": "self", "future_encoder.loss_weight": 0.3}
 CPU_MANY_LABELS: Options = {"model.config": "configs/models/pathstar_cpu_40.json", "pathstar.labels": 40, "training.steps": 1500}
 MANY_LABELS: Options = {"model.config": "configs/models/pathstar_100.json", "pathstar.labels": 100}
@@ -81,7 +82,6 @@ HARD: dict[str, Options] = {
     "7x7": MANY_LABELS | {"training.seq_len": 512 * parse_sizes("7x7")[0].num_tokens},
     "10x10": MANY_LABELS | {"training.seq_len": 256 * parse_sizes("10x10")[0].num_tokens},
 }
-WEIGHT_1: Options = {"future_encoder.loss_weight": 1.0}
 HARD_SETTINGS: dict[str, Options] = {
     "Muon": {"optimizer.name": "Muon"},
     "loss_weight 1": WEIGHT_1,
@@ -89,8 +89,8 @@ HARD_SETTINGS: dict[str, Options] = {
     "loss_weight 1, learning rate 3e-3": WEIGHT_1 | {"optimizer.lr": 3e-3},
 }
 """What may shorten the wait until edges are looked up."""
-HARD_MIXES = {"7x7": "3x3,5x5,7x7", "10x10": "3x3,5x5,7x7,10x10"}
-"""Trained on, where the largest size alone is validated on: small graphs are cheap, and an edge is looked up alike in all. The
+HARD_MIX = ("7x7,10x10", "3x3,5x5,7x7,10x10")
+"""The sizes that are validated on, and those trained on: small graphs are cheap, and an edge is looked up alike in all. The
 report counts graphs of all sizes, so compare with runs on one size by FLOPs."""
 FIXED_SET: Options = {"pathstar.graphs": 300_000}
 SLOW_START: Options = {"lr_scheduler.warmup_steps": 300}
@@ -113,7 +113,7 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         (size, name, options) for size, (name, options) in product(PUBLISHED_SIZES, (OBJECTIVES | {"target self": SELF}).items())
     ],
     "slow_start": [("5x5", f"{name}, warm-up 300", options | SLOW_START) for name, options in OBJECTIVES.items()],
-    "rivals": [("5x5", name, options) for name, options in RIVAL_SETTINGS.items()],
+    "weights": [("5x5", name, options) for name, options in (RIVAL_SETTINGS | {"future, weight 1.0": WEIGHT_1}).items()],
     "hard": [
         (size, name, OBJECTIVES[name] | SLOW_START | options)
         for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
@@ -122,8 +122,8 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         ("10x10", f"future, {name}", HARD["10x10"] | SLOW_START | options) for name, options in HARD_SETTINGS.items()
     ],
     "hard_mixed": [
-        (size, f"{name}, smaller graphs too", OBJECTIVES[name] | SLOW_START | MANY_LABELS | build_mix(mix))
-        for (size, mix), name in product(HARD_MIXES.items(), ("future", "next_token", "top"))
+        (HARD_MIX[0], f"{name}, smaller graphs too", OBJECTIVES[name] | SLOW_START | MANY_LABELS | build_mix(HARD_MIX[1]))
+        for name in ("future", "next_token", "top")
     ],
     "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
     "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],

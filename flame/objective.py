@@ -89,7 +89,7 @@ def collect_candidates(model: FutureLM, batch: PackedBatch, config: JobConfig, r
     future = config.future_encoder
     anchors = select_anchors(batch, config, room)
     with torch.no_grad():
-        summaries = summarize(model, batch, future).detach()
+        summaries = summarize(model, batch, config).detach()
         targets = anchors.pick_ahead(summaries, future.target_shift)
         keys = None
         if future.exclude_duplicates:

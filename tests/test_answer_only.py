@@ -167,7 +167,11 @@ def test_flops_are_those_of_what_counts():
     counter = FlopCounter(build_unsharded(future_config()), answer_config())
     (batch,) = pack_documents([[1, 2, 0, 4, 5, 6]], SEQ_LEN, CONTEXT_LEN, 1)  # 4 documents with 3 answer tokens each
     every, counted = (counter.count(batch.cu_seqlens, True, labels) for labels in (None, batch.piece_labels))
-    assert every.next_token - counted.next_token == 6 * counter.head * (24 - 12) and every.future == counted.future
+    assert every.next_token - counted.next_token == 6 * counter.head * (24 - 12)
+    in_documents, in_tails = 6 * 5 / 2, 4 * 3 / 2  # pairs; a tail is the separator and three tokens
+    channels = sum(counter.channels.values())
+    assert every.future == 2 * counter.body * 24 + 4 * channels * 4 * in_documents
+    assert counted.future == 2 * counter.body * 16 + 4 * channels * 4 * in_tails
     assert counted.heads == 6 * counter.predictor * 12 + 4 * 12**2 * counter.width
 
 

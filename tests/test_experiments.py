@@ -59,7 +59,7 @@ def test_a_folder_stands_for_the_same_run_in_every_group():
         ("objectives", "5x5/future", "random", 0, 3.0, 30),
         ("objectives", "5x5/target self", "self", 1, 1.0, 30),
         ("hard", "10x10/future", "random", 0, 3.0, 100),
-        ("hard_mixed", "7x7/future, smaller graphs too", "random", 0, 3.0, 100),
+        ("hard_mixed", "7x7+10x10/future, smaller graphs too", "random", 0, 3.0, 100),
         ("controls", "5x3/target ema", "ema", 1, 1.0, 30),
         ("settings", "5x5/target_shift 2", "self", 2, 1.0, 30),
         ("laptop", "2x3/future", "random", 0, 3.0, 7),

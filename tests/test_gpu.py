@@ -12,15 +12,19 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, PretrainedConfig
 
+from flame.models.answer_tails import cut_tails
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.future_lm import build_future_lm
 from flame.models.losses import linear_cross_entropy
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.parallelize import materialize
 from flame.models.softmax_rows import softmax_rows_
+from flame.models.summaries import summarize
 from flame.models.varlen_attention import DocumentLayout, attend
 from flame.objective import Parts, compute_losses
 from tests.helpers import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
+from tests.test_answer_only import answer_config
+from tests.test_answer_tails import build_pack, list_tails
 from tests.test_train import final_weights, measured, read_metrics, run_ranks, workspace  # noqa: F401 - a fixture
 from tests.toy_families import TOYS, WINDOW, build_toy
 
@@ -102,6 +106,27 @@ def test_flash_equals_its_definition(head_dim, window_k):
                 strict=True,
             ):
                 check_close(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["flash", "flex"])
+def test_summaries_of_answers_alone(compiled, dtype):
+    """Those of the whole pack, and nothing waits for the device on the way there."""
+    model = build_on_gpu(compiled, dtype)
+    batch = build_pack([(17, 3), (30, 2), (4, 0), (9, 5)])
+    places = list_tails(batch)
+    whole = encode(model, batch, "future")[places]
+    config, batch = answer_config(), batch.to(CUDA)
+    found = summarize(model, batch, config)[places]
+    if dtype == torch.bfloat16:
+        check_close(found, whole.double().cpu())
+    else:
+        torch.testing.assert_close(found, whole, rtol=1e-2, atol=1e-2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cut_tails(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -67,7 +68,8 @@ class FlopCounter:
 
         Args:
             with_aux: with the loss beside the next token's.
-            labels: int64 [S], labels in each piece, where only answers count: the others need neither logits nor guesses.
+            labels: int64 [S], labels in each piece, where only answers count: the others need neither logits nor guesses, nor
+                summaries.
         """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).double()
         tokens = float(lengths.sum())
@@ -78,14 +80,17 @@ class FlopCounter:
             return Flops(next_token, 0.0, 0.0)
         if self.rival is not None:
             return Flops(next_token, 0.0, self._count_rival(self.rival, lengths, predicted))
-        return Flops(next_token, self._count_summaries(lengths), self._count_contrast(cu_seqlens, labels))
+        return Flops(next_token, self._count_summaries(lengths, labels), self._count_contrast(cu_seqlens, labels))
 
-    def _count_summaries(self, lengths: Tensor) -> float:
-        tokens, future = float(lengths.sum()), self.future
+    def _count_summaries(self, lengths: Tensor, labels: np.ndarray | None) -> float:
+        future = self.future
         if future.target == "mean_embedding":
             return 0.0
         if future.target == "causal":
-            return 2 * self.body * tokens + 4 * _count_causal_attention(lengths, self.channels)
+            return 2 * self.body * float(lengths.sum()) + 4 * _count_causal_attention(lengths, self.channels)
+        if labels is not None:
+            lengths = torch.from_numpy(labels[labels > 0] + 1).double()
+        tokens = float(lengths.sum())
         pairs = {limit: _count_later_pairs(lengths, tighten(limit, future.future_k)) for limit in self.channels}
         return 2 * self.body * tokens + 4 * sum(channels * pairs[limit] for limit, channels in self.channels.items())
 

@@ -8,20 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flame.config import JobConfig
 from flame.data.batch import PackedBatch
+from flame.models.answer_tails import cut_tails
 from flame.models.future_lm import FutureLM
 from flame.objective_config import FutureEncoder
 
 
 @torch.no_grad()
-def summarize(model: FutureLM, batch: PackedBatch, future: FutureEncoder) -> Tensor:
-    """Summaries [T, d] of a packed batch."""
+def summarize(model: FutureLM, batch: PackedBatch, config: JobConfig) -> Tensor:
+    """Summaries [T, d] of a packed batch; where only answers count, arbitrary ones in prompts."""
+    future = config.future_encoder
     if future.target == "causal":
         return model.encode_past(batch)
     if future.target == "mean_embedding":
         embeddings = model.lm.get_input_embeddings()(batch.input_ids)[0]
         return average_ahead(embeddings, batch.segment_ids[0], future.future_k)
-    return model.encode_future(batch, future.future_k)
+    tails = cut_tails(batch) if config.training.loss_on == "answer" else None
+    if tails is None:
+        return model.encode_future(batch, future.future_k)
+    return tails.spread(model.encode_future(tails.batch, future.future_k), batch.input_ids.shape[1])
 
 
 def find_reach(future: FutureEncoder, num_layers: int) -> int:

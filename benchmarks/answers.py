@@ -1,0 +1,66 @@
+"""What a step gains where the anti-causal pass reads answers alone: steps that do and steps that read the whole pack, in turns.
+
+    python -m benchmarks.answers OUT --job.config_file configs/pathstar.toml
+
+Further options are the trainer's. Medians of a number of rounds with lowest and highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.tables import format_table, show_range
+from flame.components.distributed import end_processes, set_single_process_defaults
+from flame.config_reader import read_config
+from flame.models import summaries
+from flame.train import Trainer
+
+WARMUP = 3
+KINDS = ("answers", "whole pack")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("out", type=Path, help="folder to write answers.md to")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each kind")
+    arguments, options = parser.parse_known_args(argv)
+    options += ["--job.dump_folder", str(arguments.out / "run"), "--metrics.log_freq", "1000000"]
+    set_single_process_defaults()
+    trainer = Trainer(read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1))
+    trainer._open_run(trainer._resume())
+    samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(WARMUP + arguments.rounds):
+        for kind in KINDS:
+            samples[kind].append(time_step(trainer, kind))
+    trainer._close_run()
+    end_processes()
+    answers, whole = (samples[kind][WARMUP:] for kind in KINDS)
+    ratios = [own / other for own, other in zip(answers, whole, strict=True)]
+    row = [*(show_range([1000 * one for one in times], "{:.1f}") for times in (answers, whole)), show_range(ratios, "{:.3f}")]
+    table = "\n".join(format_table(["answers, ms a step", "whole pack, ms a step", "answers / whole pack"], [row]))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "answers.md").write_text(table + "\n")
+    print(table)
+
+
+def time_step(trainer: Trainer, kind: str) -> float:
+    """Seconds of one step, to the end of what it has asked of the GPU."""
+    with patch.object(summaries, "cut_tails", return_value=None) if kind == "whole pack" else nullcontext():
+        started = time.perf_counter()
+        trainer.train_step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
