@@ -108,6 +108,18 @@ def test_flash_equals_its_definition(head_dim, window_k):
                 check_close(ours, theirs)
 
 
+@pytest.mark.xfail(reason="compiled, 64 tokens after 200 were wrong under torch 2.11", strict=False)
+@pytest.mark.parametrize("totals", [(64,), (127,), (200,), (200, 64), (200, 128)], ids=str)
+def test_compiled_flex_attention_on_short_packs(totals):
+    """One after the other in one process. Where this passes, `takes_any_length` can go."""
+    on_cpu, on_gpu = build_unsharded(future_config(), tiny_llama(**SHAPE)), build_on_gpu(True, torch.float32)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    for total in totals:
+        batch = random_batch(random_cu_seqlens(total, 5, seed=1))
+        expected = encode(on_cpu, batch, "future")
+        torch.testing.assert_close(encode(on_gpu, batch, "future").cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["flash", "flex"])
 def test_summaries_of_answers_alone(compiled, dtype):
@@ -118,10 +130,8 @@ def test_summaries_of_answers_alone(compiled, dtype):
     whole = encode(model, batch, "future")[places]
     config, batch = answer_config(), batch.to(CUDA)
     found = summarize(model, batch, config)[places]
-    if dtype == torch.bfloat16:
-        check_close(found, whole.double().cpu())
-    else:
-        torch.testing.assert_close(found, whole, rtol=1e-2, atol=1e-2)
+    assert model.takes_any_length == (dtype == torch.bfloat16)
+    check_close(found, whole.double().cpu())
     torch.cuda.set_sync_debug_mode("error")
     try:
         cut_tails(batch)

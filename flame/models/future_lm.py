@@ -85,6 +85,11 @@ class FutureLM(nn.Module):
         averages, weights = list(self.teacher.parameters()), list(self.lm.parameters())
         torch._foreach_lerp_(_get_local(averages), _get_local(weights), 1 - decay)
 
+    @property
+    def takes_any_length(self) -> bool:
+        """Whether packs may have another number of tokens than those trained on."""
+        return self._passes.takes_any_length
+
     def describe_attention(self) -> str:
         """What attends, for the log."""
         return self._passes.describe()
