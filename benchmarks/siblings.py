@@ -6,13 +6,14 @@
 
 `run` makes the runs that OUT does not hold yet, each `configs/siblings.toml` under one objective and seed. `report` draws 4,096
 texts from each model at temperature 1 and judges them: two siblings and their parent, a pair that is held out, and
-one that no earlier text has. Of all pairs 1 in 8 is held out, so a model that has learned families and not pairs has a held-out
-share of an eighth of its coherent one.
+one that no earlier text has. What it finds stays in the run's folder, which can do without its model from then on. Of all pairs
+1 in 8 is held out, so a model that has learned families and not pairs has a held-out share of an eighth of its coherent one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import tomli
@@ -27,6 +28,7 @@ from flame.config import Siblings
 from flame.data.siblings import NUM_TOKENS, SamplesJudged, judge_samples
 
 NUM_SAMPLES = 4096
+JUDGED_FILE = "judged.json"
 OBJECTIVES: dict[str, dict[str, object]] = {
     "next_token": {"objective.name": "next_token"},
     "mtp-4": {"objective.name": "mtp"},
@@ -101,8 +103,12 @@ def write_report(runs: Path, out: Path) -> None:
 
 def _judge(folder: Path) -> SamplesJudged:
     """What the model of a run writes."""
-    options = Siblings(**tomli.loads((folder / CONFIG_FILE).read_text())["siblings"])
-    return judge_samples(draw_samples(folder / "hf", options), options)
+    path = folder / JUDGED_FILE
+    if not path.exists():
+        options = Siblings(**tomli.loads((folder / CONFIG_FILE).read_text())["siblings"])
+        judged = judge_samples(draw_samples(folder / "hf", options), options)
+        path.write_text(json.dumps(judged._asdict()) + "\n")
+    return SamplesJudged(**json.loads(path.read_text()))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
