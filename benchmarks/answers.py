@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +18,9 @@ import torch
 from benchmarks.tables import format_table, show_range
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
+from flame.data.batch import PackedBatch
 from flame.models import summaries
+from flame.models.answer_tails import Tails, cut_tails
 from flame.train import Trainer
 
 WARMUP = 3
@@ -35,7 +36,10 @@ def main(argv: list[str]) -> None:
     arguments, options = parser.parse_known_args(argv)
     options += ["--job.dump_folder", str(arguments.out / "run"), "--metrics.log_freq", "1000000"]
     set_single_process_defaults()
-    trainer = Trainer(read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1))
+    config = read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1)
+    trainer = Trainer(config)
+    if config.training.loss_on != "answer" or config.future_encoder.target in ("causal", "mean_embedding"):
+        parser.error("with these options no step reads answers alone")
     trainer._open_run(trainer._resume())
     samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(WARMUP + arguments.rounds):
@@ -52,9 +56,16 @@ def main(argv: list[str]) -> None:
     print(table)
 
 
+def cut_or_exit(batch: PackedBatch) -> Tails:
+    tails = cut_tails(batch)
+    if tails is None:
+        raise SystemExit("answers are more than half of a packed sequence: there is nothing to compare")
+    return tails
+
+
 def time_step(trainer: Trainer, kind: str) -> float:
     """Seconds of one step, to the end of what it has asked of the GPU."""
-    with patch.object(summaries, "cut_tails", return_value=None) if kind == "whole pack" else nullcontext():
+    with patch.object(summaries, "cut_tails", cut_or_exit if kind == "answers" else lambda _: None):
         started = time.perf_counter()
         trainer.train_step()
         if torch.cuda.is_available():

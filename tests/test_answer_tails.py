@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flame.data.batch import NO_LABEL, PackedBatch
+from flame.models import summaries
 from flame.models.answer_tails import GRAIN, SHARES, cut_tails, find_share
+from flame.models.causal_lm import find_decoder_layers
 from flame.models.future_encoder import ReversedPasses
+from flame.models.parallelize import _compile
 from flame.models.summaries import summarize
+from flame.objective import Parts, compute_losses
 from tests.helpers import build_unsharded
 from tests.test_answer_only import SEPARATOR, answer_config, pack_documents
 from tests.test_gradient_flow import RunningMean
@@ -71,6 +76,12 @@ def test_tails_are_the_documents_ends_each_for_itself(lengths):
     assert [cu.index(n) for n in cu[:-1]] == [int(cut.segment_ids[0, n]) for n in cu[:-1]]
 
 
+def test_a_share_is_the_least_that_holds_the_answers():
+    """2,048 graphs G(5, 5) of 69 tokens with answers of 6, 1,024 of them, and packs that are hardly more than their answers."""
+    found = [find_share(*case) for case in [(12_288, 141_312), (6144, 70_656), (500, 1000), (513, 1000), (90, 100), (64, 100)]]
+    assert found == [17_664, 8832, 512, 1000, 100, 64]
+
+
 @given(total=st.integers(1, 100_000), part=st.floats(0, 1))
 def test_shares_hold_the_count_and_are_few(total, part):
     count = int(part * total)
@@ -101,6 +112,60 @@ def test_summaries_of_a_recurrence_too():
     assert tails is not None
     whole, cut = ReversedPasses().encode_future(model, batch, 0), ReversedPasses().encode_future(model, tails.batch, 0)
     torch.testing.assert_close(tails.spread(cut, TOTAL)[places], whole[places])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_shift": 2, "max_anchors": 30},
+        {"target": "shuffled", "exclude_duplicates": True},
+        {"target": "random", "target_shift": 0},
+        {"target": "ema", "exclude_neighbors": 2},
+        {"estimator_type": "bilinear"},
+    ],
+    ids=str,
+)
+def test_the_loss_is_that_of_the_whole_pack(changes, monkeypatch):
+    config = answer_config(**changes)
+    model = build_unsharded(config).double()
+    batch = build_pack([(17, 3), (30, 2), (4, 0), (9, 5)])
+    found, weights = [], [p for p in model.parameters() if p.requires_grad]
+    for is_cut in (True, False):
+        if not is_cut:
+            monkeypatch.setattr(summaries, "cut_tails", lambda _: None)
+        aux = model(compute_losses, batch, config, Parts(aux=True)).aux
+        assert aux.num_anchors > 0
+        found.append((aux.loss_sum, *torch.autograd.grad(aux.loss_sum, weights, allow_unused=True)))
+    for cut, whole in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-8, atol=1e-10)
+
+
+def test_each_share_has_its_compiled_layers(monkeypatch):
+    """In training and in validation: torch gives up compiling at so many."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compile_module(self, backend="eager", dynamic=dynamic))
+    config = answer_config(target="random")
+    config.training.compile = True
+    model = build_unsharded(config)
+    torch._dynamo.reset()
+    before = torch._dynamo.config.recompile_limit
+    total = 2048
+    try:
+        _compile(model, find_decoder_layers(model.lm), find_decoder_layers(model.teacher))
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            shares = set()
+            for is_training, answer in itertools.product((True, False), (1, 6, 14, 28, 60)):
+                model.train(is_training)
+                documents = [[*[1] * (63 - answer), SEPARATOR, *[2] * answer]]
+                (batch,) = pack_documents(documents, total, 65, 1)
+                tails = cut_tails(batch)
+                shares.add(total if tails is None else tails.batch.input_ids.shape[1])
+                with torch.set_grad_enabled(is_training):
+                    model(compute_losses, batch, config, Parts(aux=True))
+        assert len(shares) >= 4
+    finally:
+        torch._dynamo.config.recompile_limit = before
+        torch._dynamo.reset()
 
 
 def test_only_the_tails_are_read():

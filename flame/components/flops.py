@@ -3,6 +3,7 @@
 Counted: matrix products of the layers and the output head (2 FLOPs a weight and token forward, 4 backward; of experts, those that
 a token is sent to), attention by the pairs that the masks really allow (4 FLOPs a pair, layer and channel forward, 8 backward),
 predictor and InfoNCE (4 N K d, N anchors against K candidates), the layers and heads of other objectives.
+Where only answers count, the anti-causal pass has to read these alone, and is counted so where it reads more (`answer_tails`).
 Not counted: embedding look-ups, norms, the projection of summaries, the recurrences of linear attention, and what activation
 checkpointing computes again.
 """

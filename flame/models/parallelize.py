@@ -36,8 +36,14 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     _shard(model, [*layers, *teacher_layers], config, mesh)
 
 
+MOST_GRAPHS = 64
+"""That torch may compile of one layer's code, where it would go on uncompiled beyond 8: one for each share of a pack that is read
+(`answer_tails.SHARES`) and one for the whole, in each pass, in training and in validation, and for each kind of layer."""
+
+
 def _compile(model: FutureLM, layers: nn.ModuleList, teacher_layers: nn.ModuleList) -> None:
     """Compile each decoder layer, once for all of them, and what stands beside them: the last norm and the heads."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     beside = [
         module
         for module in model.lm.base_model.children()

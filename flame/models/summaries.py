@@ -17,7 +17,7 @@ from flame.objective_config import FutureEncoder
 
 @torch.no_grad()
 def summarize(model: FutureLM, batch: PackedBatch, config: JobConfig) -> Tensor:
-    """Summaries [T, d] of a packed batch; where only answers count, arbitrary ones in prompts."""
+    """Summaries [T, d] of a packed batch; where only answers count, zeros or others in prompts."""
     future = config.future_encoder
     if future.target == "causal":
         return model.encode_past(batch)
