@@ -19,6 +19,7 @@ from benchmarks.tables import format_table, show_range
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.batch import PackedBatch
+from flame.errors import UserError
 from flame.models import summaries
 from flame.models.answer_tails import Tails, cut_tails
 from flame.train import Trainer
@@ -36,10 +37,14 @@ def main(argv: list[str]) -> None:
     arguments, options = parser.parse_known_args(argv)
     options += ["--job.dump_folder", str(arguments.out / "run"), "--metrics.log_freq", "1000000"]
     set_single_process_defaults()
-    config = read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1)
+    try:
+        config = read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1)
+    except UserError as error:
+        parser.error(str(error))
+    future = config.uses_future and config.future_encoder.target not in ("causal", "mean_embedding")
+    if not future or config.training.loss_on != "answer":
+        parser.error('no step reads answers alone: training.loss_on must be "answer", and summaries those of an anti-causal pass')
     trainer = Trainer(config)
-    if config.training.loss_on != "answer" or config.future_encoder.target in ("causal", "mean_embedding"):
-        parser.error("with these options no step reads answers alone")
     trainer._open_run(trainer._resume())
     samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(WARMUP + arguments.rounds):

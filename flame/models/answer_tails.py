@@ -17,8 +17,9 @@ from flame.data.batch import NO_LABEL, PackedBatch
 from flame.models.future_mask import list_marked
 
 SHARES = (2, 4, 8, 16)
-"""Of a pack that are read. Few, since layers are compiled for each number of tokens."""
+"""Parts of a pack that may be read: a half, a quarter and so on. Few, since layers are compiled for each number of tokens."""
 GRAIN = 64
+"""Tokens that these parts are multiples of, as products in 8 bits and attention in blocks want them."""
 
 
 class Tails(NamedTuple):
@@ -46,7 +47,7 @@ def cut_tails(batch: PackedBatch) -> Tails | None:
         return None
     labels = batch.labels[0]
     is_tail = labels != NO_LABEL
-    is_tail[1:] |= is_tail[:-1].clone()  # what the last label is of
+    is_tail[1:] |= is_tail[:-1].clone()  # the last token of an answer has no label, and is one
     order = list_marked(is_tail, room)
     cu_seqlens = lay_out(lengths, room)
     if labels.is_cuda:
