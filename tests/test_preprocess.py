@@ -247,7 +247,7 @@ def slow_down() -> None:
     commit = TokenFolderWriter._commit
 
     def slow_commit(writer: TokenFolderWriter) -> None:
-        time.sleep(0.02)
+        time.sleep(0.1)
         commit(writer)
 
     TokenFolderWriter._commit = slow_commit  # type: ignore[method-assign]
