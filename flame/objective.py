@@ -59,7 +59,7 @@ def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, parts
     if parts.aux and model.predictor is not None:
         room = find_anchor_room(batch, config) if pool is None else pool.size
         anchors = select_anchors(batch, config, room)
-        share = pool or collect_candidates(model, batch, config, room)
+        share = pool or collect_candidates(model, batch, anchors, config)
 
     # 2. Causal forward of the same network: hidden states h [T, d], and next-token cross entropy from them.
     hidden_states = model.encode_past(batch)
@@ -79,15 +79,10 @@ def compute_losses(model: FutureLM, batch: PackedBatch, config: JobConfig, parts
     return Losses(ce_sum, aux, is_hit, observed)
 
 
-def collect_candidates(model: FutureLM, batch: PackedBatch, config: JobConfig, room: int) -> Share:
-    """The summaries that the guesses of a packed batch are for, row by row of its anchors; they are each other's negatives.
-
-    Args:
-        room: places for anchors, from `find_anchor_room` or more.
-    """
+def collect_candidates(model: FutureLM, batch: PackedBatch, anchors: Anchors, config: JobConfig) -> Share:
+    """The summaries that the guesses of a packed batch are for, row by row of its anchors; they are each other's negatives."""
     assert model.estimator is not None
     future = config.future_encoder
-    anchors = select_anchors(batch, config, room)
     with torch.no_grad():
         summaries = summarize(model, batch, config).detach()
         targets = anchors.pick_ahead(summaries, future.target_shift)
@@ -109,7 +104,7 @@ def gather_pools(model: FutureLM, batches: list[PackedBatch], config: JobConfig)
     room = max(find_anchor_room(batch, config) for batch in batches)
     if config.training.loss_on == "answer":
         room = agree_on_size(room, batches[0].input_ids.device)
-    return build_pools([model(collect_candidates, batch, config, room) for batch in batches])
+    return build_pools([model(collect_candidates, batch, select_anchors(batch, config, room), config) for batch in batches])
 
 
 def _choose_inputs(model: FutureLM, hidden_states: Tensor, batch: PackedBatch, config: JobConfig) -> Tensor:

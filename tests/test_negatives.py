@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.models.future_targets import hash_futures
+from flame.models.future_targets import BASES, PRIME, hash_futures
 from flame.models.mi_estimator import Candidates, build_mi_estimator
 from tests.test_losses import chunks_of
 
@@ -159,5 +159,31 @@ def test_hashes_of_like_futures_do_not_collide():
     tokens, segments = words.flatten(), torch.arange(2**13).repeat_interleave(13)
     hashes = hash_futures(tokens, segments)
     assert hashes.unique().numel() == 2**14 - 2  # the words of 1 to 13 bits
-    bits = (hashes.view(-1, 13)[:, 0][:, None] >> torch.arange(64)) & 1
+    bits = (hashes.view(-1, 13)[:, 0][:, None] >> torch.arange(62)) & 1
     assert (bits.double().mean(0) - 0.5).abs().max() < 0.03  # every bit is used
+
+
+def test_hashes_of_a_long_pack_are_exact():
+    """In sums of 2^48 and more nothing is rounded and nothing wraps around."""
+    total = 150_000
+    tokens = torch.randint(0, 2**31 - 2, (total,), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(total) >= 10_000).int()
+    hashes = hash_futures(tokens, segments)
+    for position in (0, 9_999, 10_000, 149_990, 149_999):
+        future = tokens[position : 10_000 if position < 10_000 else total].tolist()
+        fingerprints = [0, 0]
+        for token in reversed(future):
+            fingerprints = [(value * base + token + 1) % PRIME for value, base in zip(fingerprints, BASES, strict=True)]
+        assert hashes[position] == fingerprints[0] * 2**31 + fingerprints[1]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_two_powers_of_a_base_are_equal(base):
+    """So that runs of one token are told apart by their lengths, up to 2^31 - 2 tokens."""
+    factors = (2, 3, 7, 11, 31, 151, 331)
+    rest = PRIME - 1
+    for factor in factors:
+        while rest % factor == 0:
+            rest //= factor
+        assert pow(base, (PRIME - 1) // factor, PRIME) != 1
+    assert rest == 1

@@ -29,6 +29,7 @@ from flame.config_reader import read_config
 from flame.data.batch import PackedBatch
 from flame.instruments.step_instruments import measure_step
 from flame.loss_schedule import find_aux_weight
+from flame.models.anchors import select_anchors
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import draw_anchors
 from flame.models.summaries import average_ahead, shuffle_valid
@@ -449,7 +450,7 @@ def test_duplicates_of_a_mean_embedding_are_those_of_the_tokens_in_it():
     config = future_config(target="mean_embedding", future_k=1, exclude_duplicates=True)
     model = build_unsharded(config)
     batch = pack_tokens(torch.tensor([9, 1, 2, 3, 9, 1, 2, 4]), torch.tensor([0, 4, 8]).int())
-    keys = collect_candidates(model, batch, config, room=8).keys
+    keys = collect_candidates(model, batch, select_anchors(batch, config, room=8), config).keys
     assert keys[0] == keys[4] and keys[1] != keys[5]  # means of (1, 2); of (2, 3) and (2, 4)
 
 
@@ -467,8 +468,9 @@ def test_shuffled_targets_are_the_same_ones_elsewhere():
     room = 40
     model = build_unsharded(future_config())
     batch = random_batch(random_cu_seqlens(room, 4, seed=8))
-    own = collect_candidates(model, batch, future_config(exclude_duplicates=True), room)
-    dealt = collect_candidates(model, batch, future_config(exclude_duplicates=True, target="shuffled"), room)
+    anchors = select_anchors(batch, future_config(), room)
+    own = collect_candidates(model, batch, anchors, future_config(exclude_duplicates=True))
+    dealt = collect_candidates(model, batch, anchors, future_config(exclude_duplicates=True, target="shuffled"))
     assert torch.equal(own.is_valid, dealt.is_valid)
     valid = own.is_valid
 
@@ -480,7 +482,7 @@ def test_shuffled_targets_are_the_same_ones_elsewhere():
     assert stayed.sum() < valid.sum() / 4
     again = future_config(exclude_duplicates=True, target="shuffled")
     again.training.seed += 1
-    assert not torch.equal(collect_candidates(model, batch, again, room).summaries, dealt.summaries)
+    assert not torch.equal(collect_candidates(model, batch, anchors, again).summaries, dealt.summaries)
 
 
 # ---------------------------------------------------------------- the shortcut baseline

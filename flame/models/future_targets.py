@@ -1,27 +1,34 @@
-"""Which positions have the same future, told by 64-bit hashes."""
+"""Which positions have the same future, told by 62-bit hashes."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
+
+PRIME = 2**31 - 1
+BASES = (742938285, 950706376)
+"""Two of the best multipliers for this modulus by Fishman and Moore 1986, "An exhaustive analysis of multiplicative congruential
+random number generators with modulus 2^31 - 1": futures of few tokens that differ by little are as far apart as can be."""
 
 
 def hash_futures(input_ids: Tensor, segment_ids: Tensor, reach: int = 0) -> Tensor:
     """Hash of the tokens from each position to the end of its document, or of the first `reach` of them.
 
-    Equal futures have equal hashes, wherever they are, in whichever pack, on whichever rank. A future of L tokens is cut into
-    runs whose lengths are the powers of two in L, from the smallest on; the hash of a run is mixed from those of its halves, and
-    the hashes of the runs are mixed into L one after another. That is O(T log T) on the device of the tokens, which is never
-    waited for.
+    Equal futures have equal hashes, wherever they are, in whichever pack, on whichever rank. A hash is two fingerprints (Karp and
+    Rabin 1987, "Efficient randomized pattern-matching algorithms"): the future x_0, x_1, ... of token ids plus one is read as the
+    polynomial x_0 + x_1 b + x_2 b^2 + ... modulo a prime p, at two bases b. All of them are differences of one running sum of
+    x_t b^t, divided by b^t: some twenty operations for the pack, which never wait for the device.
 
-    Different futures get the same hash only by accident: for given first argument `_mix` is one-to-one in the second and the
-    other way round, so that two futures which differ in one run differ in the end; and where both arguments differ, the results
-    are equal for about one pair in 2^64, as with random numbers. Among K futures that makes K^2 / 2^65 pairs, one in 10^8 packs
-    at K = 500,000; an accident takes one negative from an anchor and does nothing else. Nothing stands against someone who
-    looks for collisions.
+    Different futures get the same hash only by accident. Their difference, a polynomial of their length L, is zero at fewer than
+    L of the p values that each base could have had; as futures come it is at both for about one pair in p^2 = 2^62. Among K
+    futures that makes K^2 / 2^63 pairs, one in 10^7 packs at K = 500,000; an accident takes one negative from an anchor and does
+    nothing else. Nothing stands against someone who looks for collisions.
 
     Args:
-        input_ids: integers [T].
+        input_ids: integers [T], less than 2^31 - 2.
         segment_ids: [T] document number of each token, non-decreasing.
         reach: tokens that count, that of the position itself included; 0 is all up to the end of the document. (A summary made
             by L layers with a window of k sees L k + 1 tokens.)
@@ -30,39 +37,26 @@ def hash_futures(input_ids: Tensor, segment_ids: Tensor, reach: int = 0) -> Tens
         int64 [T].
     """
     total = input_ids.numel()
-    position = torch.arange(total, device=input_ids.device)
-    lengths = torch.searchsorted(segment_ids, segment_ids, side="right") - position
+    last = torch.searchsorted(segment_ids, segment_ids, side="right") - 1
     if reach:
-        lengths = lengths.clamp(max=reach)
-    longest = min(reach, total) if reach else total
-    hashes = lengths.clone()
-    runs = _scramble(input_ids.long() + 1)  # hash of the `span` tokens from each position on
-    following = position  # first token not in the hash yet
-    span = 1
-    while True:
-        takes = (lengths & span) != 0
-        hashes = torch.where(takes, _mix(hashes, runs[following.clamp(max=total - 1)]), hashes)
-        following = following + torch.where(takes, span, 0)
-        if 2 * span > longest:
-            return hashes
-        # Runs that reach beyond the end of a document come out wrong, and no length asks for them.
-        runs = _mix(runs, runs[(position + span).clamp(max=total - 1)])
-        span *= 2
+        last = torch.minimum(last, torch.arange(reach - 1, total + reach - 1, device=last.device))
+    powers, inverses = _list_powers(total, input_ids.device)
+    terms = (input_ids.long() + 1) * powers % PRIME
+    sums = terms.flatten().cumsum(0).view(2, total)  # exact; the second row goes on from the first, and differences do not see it
+    first, second = (sums[:, last] - sums + terms) % PRIME * inverses % PRIME
+    return first << 31 | second
 
 
-def _mix(a: Tensor, b: Tensor) -> Tensor:
-    return _scramble(_scramble(a) + b)
+@lru_cache(maxsize=4)
+def _list_powers(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bases to the powers 0 to count - 1, int64 [2, count], and the inverses of these."""
+    powers = np.stack([_raise(base, count) for base in BASES])
+    inverses = np.stack([_raise(pow(base, -1, PRIME), count) for base in BASES])
+    return torch.from_numpy(powers).to(device), torch.from_numpy(inverses).to(device)
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """One-to-one on int64: the steps of SplitMix64 (Steele, Lea and Flood 2014, section 5, with Stafford's constants). Products
-    and sums wrap around."""
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Zeros, and not copies of the sign, come in from the left."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+def _raise(base: int, count: int) -> np.ndarray:
+    powers = np.ones(1, dtype=np.int64)
+    while len(powers) < count:
+        powers = np.concatenate([powers, powers * pow(base, len(powers), PRIME) % PRIME])
+    return powers[:count]
