@@ -18,12 +18,13 @@ import numpy as np
 import tomli
 from matplotlib.lines import Line2D
 
-from benchmarks.run_folder import CONFIG_FILE, list_ended, read_progress, read_rows
+from benchmarks.run_folder import CONFIG_FILE, Row, list_ended, read_progress, read_rows
 from benchmarks.tables import format_table, show_range
 from flame.data.pathstar import parse_sizes
 
 RUN_FOLDERS = "*/*/*"
 """Size, variant and seed."""
+MATCH = "validation_exact_match"
 SOLVED = 0.99
 """Exact match on held-out graphs that counts as solved."""
 UNDER_WAY = 0.75
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
     """What one run came to."""
 
     size: str
-    """As `validation.dataset_name` has it. Training may have others too."""
+    """As `validation.dataset_name` has it, or one of several there. Training may have others too."""
     variant: str
     seed: int
     graphs: list[float]
@@ -54,9 +55,9 @@ class Outcome(NamedTuple):
     petaflops: list[float]
     """Spent at each validation, as the step requires them."""
     first_branch: float
-    """At the last validation."""
+    """At the last validation; nan for one size of several, where it is not told apart."""
     instruments: dict[str, float]
-    """The last value of each."""
+    """The last value of each; of all sizes together."""
     early: dict[str, float]
     """The second measurement: the first is of the first step."""
 
@@ -108,39 +109,47 @@ def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
     return Effort(solved, len(outcomes), *(spent / solved if solved else math.inf for spent in (graphs, petaflops)))
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """One run's folder; None if it was never validated."""
+def list_matches(validation: Row) -> dict[str, float]:
+    """Exact match of a validation by size, under "" that of all graphs together. One size alone is not told apart."""
+    found = {name.removeprefix(MATCH): match for name, match in validation.items() if name.startswith(MATCH)}
+    return {name.removeprefix("/"): match for name, match in found.items()}
+
+
+def read_outcomes(folder: Path) -> list[Outcome]:
+    """What one run came to on what it was validated on, and on each size of it that is told apart; nothing if it never was."""
     config = tomli.loads((folder / CONFIG_FILE).read_text())
     sizes = parse_sizes(config["training"]["dataset_name"])
     tokens_a_graph = sum(size.num_tokens for size in sizes) / len(sizes)
-    validated, matches = [], []
-    branch = 0.0
+    validated: list[Row] = []
     instruments: dict[str, float] = {}
     measured: list[dict[str, float]] = []
     for row in read_rows(folder):
-        if "validation_exact_match" in row:
-            validated.append(row["step"])
-            matches.append(row["validation_exact_match"])
-            branch = row["validation_first_branch"]
+        if MATCH in row:
+            validated.append(row)
         else:
             instruments |= {name: value for name, value in row.items() if name.startswith("future/") or name == "mi_lower_bound"}
             if any(name.startswith("future/") for name in row):
                 measured.append(row)
-    if not matches:
-        return None
+    if not validated:
+        return []
     # Most validations are between two log lines.
-    progress = read_progress(folder)
-    graphs = (np.interp(validated, progress.steps, progress.tokens) / tokens_a_graph).tolist()
-    spent = (np.interp(validated, progress.steps, progress.tflops) / 1000).tolist()
+    progress, steps = read_progress(folder), [row["step"] for row in validated]
+    graphs = (np.interp(steps, progress.steps, progress.tokens) / tokens_a_graph).tolist()
+    spent = (np.interp(steps, progress.steps, progress.tflops) / 1000).tolist()
     _, variant, seed = folder.parts[-3:]
     early = measured[1] if len(measured) > 1 else {}
-    size = config["validation"]["dataset_name"]
-    return Outcome(size, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, branch, instruments, early)
+    whole = config["validation"]["dataset_name"]
+    outcomes = []
+    for size in list_matches(validated[0]):
+        matches = [list_matches(row)[size] for row in validated]
+        told = (math.nan, {}, {}) if size else (validated[-1]["validation_first_branch"], instruments, early)
+        outcomes.append(Outcome(size or whole, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, *told))
+    return outcomes
 
 
 def write_report(runs: Path, out: Path) -> None:
     """Write `pathstar.md` and `pathstar.png`, of the runs that have ended, into a folder."""
-    outcomes = [outcome for outcome in map(read_outcome, list_ended(runs, RUN_FOLDERS)) if outcome is not None]
+    outcomes = [outcome for folder in list_ended(runs, RUN_FOLDERS) for outcome in read_outcomes(folder)]
     grouped: Groups = defaultdict(list)
     for outcome in outcomes:
         grouped[outcome.size, outcome.variant].append(outcome)
@@ -192,7 +201,7 @@ def _list_efforts(grouped: Groups) -> list[str]:
         spent = [effort.show("{:,.0f}", effort.thousands), effort.show("{:.3g}", effort.petaflops)]
         ends = show_range([100 * o.exact_match[-1] for o in outcomes], "{:.1f}")
         branch = statistics.mean(100 * o.first_branch for o in outcomes)
-        rows.append([size, variant, effort.rate, *needed, *spent, ends, f"{branch:.1f}"])
+        rows.append([size, variant, effort.rate, *needed, *spent, ends, "-" if math.isnan(branch) else f"{branch:.1f}"])
     return format_table(columns, rows)
 
 

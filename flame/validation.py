@@ -19,6 +19,7 @@ from flame.config import PATHSTAR, JobConfig
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.loader import explain_no_answers
 from flame.data.mixture import Mixture
+from flame.data.pathstar import parse_sizes
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
 from flame.objective import Parts, compute_losses
@@ -38,6 +39,7 @@ class Validator:
         self._config, self._device = config, device
         self._has_answers = config.training.loss_on == "answer"
         self._has_branches = config.model.tokenizer_path == PATHSTAR
+        self._size_names = name_by_length(config) if self._has_branches else {}
         self._sources = [source.name for source in held_out.sources]
         batches = pack_once(config, held_out)
         if not batches:
@@ -94,17 +96,33 @@ class Validator:
             record["first_branch"] = answers.has_second_token
         for name, is_right in record.items():
             metrics.record_mean(VALIDATION_PREFIX + name, is_right.sum() if times else 0.0, len(is_right) * times)
+        for length, name in self._size_names.items():
+            is_right = answers.is_exact[torch.from_numpy(answers.lengths == length).to(self._device)]
+            metrics.record_mean(f"{VALIDATION_PREFIX}exact_match/{name}", is_right.sum() * times, len(is_right) * times)
+
+
+def name_by_length(config: JobConfig) -> dict[int, str]:
+    """Sizes of the path-star graphs to validate on, by the tokens of their documents; none if there is one size alone."""
+    if config.validation.dataset != PATHSTAR:
+        return {}
+    names: dict[int, list[str]] = {}
+    for size in dict.fromkeys(parse_sizes(config.validation.dataset_name)):
+        names.setdefault(size.num_tokens, []).append(str(size))
+    return {length: ",".join(alike) for length, alike in names.items()} if len(names) > 1 else {}
 
 
 class AnswersJudged(NamedTuple):
-    """Of the A answers of a batch whose documents it holds whole: bool [A] each."""
+    """Of the A answers of a batch whose documents it holds whole."""
 
     is_exact: Tensor
-    """Greedy decoding from the prompt gives the answer, up to and with the end of the text. It does exactly where each token of
-    the answer scores highest behind the true tokens before it: up to the first miss, those are what decoding has produced."""
+    """bool [A]. Greedy decoding from the prompt gives the answer, up to and with the end of the text. It does exactly where each
+    token of the answer scores highest behind the true tokens before it: up to the first miss, those are what decoding has
+    produced."""
     has_second_token: Tensor
-    """Its second token scores highest behind the true ones before. The answer to a path-star graph begins with the start node,
-    so that is the arm taken."""
+    """bool [A]. Its second token scores highest behind the true ones before. The answer to a path-star graph begins with the
+    start node, so that is the arm taken."""
+    lengths: np.ndarray
+    """int64 [A]: tokens of the document, prompt included."""
 
 
 def judge_answers(is_hit: Tensor, batch: PackedBatch) -> AnswersJudged:
@@ -115,7 +133,8 @@ def judge_answers(is_hit: Tensor, batch: PackedBatch) -> AnswersJudged:
     hits = torch.cat([is_hit.new_zeros(1, dtype=torch.long), is_hit.cumsum(0)])  # before each position
     first = ends - 1 - counts  # predicts the first token of the answer
     second = torch.minimum(first + 1, ends - 2)  # or the last one of a shorter answer
-    return AnswersJudged(hits[ends - 1] - hits[first] == counts, is_hit[second])
+    lengths = np.array([piece.end for piece in batch.documents], dtype=np.int64)[is_whole]
+    return AnswersJudged(hits[ends - 1] - hits[first] == counts, is_hit[second], lengths)
 
 
 def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.components.distributed import set_single_process_defaults
+from flame.components.distributed import set_single_process_defaults, start_processes
 from flame.components.flops import FlopCounter
 from flame.config import JobConfig, Training
 from flame.config_reader import read_config
@@ -25,9 +26,10 @@ from flame.data.state import DataState
 from flame.data.streams import PackedSequence, Piece, Stream
 from flame.errors import UserError
 from flame.models.future_mask import count_anchors, find_anchors, find_room
-from flame.objective import Parts, compute_losses
+from flame.objective import Losses, Parts, compute_losses
+from flame.run_setup import open_inputs, open_validator
 from flame.train import Trainer
-from flame.validation import judge_answers
+from flame.validation import judge_answers, name_by_length
 from tests.helpers import build_unsharded, future_config
 from tests.test_bad_input import expect_one_line
 from tests.test_data_streams import ListSource, encode_numbers
@@ -183,15 +185,16 @@ def test_flops_are_those_of_what_counts():
 def test_answers_are_judged_by_document(data, documents):
     (batch,) = pack_documents(documents, SEQ_LEN, CONTEXT_LEN, 1)
     is_hit = data.draw(st.lists(st.booleans(), min_size=SEQ_LEN, max_size=SEQ_LEN))
-    exact, second = [], []
+    exact, second, lengths = [], [], []
     for piece, (start, end) in zip(batch.documents, zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False), strict=True):
         document = documents[piece.document]
         if (piece.start, piece.end) == (0, len(document)) and SEPARATOR in document[:-1]:
             first = int(start) + document.index(SEPARATOR)
             exact.append(all(is_hit[first : int(end) - 1]))
             second.append(is_hit[min(first + 1, int(end) - 2)])
+            lengths.append(len(document))
     judged = judge_answers(torch.tensor(is_hit) & (batch.labels[0] != NO_LABEL), batch)
-    assert (judged.is_exact.tolist(), judged.has_second_token.tolist()) == (exact, second)
+    assert (judged.is_exact.tolist(), judged.has_second_token.tolist(), judged.lengths.tolist()) == (exact, second, lengths)
 
 
 def test_an_exact_match_is_what_greedy_decoding_gives(model):
@@ -255,6 +258,55 @@ def test_ranks_and_accumulation_divide_by_the_same_counts(workspace, tmp_path): 
             assert (name in a) == (name in b)
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=2e-4), name
     assert 0 < one[0]["anchors"] < 4 * 200 / 3
+
+
+def test_exact_match_of_each_size_of_graphs(workspace, tmp_path):  # noqa: F811
+    """By a loop over the documents; their edges tell the size."""
+    set_single_process_defaults()
+    config = read_config(options(workspace, tmp_path / "run", **GRAPHS), 1)
+    tokenizer, _, mixture = open_inputs(config)
+    device, _ = start_processes(config)
+    validator = open_validator(config, tokenizer, mixture, device)
+    assert validator is not None
+    generator = torch.Generator().manual_seed(0)
+    right: dict[int, list[bool]] = {4: [], 6: []}
+
+    class Guesser:
+        def __call__(self, _step, batch, *_args) -> Losses:
+            is_hit = torch.rand(batch.input_ids.shape[1], generator=generator) < 0.9
+            for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+                ids = batch.input_ids[0, start:end].tolist()
+                if ids[-1] == 12 and 11 in ids and ids.count(9) + 1 in right and batch.documents[_index(batch, start)].start == 0:
+                    right[ids.count(9) + 1].append(all(is_hit[start + ids.index(11) : end - 1]))
+            return Losses(torch.zeros(()), None, is_hit & (batch.labels[0] != NO_LABEL))
+
+        def eval(self) -> None: ...
+        def train(self) -> None: ...
+
+    values = validator.run(Guesser(), False, lambda: False)
+    found = {name: value for name, value in values.items() if name.startswith("validation_exact_match")}
+    shares = {size: np.mean(right[edges]) for size, edges in (("2x3", 4), ("3x3", 6))}
+    assert all(0 < share < 1 for share in shares.values())
+    assert found == pytest.approx(
+        {f"validation_exact_match/{size}": share for size, share in shares.items()}
+        | {"validation_exact_match": np.mean([*right[4], *right[6]])}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        ("5x5", {}),
+        ("5x5,5x5", {}),
+        ("7x7,10x10", {137: "7x7", 284: "10x10"}),
+        ("9x2,2x5", {}),
+        ("9x2,2x5,2x3", {33: "9x2,2x5", 19: "2x3"}),
+    ],
+)
+def test_sizes_are_told_apart_by_the_lengths_of_their_documents(sizes, names):
+    config = JobConfig()
+    config.validation.dataset, config.validation.dataset_name = "pathstar", sizes
+    assert name_by_length(config) == names
 
 
 def test_losses_of_a_run_are_means_over_its_answers(workspace, tmp_path):  # noqa: F811

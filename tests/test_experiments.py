@@ -18,7 +18,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import pathstar, real_text, siblings
-from benchmarks.pathstar_report import read_outcome, write_report
+from benchmarks.pathstar_report import read_outcomes, write_report
 from benchmarks.run_folder import Row, read_rows
 from benchmarks.run_queue import Run, find_other_run, never, run_all, run_command
 from flame.config import Siblings
@@ -145,8 +145,7 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     (tmp_path / "5x3" / "top" / "seed 3" / "ended").unlink()  # still under way
     write_run(tmp_path / "3x3+3x5" / "top" / "seed 1", [0.3, 0.3], "3x3,3x5")
     write_run(tmp_path / "5x5" / "top" / "seed 1", [0.3, 0.99], "3x3,5x5", judged="5x5")
-    outcome = read_outcome(tmp_path / "3x3" / "future" / "seed 2")
-    assert outcome is not None
+    (outcome,) = read_outcomes(tmp_path / "3x3" / "future" / "seed 2")
     assert outcome.graphs == [1000, 2000, 3000, 4000] and outcome.solved_at == 2
     assert outcome.petaflops == pytest.approx([0.02, 0.04, 0.06, 0.08]) and outcome.instruments["future/top1"] == 0.4
     assert outcome.early["future/top1"] == 0.2
@@ -168,6 +167,33 @@ def test_a_report_counts_graphs_flops_and_success(tmp_path: Path):
     assert by_variant["3x3", "future"]["top1"] == "0.35" and by_variant["3x3", "future"]["rank_targets"] == "nan"
     assert by_variant["5x3", "top"]["rank_targets, second measurement"] == "20"
     assert (out / "pathstar.png").stat().st_size > 1000
+
+
+def test_sizes_that_are_told_apart_are_reported_apart(tmp_path: Path):
+    folder = tmp_path / "7x7+10x10" / "future" / "seed 1"
+    write_run(folder, [], "3x3,7x7,10x10", judged="7x7,10x10")
+    per_size = [(0.7, 0.2), (0.992, 0.98), (0.998, 0.996)]
+    rows = [
+        {
+            "step": 10 * turn,
+            "validation_exact_match": (small + large) / 2,
+            "validation_exact_match/7x7": small,
+            "validation_exact_match/10x10": large,
+            "validation_first_branch": 0.5,
+        }
+        for turn, (small, large) in enumerate(per_size, start=1)
+    ]
+    logged = [{"step": 30, "step_tflops": 2.0, "tokens_seen": 30 * 100 * 149, "future/top1": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *logged]))
+    assert [pathstar.is_enough(rows[:count]) for count in range(4)] == [False, False, False, True]
+    write_report(tmp_path, tmp_path)
+    table = read_tables(tmp_path / "pathstar.md")
+    mean_tokens = sum(size.num_tokens for size in parse_sizes("3x3,7x7,10x10")) / 3
+    second, third = (f"{turn * 10 * 100 * 149 / mean_tokens / 1000:,.0f}" for turn in (2, 3))
+    assert ["7x7", "future", "1/1", second, second, second, "0.04", "99.8", "-"] in table
+    assert ["10x10", "future", "1/1", second, third, third, "0.06", "99.6", "-"] in table
+    assert ["7x7,10x10", "future", "1/1", second, third, third, "0.06", "99.7", "50.0"] in table
+    assert sum(row[:2] == ["7x7", "future"] for row in table) == 1  # instruments are of all sizes together
 
 
 def test_harm_is_counted_over_ended_runs_of_a_seed(tmp_path: Path):
@@ -270,8 +296,7 @@ def test_a_validation_between_two_log_lines_counts_the_steps_before_it(tmp_path:
     validated = [{"step": step, "validation_exact_match": 0.5, "validation_first_branch": 0.5} for step in (10, 25, 50)]
     rows = sorted([*logged, *validated], key=lambda row: row["step"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    outcome = read_outcome(folder)
-    assert outcome is not None
+    (outcome,) = read_outcomes(folder)
     assert outcome.graphs == [1000, 2500, 5000] and outcome.petaflops == pytest.approx([0.02, 0.05, 0.1])
 
 
