@@ -143,7 +143,8 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     for size in list_matches(validated[0]):
         matches = [list_matches(row)[size] for row in validated]
         told = (math.nan, {}, {}) if size else (validated[-1]["validation_first_branch"], instruments, early)
-        outcomes.append(Outcome(size or whole, variant, int(seed.removeprefix("seed ")), graphs, matches, spent, *told))
+        name = f"{variant} (one of {whole})" if size else variant  # there are runs on this size alone
+        outcomes.append(Outcome(size or whole, name, int(seed.removeprefix("seed ")), graphs, matches, spent, *told))
     return outcomes
 
 

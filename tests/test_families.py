@@ -49,6 +49,22 @@ def build_like(reference: torch.nn.Module, attention: str = "sdpa") -> FutureLM:
     return model.eval()
 
 
+def test_packs_too_short_for_compiled_flex_attention_are_refused():
+    config = future_config()
+    config.training.compile, config.training.seq_len = True, 127
+    with patch.object(future_lm, "choose_attention", lambda *_: "flex"):
+        with pytest.raises(
+            UserError, match=r"^training.seq_len = 127: .* 128 tokens or more: raise it, or set training.compile = false$"
+        ):
+            build_future_lm(config, build_toy("llama"), "cpu")
+        config.training.compile = False
+        build_future_lm(config, build_toy("llama"), "cpu")
+        config.training.compile, config.training.seq_len = True, 128
+        build_future_lm(config, build_toy("llama"), "cpu")
+    config.training.seq_len = 127
+    build_future_lm(config, build_toy("llama"), "cpu")  # SDPA
+
+
 def build_sharded(model_config: PretrainedConfig, mesh: DeviceMesh, attention: str = "sdpa") -> FutureLM:
     config = future_config()
     with patch.object(future_lm, "choose_attention", lambda *_: attention):

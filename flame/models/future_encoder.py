@@ -114,7 +114,7 @@ class MaskedPasses:
 
     @property
     def takes_any_length(self) -> bool:
-        # In compiled layers FlexAttention of torch 2.11 was wrong on 64 tokens after a pack of 200 (tests/test_gpu.py).
+        # In compiled layers FlexAttention is wrong on fewer than 128 tokens (`future_lm.SHORTEST_FLEX`).
         return not (self._by_blocks and self._is_compiled)
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:

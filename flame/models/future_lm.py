@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.config import JobConfig
+from flame.config import JobConfig, Training
 from flame.data.batch import PackedBatch
+from flame.errors import UserError
 from flame.models.causal_lm import build_on_meta, find_decoder_layers
 from flame.models.fp8 import Fp8Switch, check_fp8, install_fp8
-from flame.models.future_encoder import Passes, build_passes, choose_attention
+from flame.models.future_encoder import Attention, Passes, build_passes, choose_attention
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import Estimator, build_mi_estimator
 from flame.models.rivals import Rival, build_rival
@@ -24,6 +25,11 @@ T = TypeVar("T")
 
 TAUGHT = ("random", "ema")
 """Values of `future_encoder.target` with a teacher."""
+
+
+SHORTEST_FLEX = 128
+"""Tokens. In compiled layers torch has another kernel for shorter queries ("flex_decoding"), which under our masks gave wrong
+results on 64 tokens and none, but a traceback, on 127 (torch 2.11, tests/test_gpu.py)."""
 
 
 class FutureLM(nn.Module):
@@ -105,8 +111,12 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
 
     Args:
         device_type: "cuda" or "cpu", which with the dtype decides the attention implementation.
+
+    Raises:
+        UserError: the model cannot be built, or not run on packed sequences that short.
     """
     attention = choose_attention(model_config, device_type, getattr(torch, config.training.mixed_precision_param))
+    _check_length(attention, config.training)
     lm = build_on_meta(model_config, device_type, attention)
     passes = build_passes(attention, model_config, config.training.context_len, config.training.compile)
     if config.experimental.freeze_lm_for_infonce:
@@ -129,6 +139,14 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
             future.estimator_type, hidden_size, future.temperature, future.learnable_temperature, future.projection_dim
         )
     return FutureLM(lm, passes, predictor, estimator, teacher=teacher, fp8=fp8)
+
+
+def _check_length(attention: Attention, training: Training) -> None:
+    if attention == "flex" and training.compile and training.seq_len < SHORTEST_FLEX:
+        raise UserError(
+            f"training.seq_len = {training.seq_len}: compiled, FlexAttention, which this model uses, is right only on packed "
+            f"sequences of {SHORTEST_FLEX} tokens or more: raise it, or set training.compile = false"
+        )
 
 
 def _get_local(tensors: list[nn.Parameter]) -> list[Tensor]:
