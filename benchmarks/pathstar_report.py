@@ -140,8 +140,9 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     early = measured[1] if len(measured) > 1 else {}
     whole = config["validation"]["dataset_name"]
     outcomes = []
-    for size in list_matches(validated[0]):
-        matches = [list_matches(row)[size] for row in validated]
+    by_size = [list_matches(row) for row in validated]
+    for size in by_size[0]:
+        matches = [row[size] for row in by_size]
         told = (math.nan, {}, {}) if size else (validated[-1]["validation_first_branch"], instruments, early)
         name = f"{variant} (one of {whole})" if size else variant  # there are runs on this size alone
         outcomes.append(Outcome(size or whole, name, int(seed.removeprefix("seed ")), graphs, matches, spent, *told))

@@ -18,8 +18,9 @@ from flame.models.future_mask import list_marked
 
 SHARES = (2, 4, 8, 16)
 """Parts of a pack that may be read: a half, a quarter and so on. Few, since layers are compiled for each number of tokens."""
-GRAIN = 64
-"""Tokens that these parts are multiples of, as products in 8 bits and attention in blocks want them."""
+GRAIN = 128
+"""Tokens that these parts are multiples of, as products in 8 bits and attention in blocks want them. So none is too short for
+FlexAttention (`future_lm.SHORTEST_FLEX`)."""
 
 
 class Tails(NamedTuple):

@@ -49,11 +49,6 @@ class Passes(Protocol):
         """What attends, for the log."""
         ...
 
-    @property
-    def takes_any_length(self) -> bool:
-        """Whether packs may have another number of tokens than those trained on."""
-        ...
-
 
 class VarlenPasses:
     """Softmax attention by `flame.models.varlen_attention`.
@@ -62,8 +57,6 @@ class VarlenPasses:
         max_length: no document of any batch is longer.
         head_dim: width of the heads.
     """
-
-    takes_any_length = True
 
     def __init__(self, max_length: int, head_dim: int):
         self._max_length = max_length
@@ -111,11 +104,6 @@ class MaskedPasses:
 
     def describe(self) -> str:
         return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
-
-    @property
-    def takes_any_length(self) -> bool:
-        # In compiled layers FlexAttention is wrong on fewer than 128 tokens (`future_lm.SHORTEST_FLEX`).
-        return not (self._by_blocks and self._is_compiled)
 
     def encode_past(self, model: PreTrainedModel, batch: PackedBatch, embeddings: Tensor | None = None) -> Tensor:
         return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch, "causal", window_k=0)
@@ -209,8 +197,6 @@ def estimate_work(rows: DocumentRows, width: int) -> tuple[int, int]:
 
 class ReversedPasses:
     """Recurrent layers of flash-linear-attention, which reset their state at `cu_seqlens`, or read a row for each document."""
-
-    takes_any_length = True
 
     def describe(self) -> str:
         return "flash-linear-attention"

@@ -91,11 +91,6 @@ class FutureLM(nn.Module):
         averages, weights = list(self.teacher.parameters()), list(self.lm.parameters())
         torch._foreach_lerp_(_get_local(averages), _get_local(weights), 1 - decay)
 
-    @property
-    def takes_any_length(self) -> bool:
-        """Whether packs may have another number of tokens than those trained on."""
-        return self._passes.takes_any_length
-
     def describe_attention(self) -> str:
         """What attends, for the log."""
         return self._passes.describe()
@@ -144,7 +139,7 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
 def _check_length(attention: Attention, training: Training) -> None:
     if attention == "flex" and training.compile and training.seq_len < SHORTEST_FLEX:
         raise UserError(
-            f"training.seq_len = {training.seq_len}: compiled, FlexAttention, which this model uses, is right only on packed "
+            f"training.seq_len = {training.seq_len}: this model attends by FlexAttention, which compiled is right only on packed "
             f"sequences of {SHORTEST_FLEX} tokens or more: raise it, or set training.compile = false"
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 PRIME = 2**31 - 1
 BASES = (742938285, 950706376)
 """Two of the best multipliers for this modulus by Fishman and Moore 1986, "An exhaustive analysis of multiplicative congruential
-random number generators with modulus 2^31 - 1": futures of few tokens that differ by little are as far apart as can be."""
+random number generators with modulus 2^31 - 1": a few tokens that differ by little are hardly ever a zero of either."""
 
 
 def hash_futures(input_ids: Tensor, segment_ids: Tensor, reach: int = 0) -> Tensor:
@@ -20,7 +20,8 @@ def hash_futures(input_ids: Tensor, segment_ids: Tensor, reach: int = 0) -> Tens
     Equal futures have equal hashes, wherever they are, in whichever pack, on whichever rank. A hash is two fingerprints (Karp and
     Rabin 1987, "Efficient randomized pattern-matching algorithms"): the future x_0, x_1, ... of token ids plus one is read as the
     polynomial x_0 + x_1 b + x_2 b^2 + ... modulo a prime p, at two bases b. All of them are differences of one running sum of
-    x_t b^t, divided by b^t: some twenty operations for the pack, which never wait for the device.
+    x_t b^t, divided by b^t: 17 operations for the pack, which do not wait for the device but
+    for the first pack of a length.
 
     Different futures get the same hash only by accident. Their difference, a polynomial of their length L, is zero at fewer than
     L of the p values that each base could have had; as futures come it is at both for about one pair in p^2 = 2^62. Among K

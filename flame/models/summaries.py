@@ -24,7 +24,7 @@ def summarize(model: FutureLM, batch: PackedBatch, config: JobConfig) -> Tensor:
     if future.target == "mean_embedding":
         embeddings = model.lm.get_input_embeddings()(batch.input_ids)[0]
         return average_ahead(embeddings, batch.segment_ids[0], future.future_k)
-    tails = cut_tails(batch) if config.training.loss_on == "answer" and model.takes_any_length else None
+    tails = cut_tails(batch) if config.training.loss_on == "answer" else None
     if tails is None:
         return model.encode_future(batch, future.future_k)
     return tails.spread(model.encode_future(tails.batch, future.future_k), batch.input_ids.shape[1])
