@@ -164,6 +164,11 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
         "target random, target_shift 1": CPU_SELF | {"future_encoder.target": "random", "future_encoder.target_shift": 1},
         "target ema, target_shift 1": CPU_SELF | {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
     },
+    # Of two layers with a window of one token, so that the summary at "=" holds center and first node, and not the goal.
+    "laptop_window": {
+        "future_k 1": {"future_encoder.future_k": 1},
+        "future_k 1, 40 labels": {"future_encoder.future_k": 1} | CPU_MANY_LABELS,
+    },
     # The center and the goal, which are known, tell 256 graphs over 40 labels apart.
     "laptop_labels": {
         f"{name}, 40 labels": options | CPU_MANY_LABELS
