@@ -74,6 +74,7 @@ RIVAL_SETTINGS: dict[str, Options] = {
     f"{name}, weight {weight}": OBJECTIVES[name] | {"objective.loss_weight": weight}
     for name, weight in (*product(("mtp-4", "top", "fsp_bow"), (0.3, 3.0)), ("fsp_bow", 0.03))
 }
+MUON: Options = {"optimizer.name": "Muon"}
 WEIGHT_1: Options = {"future_encoder.loss_weight": 1.0}
 CPU_SELF: Options = {"future_encoder.target": "self", "future_encoder.loss_weight": 0.3}
 CPU_MANY_LABELS: Options = {"model.config": "configs/models/pathstar_cpu_40.json", "pathstar.labels": 40, "training.steps": 1500}
@@ -94,9 +95,9 @@ SMALL_STEPS: Options = {
     "validation.num_sequences": 8,
 }
 HARD_SETTINGS: dict[str, Options] = {
-    "Muon": {"optimizer.name": "Muon"},
+    "Muon": MUON,
     "loss_weight 1": WEIGHT_1,
-    "loss_weight 1, Muon": WEIGHT_1 | {"optimizer.name": "Muon"},
+    "loss_weight 1, Muon": WEIGHT_1 | MUON,
     "loss_weight 1, learning rate 3e-3": WEIGHT_1 | {"optimizer.lr": 3e-3},
 }
 """What may shorten the wait until edges are looked up."""
@@ -136,7 +137,12 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         (size, name, OBJECTIVES[name] | SLOW_START | options)
         for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
     ],
-    "hard_small_steps": [(size, "future, small steps", options | SMALL_STEPS) for size, options in HARD_SMALL_STEPS.items()],
+    "hard_small_steps": [
+        (size, f"future, {name}", options | SMALL_STEPS | changes)
+        for (size, options), (name, changes) in product(
+            HARD_SMALL_STEPS.items(), {"small steps": {}, "small steps, Muon": MUON}.items()
+        )
+    ],
     "hard_settings": [
         ("10x10", f"future, {name}", HARD["10x10"] | SLOW_START | options) for name, options in HARD_SETTINGS.items()
     ],
