@@ -247,7 +247,7 @@ def slow_down() -> None:
     commit = TokenFolderWriter._commit
 
     def slow_commit(writer: TokenFolderWriter) -> None:
-        time.sleep(0.1)
+        time.sleep(0.02)
         commit(writer)
 
     TokenFolderWriter._commit = slow_commit  # type: ignore[method-assign]
@@ -274,7 +274,11 @@ def test_workers_end_with_a_killed_process(corpus: Path, tmp_path: Path) -> None
 def test_ctrl_c_is_one_line_and_spawned_workers_write_the_same(corpus: Path, tmp_path: Path) -> None:
     preprocess.main(options(corpus, tmp_path / "whole"))
     out = tmp_path / "out"
-    program = "import sys; from tests.test_preprocess import preprocess, slow_down; slow_down(); preprocess.main(sys.argv[1:])"
+    # Tests that a script has started in the background ignore SIGINT, and what they start inherits that; a terminal's does not.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tests.test_preprocess import preprocess, slow_down; slow_down(); preprocess.main(sys.argv[1:])"
+    )
     command = [sys.executable, "-c", program, *options(corpus, out, num_workers=1)]
     process = subprocess.Popen(command, cwd=REPO, stdout=-1, stderr=-1, text=True, start_new_session=True)
     wait_for_rows(out, 5)
