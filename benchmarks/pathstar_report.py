@@ -111,8 +111,7 @@ def sum_effort(outcomes: Sequence[Outcome]) -> Effort:
 
 def list_matches(validation: Row) -> dict[str, float]:
     """Exact match of a validation by size, under "" that of all graphs together. One size alone is not told apart."""
-    found = {name.removeprefix(MATCH): match for name, match in validation.items() if name.startswith(MATCH)}
-    return {name.removeprefix("/"): match for name, match in found.items()}
+    return {name.removeprefix(MATCH).removeprefix("/"): match for name, match in validation.items() if name.startswith(MATCH)}
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:

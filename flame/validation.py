@@ -94,11 +94,10 @@ class Validator:
         record = {"exact_match": answers.is_exact}
         if self._has_branches:
             record["first_branch"] = answers.has_second_token
+        for length, size in self._size_names.items():
+            record[f"exact_match/{size}"] = answers.is_exact[torch.from_numpy(answers.lengths == length).to(self._device)]
         for name, is_right in record.items():
-            metrics.record_mean(VALIDATION_PREFIX + name, is_right.sum() if times else 0.0, len(is_right) * times)
-        for length, name in self._size_names.items():
-            is_right = answers.is_exact[torch.from_numpy(answers.lengths == length).to(self._device)]
-            metrics.record_mean(f"{VALIDATION_PREFIX}exact_match/{name}", is_right.sum() * times, len(is_right) * times)
+            metrics.record_mean(VALIDATION_PREFIX + name, is_right.sum() * times, len(is_right) * times)
 
 
 def name_by_length(config: JobConfig) -> dict[int, str]:

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
 from flame.components.flops import FlopCounter
 from flame.errors import UserError
 from flame.models import future_lm
+from flame.models.answer_tails import GRAIN
 from flame.models.causal_lm import check_fits_run, load_model_config
 from flame.models.families import FAMILIES, find_limits, list_layer_limits
 from flame.models.future_lm import FutureLM, build_future_lm
+from flame.models.leak_check import LENGTHS
 from flame.models.parallelize import materialize, parallelize
 from flame.objective import Parts, compute_losses
 from flame.weights.hf_export import convert
@@ -63,6 +65,7 @@ def test_packs_too_short_for_compiled_flex_attention_are_refused():
         build_future_lm(config, build_toy("llama"), "cpu")
     config.training.seq_len = 127
     build_future_lm(config, build_toy("llama"), "cpu")  # SDPA
+    assert min(GRAIN, sum(LENGTHS)) >= future_lm.SHORTEST_FLEX, "the other packs that a run makes"
 
 
 def build_sharded(model_config: PretrainedConfig, mesh: DeviceMesh, attention: str = "sdpa") -> FutureLM:

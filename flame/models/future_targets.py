@@ -20,8 +20,7 @@ def hash_futures(input_ids: Tensor, segment_ids: Tensor, reach: int = 0) -> Tens
     Equal futures have equal hashes, wherever they are, in whichever pack, on whichever rank. A hash is two fingerprints (Karp and
     Rabin 1987, "Efficient randomized pattern-matching algorithms"): the future x_0, x_1, ... of token ids plus one is read as the
     polynomial x_0 + x_1 b + x_2 b^2 + ... modulo a prime p, at two bases b. All of them are differences of one running sum of
-    x_t b^t, divided by b^t: 17 operations for the pack, which do not wait for the device but
-    for the first pack of a length.
+    x_t b^t, divided by b^t: 17 operations for the pack, which wait for the device at the first pack of a length alone.
 
     Different futures get the same hash only by accident. Their difference, a polynomial of their length L, is zero at fewer than
     L of the p values that each base could have had; as futures come it is at both for about one pair in p^2 = 2^62. Among K
