@@ -51,20 +51,16 @@ def build_like(reference: torch.nn.Module, attention: str = "sdpa") -> FutureLM:
     return model.eval()
 
 
-def test_packs_too_short_for_compiled_flex_attention_are_refused():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packs_too_short_for_flex_attention_are_refused(compiled):
     config = future_config()
-    config.training.compile, config.training.seq_len = True, 127
-    with patch.object(future_lm, "choose_attention", lambda *_: "flex"):
-        with pytest.raises(
-            UserError, match=r"^training.seq_len = 127: .* 128 tokens or more: raise it, or set training.compile = false$"
-        ):
-            build_future_lm(config, build_toy("llama"), "cpu")
-        config.training.compile = False
-        build_future_lm(config, build_toy("llama"), "cpu")
-        config.training.compile, config.training.seq_len = True, 128
-        build_future_lm(config, build_toy("llama"), "cpu")
-    config.training.seq_len = 127
+    config.training.compile, config.training.seq_len = compiled, 127
     build_future_lm(config, build_toy("llama"), "cpu")  # SDPA
+    with patch.object(future_lm, "choose_attention", lambda *_: "flex"):
+        with pytest.raises(UserError, match=r"^training.seq_len = 127: .* 128 tokens or more: raise it$"):
+            build_future_lm(config, build_toy("llama"), "cpu")
+        config.training.seq_len = 128
+        build_future_lm(config, build_toy("llama"), "cpu")
     assert min(GRAIN, sum(LENGTHS)) >= future_lm.SHORTEST_FLEX, "the other packs that a run makes"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ from tests.toy_families import TOYS, WINDOW, build_toy
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
+
+IN_FLOAT32 = {"training__mixed_precision_param": "float32", "training__seq_len": 128}
+"""A run's, with packs that are long enough for FlexAttention."""
 
 
 def build_on_gpu(compiled: bool, dtype: torch.dtype, model_config: PretrainedConfig | None = None, **changes):
@@ -114,13 +118,17 @@ WRONG = pytest.mark.xfail(
     raises=(AssertionError, torch._inductor.exc.InductorError),
     strict=True,
 )
-SHORT = ((64,), (127,), (200, 64))
-SHORT_PACKS = [*((False, totals) for totals in SHORT), *(pytest.param(True, totals, marks=WRONG) for totals in SHORT)]
+SHORT_PACKS = [(True, (64,)), (True, (127,)), (True, (200, 64)), (False, (64, 127))]
 
 
-@pytest.mark.parametrize(("compiled", "totals"), [*SHORT_PACKS, (True, (200,)), (True, (200, 128))], ids=str)
+@pytest.mark.parametrize(
+    ("compiled", "totals"),
+    [*(pytest.param(*case, marks=WRONG) for case in SHORT_PACKS), *product((False, True), ((200,), (200, 128)))],
+    ids=str,
+)
 def test_flex_attention_on_short_packs(compiled, totals):
-    """One after the other in one process. Once all pass compiled, `SHORTEST_FLEX` can go."""
+    """One after the other in one process. Once all pass, `SHORTEST_FLEX` can go."""
+    torch._dynamo.reset()  # what was compiled for other cases
     on_cpu, on_gpu = build_unsharded(future_config(), tiny_llama(**SHAPE)), build_on_gpu(compiled, torch.float32)
     on_gpu.load_state_dict(on_cpu.state_dict())
     for total in totals:
@@ -310,7 +318,7 @@ def test_a_linear_attention_model_trains(workspace: Path, tmp_path: Path):  # no
 )
 def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, object]):  # noqa: F811 - a fixture
     tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
-    changes = options | {"model__config": tmp_path / "model", "training__mixed_precision_param": "float32"}
+    changes = options | IN_FLOAT32 | {"model__config": tmp_path / "model"}
     one = run_ranks(1, workspace, tmp_path / "one", **changes)
     two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
     for found, expected in zip(measured(two), measured(one), strict=True):
@@ -354,7 +362,7 @@ def test_asynchronous_checkpoints_resume_to_the_bit(workspace: Path, tmp_path: P
 @pytest.mark.multi_gpu
 def test_hsdp_and_one_gpu_go_on_from_two(workspace: Path, tmp_path: Path):  # noqa: F811 - a fixture
     """FSDP on two -> replicated on two (HSDP) -> one process: the same data, and losses to rounding."""
-    run, further = tmp_path / "run", {"training__mixed_precision_param": "float32", "checkpoint__export_hf": False}
+    run, further = tmp_path / "run", IN_FLOAT32 | {"checkpoint__export_hf": False}
     plain = run_deterministic(workspace, tmp_path / "plain", ranks=2, training__gradient_accumulation_steps=2, **further)
     run_deterministic(workspace, run, ranks=2, training__gradient_accumulation_steps=2, **further)
     for step in (4, 6):

@@ -28,8 +28,8 @@ TAUGHT = ("random", "ema")
 
 
 SHORTEST_FLEX = 128
-"""Tokens. In compiled layers torch has another kernel for shorter queries ("flex_decoding"), which under our masks gave wrong
-results on 64 tokens and none, but a traceback, on 127 (torch 2.11, tests/test_gpu.py)."""
+"""Tokens. Torch has another kernel for shorter queries ("flex_decoding"), which under our masks in compiled layers gave wrong
+results on 64 tokens, and on 127, compiled or not, none, but a traceback (torch 2.11, tests/test_gpu.py)."""
 
 
 class FutureLM(nn.Module):
@@ -137,10 +137,10 @@ def build_future_lm(config: JobConfig, model_config: PretrainedConfig, device_ty
 
 
 def _check_length(attention: Attention, training: Training) -> None:
-    if attention == "flex" and training.compile and training.seq_len < SHORTEST_FLEX:
+    if attention == "flex" and training.seq_len < SHORTEST_FLEX:
         raise UserError(
-            f"training.seq_len = {training.seq_len}: this model attends by FlexAttention, which compiled is right only on packed "
-            f"sequences of {SHORTEST_FLEX} tokens or more: raise it, or set training.compile = false"
+            f"training.seq_len = {training.seq_len}: this model attends by FlexAttention, which is right only on packed "
+            f"sequences of {SHORTEST_FLEX} tokens or more: raise it"
         )
 
 
