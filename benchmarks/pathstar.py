@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, Options] = {
 }
 SELF: Options = {"future_encoder.target": "self", "future_encoder.target_shift": 1, "future_encoder.loss_weight": 1.0}
 """The trainer's default target, at the weight that suits it here. Controls and settings are variants of it."""
+WITH_DUPLICATES: Options = {"future_encoder.exclude_duplicates": False}
 TARGETS: dict[str, Options] = {
     "target self": SELF,
     "target random": SELF | {"future_encoder.target": "random"},
@@ -51,8 +52,8 @@ CONTROLS: dict[str, Options] = TARGETS | {
     "next_token": OBJECTIVES["next_token"],
     "target shuffled": SELF | {"future_encoder.target": "shuffled"},
     "predictor sees embedding": SELF | {"future_predictor.input": "embedding"},
-    "cosine": SELF | {"future_encoder.estimator_type": "cosine", "future_encoder.exclude_duplicates": False},
-    "smooth_l1": SELF | {"future_encoder.estimator_type": "smooth_l1", "future_encoder.exclude_duplicates": False},
+    "cosine": SELF | WITH_DUPLICATES | {"future_encoder.estimator_type": "cosine"},
+    "smooth_l1": SELF | WITH_DUPLICATES | {"future_encoder.estimator_type": "smooth_l1"},
 }
 SETTINGS: dict[str, Options] = {
     "target self, 600 steps": {},
@@ -67,7 +68,7 @@ SETTINGS: dict[str, Options] = {
     "target_shift 2": {"future_encoder.target_shift": 2},
     "linear head": {"future_predictor.head_type": "linear"},
     "learning rate 3e-3": {"optimizer.lr": 3e-3},
-    "with duplicates": {"future_encoder.exclude_duplicates": False},
+    "with duplicates": WITH_DUPLICATES,
     "other documents only": {"future_encoder.exclude_neighbors": 64},
 }
 RIVAL_SETTINGS: dict[str, Options] = {
@@ -86,9 +87,9 @@ HARD: dict[str, Options] = {
 }
 HARD_SMALL_STEPS: dict[str, Options] = {
     "7x7": MANY_LABELS | {"training.seq_len": 256 * parse_sizes("7x7")[0].num_tokens, "training.steps": 6000},
-    "10x10": MANY_LABELS | {"training.seq_len": 128 * parse_sizes("10x10")[0].num_tokens, "training.steps": 10_000},
+    "10x10": MANY_LABELS | {"training.seq_len": 128 * parse_sizes("10x10")[0].num_tokens, "training.steps": 15_000},
 }
-"""Half the graphs a step, and more steps."""
+"""Half the graphs a step, and more of them in all."""
 SMALL_STEPS: Options = {
     "lr_scheduler.warmup_steps": 600,
     "validation.interval": 100,
@@ -138,10 +139,8 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
     ],
     "hard_small_steps": [
-        (size, f"future, {name}", options | SMALL_STEPS | changes)
-        for (size, options), (name, changes) in product(
-            HARD_SMALL_STEPS.items(), {"small steps": {}, "small steps, Muon": MUON}.items()
-        )
+        (size, f"{name}, small steps", OBJECTIVES[name] | options | SMALL_STEPS)
+        for (size, options), name in product(HARD_SMALL_STEPS.items(), ("future", "fsp_bow"))
     ],
     "hard_settings": [
         ("10x10", f"future, {name}", HARD["10x10"] | SLOW_START | options) for name, options in HARD_SETTINGS.items()
@@ -169,6 +168,20 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
         "target random": CPU_SELF | {"future_encoder.target": "random"},
         "target random, target_shift 1": CPU_SELF | {"future_encoder.target": "random", "future_encoder.target_shift": 1},
         "target ema, target_shift 1": CPU_SELF | {"future_encoder.target": "ema", "future_encoder.target_shift": 1},
+    },
+    # One change each to "future"; a regression has no negatives that could be duplicates.
+    "laptop_settings": {
+        **{f"temperature {value}": {"future_encoder.temperature": value} for value in (0.02, 0.1, 0.2)},
+        "learned temperature": {"future_encoder.learnable_temperature": True},
+        "linear head": {"future_predictor.head_type": "linear"},
+        "gated head": {"future_predictor.head_type": "gated"},
+        "with duplicates": WITH_DUPLICATES,
+        "bilinear": {"future_encoder.estimator_type": "bilinear"},
+        **{
+            f"{name}, weight {weight}": WITH_DUPLICATES
+            | {"future_encoder.estimator_type": name, "future_encoder.loss_weight": weight}
+            for name, weight in product(("cosine", "smooth_l1"), (3.0, 30.0))
+        },
     },
     # Of two layers with a window of one token, so that the summary at "=" holds center and first node, and not the goal.
     "laptop_window": {
