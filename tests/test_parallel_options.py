@@ -161,8 +161,9 @@ def test_ranks_are_interchangeable(workspace, tmp_path):  # noqa: F811
         {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"},
         {"training__float8": True},
         {"training__cpu_offload": True},
+        {"objective__name": "mtp", "future_encoder__enable": None},
     ],
-    ids=["Muon with bfloat16 state", "float8", "cpu_offload"],
+    ids=["Muon with bfloat16 state", "float8", "cpu_offload", "layers of another objective"],
 )
 def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):  # noqa: F811
     expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)

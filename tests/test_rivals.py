@@ -21,7 +21,7 @@ from flame.config import JobConfig, Training
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.errors import UserError
 from flame.models import softmax_rows
-from flame.models.causal_lm import initialize
+from flame.models.causal_lm import check_fits_run, initialize
 from flame.models.families import find_limits
 from flame.models.future_encoder import MaskedPasses, VarlenPasses
 from flame.models.rivals import Encode, Rival, RivalName, Trunk, build_rival, extra_layer
@@ -342,9 +342,10 @@ def test_weights_that_are_counted():
 
 @pytest.mark.parametrize("name", ["mtp", "fsp_bow"])
 def test_models_whose_layers_cannot_be_run_are_refused(name, monkeypatch):
-    recurrent = type("GLAConfig", (LlamaConfig,), {"__module__": "fla.models.gla"})()
-    with pytest.raises(UserError, match=f'objective.name = "{name}" .*recurrences'):
-        build(name, recurrent)
+    recurrent = type("GLAConfig", (LlamaConfig,), {"__module__": "fla.models.gla"})(max_position_embeddings=4096)
+    with pytest.raises(UserError, match=f'^objective.name = "{name}" .*recurrences'):  # before there are processes
+        check_fits_run(recurrent, 61, JobConfig(objective=Objective(name=name)))
+    check_fits_run(recurrent, 61, JobConfig(objective=Objective(name="top")))
 
     class OnlyTokens(torch.nn.Module):
         def forward(self, input_ids):

@@ -131,6 +131,14 @@ def test_activation_checkpointing_wraps_every_layer(workspace, tmp_path, mode): 
     assert wrapped == [mode != "none"] * 2
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_activation_checkpointing_wraps_the_layers_of_other_objectives(workspace, tmp_path, mode):  # noqa: F811
+    changes = {"objective__name": "mtp", "future_encoder__enable": None, "objective__mtp_tokens": 3}
+    trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode, **changes)
+    wrapped = [isinstance(head.layers[0], CheckpointWrapper) for head in trainer.model.rival.layers]
+    assert wrapped == [mode != "none"] * 2
+
+
 def test_logged_losses_are_means_over_the_items_of_all_micro_steps(workspace, tmp_path, monkeypatch):  # noqa: F811
     captured = []
 

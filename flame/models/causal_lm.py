@@ -90,7 +90,7 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
 
 
 def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig) -> None:
-    """Refuse token ids and positions that the model has no embedding for, and futures that it cannot summarise.
+    """Refuse token ids and positions that the model has no embedding for, and objectives that it cannot be trained with.
 
     Raises:
         UserError: naming what does not fit.
@@ -131,6 +131,11 @@ def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig
             faults.append(f"future_encoder.target_shift = 0: {what}, whose summaries hold their own token: set it to 1 or more")
         if future.future_k:
             faults.append(f"future_encoder.future_k = {future.future_k}: {what} and has no window: set it to 0")
+    if job.objective_name in ("mtp", "fsp_bow") and is_recurrent(config):
+        faults.append(
+            f'objective.name = "{job.objective_name}" is not supported with model_type "{config.model_type}": the recurrences of '
+            'flash-linear-attention are not run on hidden states; use "top", which needs no further layer, or another model'
+        )
     if faults:
         raise UserError(*faults)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import cast
 
 import torch
@@ -29,10 +30,12 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     layers = find_decoder_layers(model.lm)
     if config.training.float8:
         convert_to_float8(layers, mesh.device_type)
-    _checkpoint_activations(layers, config)
+    heads = [find_decoder_layers(cast(PreTrainedModel, part)) for part in model.rival.layers] if model.rival is not None else []
+    for trained in (layers, *heads):
+        _checkpoint_activations(trained, config)
     teacher_layers = find_decoder_layers(model.teacher) if model.teacher is not None else nn.ModuleList()
     if config.training.compile:
-        _compile(model, layers, teacher_layers)
+        _compile(model, [*layers, *teacher_layers, *chain(*heads)], layers)
     _shard(model, [*layers, *teacher_layers], config, mesh)
 
 
@@ -41,18 +44,17 @@ MOST_GRAPHS = 64
 (`answer_tails.SHARES`) and one for the whole, in each pass, in training and in validation, and for each kind of layer."""
 
 
-def _compile(model: FutureLM, layers: nn.ModuleList, teacher_layers: nn.ModuleList) -> None:
-    """Compile each decoder layer, once for all of them, and what stands beside them: the last norm and the heads."""
+def _compile(model: FutureLM, layers: list[nn.Module], own: nn.ModuleList) -> None:
+    """Compile each decoder layer, once for all of them, and what stands beside the language model's own ones: the last norm and
+    the predictor."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     beside = [
         module
         for module in model.lm.base_model.children()
-        if module is not layers and not isinstance(module, nn.Embedding) and any(True for _ in module.parameters())
+        if module is not own and not isinstance(module, nn.Embedding) and any(True for _ in module.parameters())
     ]
     predictor = [model.predictor] if model.predictor is not None else []
-    parts = model.rival.layers if model.rival is not None else ()
-    extra_layers = [layer for part in parts for layer in find_decoder_layers(cast(PreTrainedModel, part))]
-    for module in (*layers, *teacher_layers, *beside, *predictor, *extra_layers):
+    for module in (*layers, *beside, *predictor):
         module.compile(dynamic=False)
 
 

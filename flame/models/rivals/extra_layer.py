@@ -27,9 +27,7 @@ def build_extra_layer(objective: str, config: PretrainedConfig, attention: Atten
     """
     kind = f'objective.name = "{objective}" is not supported with model_type "{config.model_type}"'
     advice = 'use "top", which needs no further layer, or another model'
-    if is_recurrent(config):
-        raise UserError(f"{kind}: the recurrences of flash-linear-attention are not run on hidden states; {advice}")
-    # The device matters for recurrences alone, which have been refused.
+    assert not is_recurrent(config)  # `check_fits_run` has refused them; the device below matters for them alone
     model = build_on_meta(_keep_last_layer(config), "cpu", attention)
     layer = cast(PreTrainedModel, model.base_model)
     if "inputs_embeds" not in inspect.signature(layer.forward).parameters:
