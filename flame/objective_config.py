@@ -54,7 +54,7 @@ class FutureEncoder:
     target_shift: NonNegativeInt = 1
     """Position t predicts the summary of position t + target_shift. 0 is the method as first published: there the summary
     still holds token t itself, which the hidden state has already seen. Models that read documents reversed need 1 or more; for
-    the others docs/experiments.md found 0 better on graphs, 1 or neither on siblings, and on text the one or the other."""
+    the others docs/experiments.md found 0 better on small graphs, 1 mostly on siblings, and on text the one or the other."""
     precision: Literal["bf16", "fp8"] = "bf16"
     """Arithmetic of the anti-causal forward on GPUs. "bf16" is that of the causal one (training.mixed_precision_param); "fp8"
     scales the rows of activations and weights to 8-bit floats in the matrix products of the decoder layers: faster, and the
