@@ -15,13 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from flame.config import JobConfig, Training
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.errors import UserError
 from flame.models import softmax_rows
-from flame.models.causal_lm import check_fits_run, initialize
+from flame.models.causal_lm import build_on_meta, check_fits_run, find_decoder_layers, initialize
 from flame.models.families import find_limits
 from flame.models.future_encoder import MaskedPasses, VarlenPasses
 from flame.models.rivals import Encode, Rival, RivalName, Trunk, build_rival, extra_layer
@@ -299,6 +299,52 @@ def test_the_layers_of_every_family(name, family):
             assert differs and differs[0] == 7 and differs[-1] < 15
 
 
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+EVERY_KIND = {name: build_toy(name) for name in TOYS} | {
+    "gpt2, as many tokens as positions": build_toy("gpt2", vocab_size=256),
+    "gpt2, scaled by layer": build_toy("gpt2", scale_attn_by_inverse_layer_idx=True),
+    "opt": AutoConfig.for_model("opt", vocab_size=61, max_position_embeddings=256, dropout=0.0, **OPT),
+    "qwen3_moe, dense, sparse": build_toy("qwen3_moe", decoder_sparse_step=2),
+    "qwen3_moe, sparse, dense by step": build_toy("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=3),
+    "qwen3_moe, dense, sparse by list": build_toy("qwen3_moe", mlp_only_layers=[0]),
+    "qwen3_moe, sparse, dense": build_toy("qwen3_moe", mlp_only_layers=[1]),
+    "qwen3_moe, all dense": build_toy("qwen3_moe", mlp_only_layers=[0, 1]),
+}
+every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)
+
+
+@every_kind
+def test_a_head_is_a_layer_as_the_last_one_and_a_norm(config):
+    def list_parts(layer: torch.nn.Module) -> list[tuple]:
+        return [
+            (name, type(module), [p.shape for p in module.parameters(recurse=False)], getattr(module, "scaling", None))
+            for name, module in layer.named_modules()
+        ]
+
+    before, head = config.to_dict(), build("mtp", config, mtp_tokens=2).layers[0]
+    assert config.to_dict() == before
+    (layer,) = find_decoder_layers(head)
+    assert list_parts(layer) == list_parts(find_decoder_layers(build_on_meta(config, "cpu", "sdpa"))[-1])
+    beside = {id(parameter) for parameter in head.parameters()} - {id(parameter) for parameter in layer.parameters()}
+    assert {p.shape for p in head.parameters() if id(p) in beside} == {(config.hidden_size,)}
+
+
+@every_kind
+def test_a_head_reads_distances_alone(config):
+    """Positions are in the states already: those that a model adds to its embeddings are not added once more."""
+    batch, states = random_batch(torch.tensor([0, 3, 15, 30], dtype=torch.int32)), draw((30, 32), 0, torch.float32)
+    head, encode = build("fsp_bow", config).layers[0], encoder(batch, config)
+    moved = encoder(replace(batch, position_ids=batch.position_ids + 100), config)
+    torch.testing.assert_close(moved(head, states), encode(head, states), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_head_of_gpt2_by_its_parts(dtype):
+    head, states = build("fsp_bow", build_toy("gpt2")).layers[0].to(dtype), draw((1, 30, 32), 0, dtype)
+    found = head(inputs_embeds=states, position_ids=torch.arange(30)[None], use_cache=False).last_hidden_state
+    assert found.dtype == dtype and torch.equal(found, head.ln_f(head.h[0](states)))
+
+
 def test_layers_start_as_those_of_the_model():
     config = tiny_llama()
     layers = [layer.layers[0] for layer in build("mtp", config, mtp_tokens=3).layers]
@@ -338,6 +384,8 @@ def test_weights_that_are_counted():
     experts, router = 2 * 3 * 32 * 24, 4 * 32
     attention = 2 * 32 * 32 + 2 * 32 * 16
     assert build("fsp_bow", build_toy("qwen3_moe")).count_weights()[0] == attention + experts + router
+    assert build("fsp_bow", build_toy("qwen3_moe", mlp_only_layers=[1])).count_weights()[0] == layer
+    assert build("fsp_bow", build_toy("gpt2")).count_weights()[0] == 12 * 32 * 32
 
 
 @pytest.mark.parametrize("name", ["mtp", "fsp_bow"])
