@@ -88,7 +88,7 @@ def collect_candidates(model: FutureLM, batch: PackedBatch, anchors: Anchors, co
         targets = anchors.pick_ahead(summaries, future.target_shift)
         keys = None
         if future.exclude_duplicates:
-            reach = find_reach(future, model.lm.config.num_hidden_layers)
+            reach = find_reach(future, model.lm.config)
             keys = anchors.pick_ahead(hash_futures(batch.input_ids[0], batch.segment_ids[0], reach), future.target_shift)
         if future.target == "shuffled":
             order = shuffle_valid(anchors.is_valid, derive_seed(config.training.seed, batch.sequence_index))

@@ -25,7 +25,9 @@ from flame.models.families import FAMILIES, find_limits, list_layer_limits
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.leak_check import LENGTHS
 from flame.models.parallelize import materialize, parallelize
+from flame.models.summaries import find_reach
 from flame.objective import Parts, compute_losses
+from flame.objective_config import FutureEncoder
 from flame.weights.hf_export import convert
 from flame.weights.hf_weights import load_hf_weights
 from flame.weights.weight_source import find_weights
@@ -302,3 +304,27 @@ def test_twenty_steps_lower_both_losses(name, mesh):
         optimizer.zero_grad()
         measured.append((losses.ce_sum.item(), losses.aux.loss_sum.item()))
     assert measured[-1][0] < 0.85 * measured[0][0] and measured[-1][1] < 0.95 * measured[0][1]
+
+
+@pytest.mark.parametrize("future_k", [0, 3, 20])
+@every_family
+def test_as_many_tokens_as_the_reach_change_a_summary(name, future_k):
+    config, model_config = future_config(future_k=future_k), build_toy(name)
+    model, batch = build_unsharded(config, model_config), random_batch(torch.tensor([0, 40], dtype=torch.int32))
+
+    def summarize_first(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.encode_future(pack(tokens, torch.tensor([0, 40], dtype=torch.int32)), future_k)[0]
+
+    tokens = batch.input_ids[0]
+    base = summarize_first(tokens)
+    others = [torch.cat([tokens[:at], (tokens[at : at + 1] + 1) % 61, tokens[at + 1 :]]) for at in range(40)]
+    changing = [at for at, changed in enumerate(others) if not torch.equal(summarize_first(changed), base)]
+    assert changing == list(range(min(find_reach(config.future_encoder, model_config) or 40, 40)))
+
+
+def test_the_reach_of_summaries_that_no_layer_makes():
+    windows = build_toy("mistral")
+    assert find_reach(FutureEncoder(target="mean_embedding"), windows) == 0
+    assert find_reach(FutureEncoder(target="mean_embedding", future_k=5), windows) == 6
+    assert find_reach(FutureEncoder(target="causal"), windows) == 0

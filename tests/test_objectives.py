@@ -445,6 +445,15 @@ def test_the_mean_embedding_as_target(window):
     torch.testing.assert_close(average_ahead(embeddings, batch.segment_ids[0], window), means, rtol=1e-9, atol=1e-12)
 
 
+def test_a_mean_embedding_is_the_same_to_the_bit_wherever_its_document_is():
+    """Sums of floats are not, and on GPUs do not even repeat."""
+    generator = torch.Generator().manual_seed(0)
+    document, others = torch.randn(9, 5, generator=generator), 1e3 * torch.randn(400, 5, generator=generator)
+    alone = average_ahead(document, torch.zeros(9, dtype=torch.int32), 0)
+    segments = torch.cat([torch.zeros(400), torch.ones(9)]).to(torch.int32)
+    assert torch.equal(average_ahead(torch.cat([others, document]), segments, 0)[400:], alone)
+
+
 def test_duplicates_of_a_mean_embedding_are_those_of_the_tokens_in_it():
     """Its window is not that of several layers."""
     config = future_config(target="mean_embedding", future_k=1, exclude_duplicates=True)

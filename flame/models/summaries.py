@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from flame.config import JobConfig
 from flame.data.batch import PackedBatch
 from flame.models.answer_tails import cut_tails
+from flame.models.families import list_layer_limits, tighten
 from flame.models.future_lm import FutureLM
 from flame.objective_config import FutureEncoder
+
+FIXED_POINT = 2.0**40
+"""Of sums of embeddings: steps of 1e-12, and sums of a document up to 8 million."""
 
 
 @torch.no_grad()
@@ -30,11 +35,18 @@ def summarize(model: FutureLM, batch: PackedBatch, config: JobConfig) -> Tensor:
     return tails.spread(model.encode_future(tails.batch, future.future_k), batch.input_ids.shape[1])
 
 
-def find_reach(future: FutureEncoder, num_layers: int) -> int:
-    """Tokens that a summary is made of, its own one included; 0 is all up to the end of the document."""
-    if not future.future_k:
+def find_reach(future: FutureEncoder, config: PretrainedConfig) -> int:
+    """Tokens that a summary is made of, its own one included; 0 is all up to the end of the document. (Of the causal pass, which
+    has seen none of them, it is all that count as its future.)
+
+    Args:
+        config: of the model, whose layers may have windows of their own.
+    """
+    if future.target == "causal":
         return 0
-    return future.future_k * (1 if future.target == "mean_embedding" else num_layers) + 1
+    models = [0] if future.target == "mean_embedding" else list_layer_limits(config)
+    limits = [tighten(limit, future.future_k) for limit in models]
+    return sum(limits) + 1 if all(limits) else 0
 
 
 def average_ahead(embeddings: Tensor, segment_ids: Tensor, window_k: int) -> Tensor:
@@ -47,9 +59,11 @@ def average_ahead(embeddings: Tensor, segment_ids: Tensor, window_k: int) -> Ten
     end = torch.searchsorted(segment_ids, segment_ids, side="right")
     if window_k:
         end = torch.minimum(end, index + window_k + 1)
-    # Sums of differences: over a long pack float32 would lose what one document adds.
-    sums = torch.cat([embeddings.new_zeros(1, embeddings.shape[1], dtype=torch.float64), embeddings.double().cumsum(0)])
-    return ((sums[end] - sums[index]) / (end - index)[:, None]).to(embeddings.dtype)
+    # Differences of sums, in fixed point: exact, so that they repeat to the bit, which sums of floats on GPUs do not. What
+    # overflows over a long pack cancels in the difference.
+    terms = (embeddings.double() * FIXED_POINT).round().long()
+    sums = torch.cat([terms.new_zeros(1, terms.shape[1]), terms.cumsum(0)])
+    return ((sums[end] - sums[index]).double() / FIXED_POINT / (end - index)[:, None]).to(embeddings.dtype)
 
 
 def shuffle_valid(is_valid: Tensor, seed: int) -> Tensor:
