@@ -32,7 +32,7 @@ def infonce_by_loop(x, y, valid, temperature):
     for a in range(len(rows)):
         total = total + torch.log(sum(torch.exp(c / temperature) for c in cosine[a])) - cosine[a][a] / temperature
         others = [cosine[a][b].item() for b in range(len(rows)) if b != a]
-        correct += all(cosine[a][a].item() > c for c in others)
+        correct += bool(others) and all(cosine[a][a].item() > c for c in others)
         positive += cosine[a][a].item()
         negative += sum(others) / len(others) if others else 0.0
     return total, correct, positive, negative

@@ -25,7 +25,7 @@ class Contrast(NamedTuple):
     - "mi_lower_bound": ln K - loss, with K the candidates that count for the anchor, its own included. The mean bounds the mutual
       information from below, in nats.
     - "infonce_accuracy": anchors whose own summary scores strictly above every other: ties are misses, so collapsed summaries
-      score 0.
+      score 0, and so does an anchor without negatives.
     - "positive_cosine": between guess and own summary.
     - "negative_cosine": each anchor contributes its mean over all other candidates. Near the positive one, summaries have
       collapsed.

@@ -97,9 +97,11 @@ class _InfoNCESum(torch.autograd.Function):
             scores = torch.mm(x[chunk], candidates.t(), out=scores_buffer[: len(x[chunk])])
             excluded = None if columns.excluded is None else (columns.excluded[0][chunk], columns.excluded[1][chunk])
             keys = None if columns.keys is None else (columns.keys[0], columns.keys[1][chunk])
-            *parts, counted = softmax_rows_(scores, columns.own[chunk], scale, columns.total, excluded, keys)
+            row = softmax_rows_(scores, columns.own[chunk], scale, columns.total, excluded, keys)
             torch.mm(scores, candidates, out=grad_x[chunk])
-            sums.append(torch.stack([part.sum() for part in (*parts, counted.clamp(min=1).log())]))
+            is_correct = row.is_best * (row.counted > 1)  # alone among its candidates it is no answer
+            log_counted = row.counted.clamp(min=1).log()
+            sums.append(torch.stack([part.sum() for part in (row.loss, row.own_score, is_correct, row.grad_scale, log_counted)]))
         numbers = torch.stack(sums).sum(dim=0)
         # Candidates that do not count have weight 0, but 0 times what is not finite is not 0.
         is_finite = numbers.isfinite().all() & grad_x.isfinite().all() & (scale > 0)
