@@ -294,7 +294,8 @@ class Metrics:
     log_freq: PositiveInt = 10
     """Steps between log lines. Each line covers all steps since the last one."""
     future_interval: NonNegativeInt = 250
-    """Steps between measurements of what the future loss learns, see docs/instruments.md; step 1 is measured too. 0 is never."""
+    """Steps between measurements of what the future loss learns, see docs/instruments.md; its first step is measured too. 0 is
+    never."""
     enable_tensorboard: bool = False
     """Write TensorBoard events to tb/ in job.dump_folder."""
     enable_wandb: bool = False

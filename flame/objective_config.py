@@ -66,10 +66,10 @@ class FutureEncoder:
     """Anchors per packed sequence, drawn at random; the others are neither guessed for nor negatives. 0 takes all."""
     negatives: Literal["local", "global"] = "local"
     """Negatives of an anchor: the summaries of its own packed sequence, or of all packed sequences of the step, on all ranks and
-    in all micro-steps ("global")."""
+    in all micro-steps ("global"). Validation compares within a packed sequence either way."""
     exclude_neighbors: NonNegativeInt = 0
     """Summaries at most this many tokens from an anchor's own, in its document, are no negatives of it: much of their future
-    is the same."""
+    is the same. An anchor that is left without negatives counts with a loss of 0."""
     exclude_duplicates: bool = False
     """Summaries of the same tokens as an anchor's own, as far as the window sees, are no negatives of it. What counts is the
     tokens from a summary's position on, with target = "causal" too."""
@@ -85,7 +85,7 @@ class FutureEncoder:
     """How a guess is compared with its summary: "infonce" by cosine similarity, "bilinear" by a learned matrix between them (as
     in CPC), both against negatives; "cosine" and "smooth_l1" pull the two together without negatives, for comparison."""
     temperature: PositiveFloat = 0.1
-    """Divides the scores of "infonce" and "bilinear"."""
+    """Divides the scores of "infonce"; the matrix of "bilinear" starts as the identity over it."""
     learnable_temperature: bool = False
     """Learn the temperature, starting from future_encoder.temperature; it is kept between 0.01 and 1."""
 

@@ -6,8 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields
 
-from flame.config import JobConfig
-from flame.objective_config import CONTRASTIVE, HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE, FutureEncoder, Objective
+from flame.config import JobConfig, Metrics
+from flame.objective_config import (
+    CONTRASTIVE,
+    HIGHEST_LEARNED_TEMPERATURE,
+    LOWEST_LEARNED_TEMPERATURE,
+    FutureEncoder,
+    Objective,
+)
 
 
 def find_objective_conflicts(config: JobConfig) -> Iterator[str]:
@@ -15,6 +21,27 @@ def find_objective_conflicts(config: JobConfig) -> Iterator[str]:
     yield from _find_name_conflicts(config)
     yield from _find_schedule_conflicts(config)
     yield from _find_future_conflicts(config)
+
+
+def list_unused(config: JobConfig) -> list[str]:
+    """Options that have been set and do nothing in this run, where they need not be a mistake: one file serves several
+    objectives."""
+    future = config.future_encoder
+    unused = []
+    if not config.uses_future:
+        switches = ("enable", False), ("loss_weight", 0)  # are what has switched it off
+        for section, options in (("future_encoder", future), ("future_predictor", config.future_predictor)):
+            values = ((option, getattr(options, option.name)) for option in fields(options))
+            unused += [
+                f"{section}.{option.name}"
+                for option, value in values
+                if value != option.default and (option.name, value) not in switches
+            ]
+        if config.metrics.future_interval != Metrics().future_interval:
+            unused.append("metrics.future_interval")
+    elif future.estimator_type not in CONTRASTIVE and future.temperature != FutureEncoder().temperature:
+        unused.append("future_encoder.temperature")
+    return unused
 
 
 def _find_name_conflicts(config: JobConfig) -> Iterator[str]:
@@ -29,10 +56,9 @@ def _find_name_conflicts(config: JobConfig) -> Iterator[str]:
         value, allowed = getattr(objective, option.name), users.get(option.name, (config.objective_name,))
         if value != option.default and config.objective_name not in allowed:
             names = " or ".join(f'"{name}"' for name in allowed)
-            yield (
-                f'objective.{option.name} = {value} has no effect with objective.name = "{config.objective_name}": leave it out, '
-                f"or set the name to {names}"
-            )
+            is_off = objective.name == "future" and not config.uses_future
+            cause = "future_encoder.loss_weight = 0" if is_off else f'objective.name = "{config.objective_name}"'
+            yield f"objective.{option.name} = {value} has no effect with {cause}: leave it out, or set the name to {names}"
 
     if config.objective_name == "mtp" and objective.mtp_tokens >= config.training.context_len:
         yield (
@@ -100,6 +126,11 @@ def _find_future_conflicts(config: JobConfig) -> Iterator[str]:
                     f"future_encoder.{name} is about negatives, and future_encoder.estimator_type = "
                     f'"{future.estimator_type}" has none: leave it out'
                 )
+    if future.target == "shuffled" and future.exclude_neighbors:
+        yield (
+            f'future_encoder.exclude_neighbors = {future.exclude_neighbors} with future_encoder.target = "shuffled": summaries '
+            "are dealt to other places, and an anchor's neighbours are not near its own; leave it out"
+        )
     if future.ema_decay != FutureEncoder().ema_decay and future.target != "ema":
         yield (
             f'future_encoder.ema_decay = {future.ema_decay} has no effect with future_encoder.target = "{future.target}": leave '

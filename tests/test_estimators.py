@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.models.mi_estimator import BilinearEstimator, InfoNCEEstimator, build_mi_estimator, read_temperature
+from flame.objective_config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from tests.test_losses import chunks_of
+from tests.test_train import leave_no_trace, run_here, workspace  # noqa: F401 - fixtures
 
 NAMES = ["infonce", "bilinear", "cosine", "smooth_l1"]
 ALL = torch.ones(6, dtype=torch.bool)
@@ -151,3 +153,10 @@ def test_a_contrast_that_is_not_finite_is_exactly_zero(bad, name, where):
     # What was not finite itself still turns the zeros that reach it into NaN; the step guard deals with that.
     for key, tensor in ({"x": x} | learned).items():
         assert key == where or not tensor.grad.any()
+
+
+def test_a_run_keeps_its_temperature_in_bounds(workspace, tmp_path):  # noqa: F811
+    """With steps so long that each ends at one."""
+    changes = {"training__steps": 2, "future_predictor__lr_scale": 1000, "checkpoint__enable_checkpoint": False}
+    for row in run_here(workspace, tmp_path / "run", **changes):
+        assert row["temperature"] in (pytest.approx(LOWEST_LEARNED_TEMPERATURE), pytest.approx(HIGHEST_LEARNED_TEMPERATURE))

@@ -23,10 +23,11 @@ from flame.data.batch import PackedBatch
 from flame.instruments import representations
 from flame.instruments.gradients import GradientComparison, compare_gradients, name_gradients
 from flame.instruments.representations import Observed, measure_representations
+from flame.instruments.step_instruments import is_instrument_step, measure_step
 from flame.models.future_lm import FutureLM, build_future_lm
 from flame.models.future_mask import draw_anchors, find_anchors
 from flame.models.parallelize import materialize, parallelize
-from flame.objective import Parts, compute_losses
+from flame.objective import Parts, compute_losses, gather_pools
 from flame.objective_config import FuturePredictor
 from tests.helpers import CPU, build_unsharded, future_config, random_batch, random_cu_seqlens, tiny_llama
 from tests.test_train import leave_no_trace, measured, run_here, workspace  # noqa: F401 - fixtures
@@ -367,3 +368,63 @@ def test_training_is_the_same_with_and_without_instruments(workspace, tmp_path, 
         assert row["future/grad_ratio"] == pytest.approx(
             row["loss_weight"] * row["future/grad_norm_aux"] / row["future/grad_norm_ce"]
         )
+
+
+@pytest.mark.parametrize(
+    ("start_step", "interval", "expected"), [(0, 0, []), (0, 1, [*range(1, 10)]), (0, 4, [1, 4, 8]), (0, 20, [1]), (5, 4, [5, 8])]
+)
+def test_the_first_step_and_each_so_many_th_are_measured(start_step, interval, expected):
+    config = future_config(start_step=start_step)
+    config.metrics.future_interval = interval
+    assert [step for step in range(max(start_step, 1), 10) if is_instrument_step(config, step)] == expected
+    config.future_encoder.enable = False
+    assert not any(is_instrument_step(config, step) for step in range(1, 10))
+
+
+def test_instruments_compare_with_the_negatives_of_the_step(workspace, tmp_path, monkeypatch):  # noqa: F811
+    """The gradient of the first pack's loss among the candidates of all micro-steps."""
+    norms = []
+
+    def gather(model, batches, config):
+        pools = gather_pools(model, batches, config)
+        aux = model(compute_losses, batches[0], config, Parts(aux=True, ce=False), pools[0]).aux
+        (aux.loss_sum / aux.num_anchors).backward()
+        gradients = [weight.grad.to_local() for weight in model.lm.parameters() if weight.grad is not None]
+        norms.append(math.hypot(*(gradient.norm().item() for gradient in gradients)))
+        model.zero_grad()
+        return pools
+
+    monkeypatch.setattr("flame.train.gather_pools", gather)
+    changes = {"training__steps": 1, "checkpoint__enable_checkpoint": False, "future_predictor__dropout": 0}
+    (row,) = run_here(workspace, tmp_path / "run", **changes, future_encoder__negatives="global")
+    assert [row["future/grad_norm_aux"]] == pytest.approx(norms, rel=1e-5)
+
+
+SHIFT = 2  # so that there are fewer anchors than labels
+UNTIED = tiny_llama(tie_word_embeddings=False)  # starts from the same weights sharded and not
+
+
+def _measure_on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    config = future_config(target_shift=SHIFT)
+    model = build_future_lm(config, UNTIED, "cpu")
+    parallelize(model, config, init_device_mesh("cpu", (WORLD,), mesh_dim_names=("fsdp",)))
+    materialize(model, CPU, 0)
+    found = average(measure_step(model, rank_batch(rank), config, 0.3, None))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_gradients_are_of_means_over_all_ranks(tmp_path):
+    mp.spawn(_measure_on_rank, args=(str(tmp_path),), nprocs=WORLD)
+    config = future_config(target_shift=SHIFT)
+    batches = [rank_batch(rank) for rank in range(WORLD)]
+    labels = sum(batch.num_labels for batch in batches)
+    anchors = sum(int(find_anchors(batch.segment_ids[0], SHIFT).sum()) for batch in batches)
+    ce_norm, aux_norm, cosine = brute_force(build_unsharded(config, UNTIED), batches, config)
+    ce_norm, aux_norm = ce_norm * 100 / labels, aux_norm * 50 / anchors  # what `closures` divide by
+    expected = {"norm_ce": ce_norm, "norm_aux": aux_norm, "cosine": cosine, "ratio": 0.3 * aux_norm / ce_norm}
+    for rank in range(WORLD):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert {name: found[f"future/grad_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flame.data.batch import PackedBatch, build_batch
+from flame.data.lines import Cursor
+from flame.data.streams import PackedSequence
 from flame.models.future_targets import BASES, PRIME, hash_futures
 from flame.models.mi_estimator import Candidates, build_mi_estimator
+from flame.objective import Parts, compute_losses, gather_pools
+from tests.helpers import build_unsharded, future_config
 from tests.test_losses import chunks_of
 
 WIDTH = 4
@@ -53,7 +64,7 @@ def infonce_by_loop(x, valid, candidates: Candidates, weight):
         term = torch.logsumexp(torch.stack([mine, *scores]), 0) - mine
         loss = loss + term
         mi += math.log(1 + len(scores)) - term.item()
-        correct += all(mine > score for score in scores)
+        correct += bool(scores) and all(mine > score for score in scores)
         others = [j for j in range(len(candidates.is_valid)) if candidates.is_valid[j] and j != own]
         positive += (unit @ candidates.summaries[own]).item()
         negative += sum((unit @ candidates.summaries[j]).item() for j in others) / max(len(others), 1)
@@ -187,3 +198,38 @@ def test_no_two_powers_of_a_base_are_equal(base):
             rest //= factor
         assert pow(base, (PRIME - 1) // factor, PRIME) != 1
     assert rest == 1
+
+
+PACK_LEN, DOCUMENT_LEN = 300, 10
+ANSWER_LENS = (1, 8)  # in each of two packs: room for 64 anchors would do for the one, the other needs 256
+
+
+def pack_answers(answer_len: int) -> PackedBatch:
+    documents = PACK_LEN // DOCUMENT_LEN
+    ids = np.random.default_rng(answer_len).integers(0, 61, PACK_LEN)
+    cu_seqlens = np.arange(0, PACK_LEN + 1, DOCUMENT_LEN, dtype=np.int32)
+    counts = np.full(documents, answer_len, dtype=np.int64)
+    return build_batch(PackedSequence(ids, cu_seqlens, "a", 0, Cursor(0, 0, 0, 0), [], 0, counts), answer_len)
+
+
+def _contrast_on_rank(rank: int, folder: str, ranks: int) -> None:
+    """The loss of each of this rank's packs, of which all ranks together have two."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{ranks}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    config = future_config(negatives="global")
+    config.training.loss_on = "answer"
+    model = build_unsharded(config).double()
+    batches = [pack_answers(answer_len) for answer_len in ANSWER_LENS][rank::ranks]
+    pools = gather_pools(model, batches, config)
+    losses = [model(compute_losses, batch, config, Parts(aux=True), pool) for batch, pool in zip(batches, pools, strict=True)]
+    Path(folder, f"{ranks}-{rank}.json").write_text(json.dumps([each.aux.loss_sum.item() for each in losses]))
+    dist.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_answers_share_their_candidates(tmp_path):
+    """1 rank x 2 micro-steps = 2 ranks x 1."""
+    _contrast_on_rank(0, str(tmp_path), 1)
+    mp.spawn(_contrast_on_rank, args=(str(tmp_path), 2), nprocs=2)
+    whole, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert [*first, *second] == pytest.approx(whole, rel=1e-9)

@@ -18,9 +18,10 @@ from flame.objective import Losses, Parts, compute_losses
 
 
 def is_instrument_step(config: JobConfig, step: int) -> bool:
-    """Whether a step, counted from 1, is measured: the first, so that what does not fit shows at once, and each so-many-th."""
-    interval = config.metrics.future_interval
-    return config.uses_future and interval > 0 and (step == 1 or step % interval == 0)
+    """Whether a step, counted from 1, is measured: the first with a future loss, so that what does not fit shows at once, and
+    each so-many-th."""
+    interval, first = config.metrics.future_interval, max(config.future_encoder.start_step, 1)
+    return config.uses_future and interval > 0 and (step == first or step % interval == 0)
 
 
 def measure_step(model: FutureLM, batch: PackedBatch, config: JobConfig, loss_weight: float, pool: Pool | None) -> Means:
