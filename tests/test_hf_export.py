@@ -395,8 +395,9 @@ def test_some_weights_stay_in_float32(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "run", model)
     convert(checkpoint, tmp_path / "hf", "bfloat16")
     weights = read_weights(tmp_path / "hf")
-    kept = [name for name, tensor in weights.items() if tensor.dtype == torch.float32]
-    assert kept == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+    kept = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    gate = "model.layers.1.mlp.gate."  # later versions of transformers keep the whole of it
+    assert {f"{gate}e_score_correction_bias"} <= kept <= {f"{gate}e_score_correction_bias", f"{gate}weight"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
     again.save_pretrained(tmp_path / "again")
     assert_same_weights(weights, read_weights(tmp_path / "again"))

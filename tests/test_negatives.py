@@ -216,7 +216,7 @@ def _contrast_on_rank(rank: int, folder: str, ranks: int) -> None:
     """The loss of each of this rank's packs, of which all ranks together have two."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{ranks}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
     config = future_config(negatives="global")
     config.training.loss_on = "answer"
     model = build_unsharded(config).double()
