@@ -10,6 +10,7 @@ import torch
 from flame.components.distributed import get_world_size
 from flame.config import JobConfig
 from flame.data.mixture import Mixture
+from flame.loss_schedule import reaches_loss_weight
 from flame.models.future_lm import FutureLM
 from flame.objective_conflicts import list_unused
 from flame.validation import Validator
@@ -43,9 +44,9 @@ def announce(
         logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
     if unused := list_unused(config):
         logger.info("without effect in this run: %s", ", ".join(unused))
-    future = config.future_encoder
-    if config.uses_future and max(future.start_step, 1) - 1 + future.warmup_steps > training.steps:
-        logger.warning("future_encoder.loss_weight is not reached: its warm-up is longer than the run")
+    if config.uses_future and not reaches_loss_weight(config):
+        weight = config.future_encoder.loss_weight
+        logger.warning("future_encoder.loss_weight = %s is not reached: warm-up and decay leave no step between", weight)
     logger.info("run folder: %s", Path(config.job.dump_folder))
     if start_step:
         logger.info("resumed after step %d of %d", start_step, training.steps)

@@ -5,6 +5,12 @@ from __future__ import annotations
 from flame.config import JobConfig
 
 
+def reaches_loss_weight(config: JobConfig) -> bool:
+    """Whether the factor of the future loss is `loss_weight` at some step: its warm-up ends before its decay, or the run."""
+    future = config.future_encoder
+    return max(future.start_step, 1) + max(future.warmup_steps, 1) - 1 <= config.training.steps - future.decay_steps
+
+
 def find_aux_weight(config: JobConfig, step: int) -> float:
     """The factor at a step, counted from 1.
 

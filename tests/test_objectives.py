@@ -28,7 +28,7 @@ from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.data.batch import PackedBatch
 from flame.instruments.step_instruments import measure_step
-from flame.loss_schedule import find_aux_weight
+from flame.loss_schedule import find_aux_weight, reaches_loss_weight
 from flame.models.anchors import select_anchors
 from flame.models.future_lm import FutureLM
 from flame.models.future_mask import draw_anchors
@@ -448,7 +448,7 @@ def test_the_mean_embedding_as_target(window):
 def test_a_mean_embedding_is_the_same_to_the_bit_wherever_its_document_is():
     """Sums of floats are not, and on GPUs do not even repeat."""
     generator = torch.Generator().manual_seed(0)
-    document, others = torch.randn(9, 5, generator=generator), 1e3 * torch.randn(400, 5, generator=generator)
+    document, others = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (9, 400))
     alone = average_ahead(document, torch.zeros(9, dtype=torch.int32), 0)
     segments = torch.cat([torch.zeros(400), torch.ones(9)]).to(torch.int32)
     assert torch.equal(average_ahead(torch.cat([others, document]), segments, 0)[400:], alone)
@@ -544,6 +544,14 @@ def test_the_factor_step_by_step(changes, expected):
     config = future_config(**{"loss_weight": 0.5} | changes)
     config.training.steps = 6
     assert [find_aux_weight(config, step) for step in range(1, 7)] == pytest.approx(expected)
+
+
+@given(steps=st.integers(1, 6), start=st.integers(0, 6), warmup=st.integers(0, 7), decay=st.integers(0, 7))
+def test_whether_the_factor_becomes_the_loss_weight(steps, start, warmup, decay):
+    config = future_config(loss_weight=0.5, start_step=min(start, steps), warmup_steps=warmup, decay_steps=decay)
+    config.training.steps = steps
+    reached = any(find_aux_weight(config, step) == 0.5 for step in range(1, steps + 1))
+    assert reaches_loss_weight(config) == reached
 
 
 def test_the_factor_is_the_one_that_is_applied(workspace, tmp_path):  # noqa: F811

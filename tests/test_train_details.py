@@ -139,6 +139,15 @@ def test_activation_checkpointing_wraps_the_layers_of_other_objectives(workspace
     assert wrapped == [mode != "none"] * 2
 
 
+def test_a_run_says_what_has_no_effect(workspace, tmp_path, caplog):  # noqa: F811
+    changes = {"training__steps": 1, "checkpoint__enable_checkpoint": False, "future_predictor__dropout": 0.1}
+    run_here(workspace, tmp_path / "top", objective__name="top", future_encoder__enable=None, **changes)
+    assert "without effect in this run: future_encoder.learnable_temperature, future_predictor.dropout" in caplog.text
+    caplog.clear()
+    run_here(workspace, tmp_path / "future", future_encoder__warmup_steps=2, **changes)
+    assert "future_encoder.loss_weight = 0.1 is not reached" in caplog.text and "without effect" not in caplog.text
+
+
 def test_logged_losses_are_means_over_the_items_of_all_micro_steps(workspace, tmp_path, monkeypatch):  # noqa: F811
     captured = []
 

@@ -44,8 +44,8 @@ def find_reach(future: FutureEncoder, config: PretrainedConfig) -> int:
     """
     if future.target == "causal":
         return 0
-    models = [0] if future.target == "mean_embedding" else list_layer_limits(config)
-    limits = [tighten(limit, future.future_k) for limit in models]
+    own = [0] if future.target == "mean_embedding" else list_layer_limits(config)
+    limits = [tighten(limit, future.future_k) for limit in own]
     return sum(limits) + 1 if all(limits) else 0
 
 
