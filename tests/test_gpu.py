@@ -305,6 +305,14 @@ def test_a_linear_attention_model_trains(workspace: Path, tmp_path: Path):  # no
     assert rows[-1]["ce_loss"] < rows[0]["ce_loss"] and rows[-1]["aux_loss"] > 0
 
 
+def check_rows(rows: list[dict], others: list[dict]) -> None:
+    """To rounding, which decides whose score is higher where two are close: so two hits more or less."""
+    for found, expected in zip(measured(rows), measured(others), strict=True):
+        hits = [row.pop("infonce_accuracy") * row["anchors"] for row in (found, expected)]
+        assert hits[0] == pytest.approx(hits[1], abs=2.01)
+        assert found == pytest.approx(expected, rel=2e-2), (found, expected)
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize(
     "options",
@@ -321,8 +329,7 @@ def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, 
     changes = options | IN_FLOAT32 | {"model__config": tmp_path / "model"}
     one = run_ranks(1, workspace, tmp_path / "one", **changes)
     two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
-    for found, expected in zip(measured(two), measured(one), strict=True):
-        assert found == pytest.approx(expected, rel=2e-2), (found, expected)
+    check_rows(two, one)
     assert read_metrics(tmp_path / "two")[-1]["mfu"] > 0
     torch.testing.assert_close(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=0, atol=2e-2)
 
@@ -371,8 +378,7 @@ def test_hsdp_and_one_gpu_go_on_from_two(workspace: Path, tmp_path: Path):  # no
     run_deterministic(workspace, run, ranks=2, **replicated, **further)
     shutil.rmtree(run / "checkpoint" / "step-6")
     rows = run_deterministic(workspace, run, ranks=1, **further)
-    for found, expected in zip(measured(rows), measured(plain), strict=True):
-        assert found == pytest.approx(expected, rel=2e-2), (found, expected)
+    check_rows(rows, plain)
     assert [row["anchors"] for row in rows] == [row["anchors"] for row in plain]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
+from transformers import AutoConfig
 
 from flame.checkpoints.checkpoint import list_checkpoints
 from flame.checkpoints.checkpoint_storage import TensorReader
@@ -16,7 +18,7 @@ from flame.checkpoints.resume_check import check_resumable
 from flame.config import JobConfig
 from flame.config_reader import read_config
 from flame.errors import UserError
-from flame.models import float8_training
+from flame.models import float8_training, parallelize
 from flame.models.float8_training import check_float8, convert_to_float8
 from flame.train import main
 from tests.helpers import build_unsharded, future_config
@@ -172,6 +174,24 @@ def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp
         rows = run_here(workspace, tmp_path / mode, activation_checkpoint__mode=mode, checkpoint__export_hf=False, **changes)
         for found, row in zip(rows, expected, strict=True):
             assert found["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("target", ["self", "random"])
+def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):  # noqa: F811
+    """A small model on one device is one FSDP group; a large one, and any on several, has one for each layer."""
+    counts, numbers, weights = [], [], []
+    for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
+        monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
+        run = tmp_path / str(most)
+        with patch.object(parallelize, "fully_shard", wraps=parallelize.fully_shard) as shard:
+            rows = run_here(workspace, run, future_encoder__target=target, training__gradient_accumulation_steps=2)
+        counts.append(shard.call_count)
+        numbers.append(measured(rows))
+        weights.append(final_weights(run))
+    layers = AutoConfig.from_pretrained(run / "hf").num_hidden_layers
+    assert counts == [1, 1 + layers * (1 + (target == "random"))]
+    assert numbers[0] == numbers[1]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 # ---------------------------------------------------------------- float8

@@ -72,6 +72,11 @@ def _checkpoint_activations(layers: nn.ModuleList, config: JobConfig) -> None:
         policy(policy.Config()).apply(holder)
 
 
+MOST_WEIGHTS_IN_ONE_GROUP = 100_000_000
+"""That one device keeps in a single FSDP group. With more, a group for each layer bounds what is held of gradients at the end of
+the backward: alone, some 10 bytes a weight. A small model waits for the launches of each group (benchmarks/groups.py)."""
+
+
 def _shard(model: FutureLM, layers: list[nn.Module], config: JobConfig, mesh: DeviceMesh) -> None:
     training = config.training
     on_gpu = mesh.device_type == "cuda"
@@ -81,7 +86,8 @@ def _shard(model: FutureLM, layers: list[nn.Module], config: JobConfig, mesh: De
     )
     reshard = training.fsdp_reshard_after_forward and mesh.size(mesh.ndim - 1) > 1
     offload = CPUOffloadPolicy() if training.cpu_offload and on_gpu else OffloadPolicy()
-    for layer in layers:
+    is_one_group = mesh.size() == 1 and sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS_IN_ONE_GROUP
+    for layer in layers if not is_one_group else ():
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules() if mesh.size() > 1 else ():  # alone, FSDP would divide by 1.0, in a pass over all gradients
