@@ -140,7 +140,7 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
     ],
     "hard_small_steps": [
         (size, f"{name}, small steps", OBJECTIVES[name] | options | SMALL_STEPS)
-        for (size, options), name in product(HARD_SMALL_STEPS.items(), ("future", "fsp_bow"))
+        for (size, options), name in product(HARD_SMALL_STEPS.items(), OBJECTIVES)
     ],
     "hard_settings": [
         ("10x10", f"future, {name}", HARD["10x10"] | SLOW_START | options) for name, options in HARD_SETTINGS.items()
