@@ -92,7 +92,7 @@ HARD_SMALL_STEPS: dict[str, Options] = {
 """Half the graphs a step, and more of them in all."""
 SMALL_STEPS: Options = {
     "lr_scheduler.warmup_steps": 600,
-    "training.num_workers": 1,
+    "training.num_workers": 1,  # which takes seconds to start: no matter in runs of many minutes
     "validation.interval": 100,
     "validation.num_sequences": 8,
 }

@@ -7,7 +7,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 from transformers import AutoConfig
@@ -20,8 +24,9 @@ from flame.config_reader import read_config
 from flame.errors import UserError
 from flame.models import float8_training, parallelize
 from flame.models.float8_training import check_float8, convert_to_float8
+from flame.models.future_lm import build_future_lm
 from flame.train import main
-from tests.helpers import build_unsharded, future_config
+from tests.helpers import build_unsharded, future_config, tiny_llama
 from tests.test_train import (  # noqa: F401 - fixtures
     cut_power_after,
     final_weights,
@@ -178,7 +183,7 @@ def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp
 
 @pytest.mark.parametrize("target", ["self", "random"])
 def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):  # noqa: F811
-    """A small model on one device is one FSDP group; a large one, and any on several, has one for each layer."""
+    """A small model on one device is one FSDP group, a large one has one for each layer."""
     counts, numbers, weights = [], [], []
     for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
         monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
@@ -192,6 +197,15 @@ def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):  # noq
     assert counts == [1, 1 + layers * (1 + (target == "random"))]
     assert numbers[0] == numbers[1]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 1), (2, 3)])
+def test_on_several_devices_each_layer_is_a_group(leave_no_trace, ranks, expected):  # noqa: F811
+    """Of a small model too: their communication overlaps with work."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    model = build_future_lm(future_config(), tiny_llama(), "cpu")
+    parallelize.parallelize(model, future_config(), init_device_mesh("cpu", (ranks,)))
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == expected
 
 
 # ---------------------------------------------------------------- float8
