@@ -11,6 +11,7 @@ shows an exact match of 99.5 % on each size. `report` writes tables and plots fr
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatchcase
 from itertools import product
 
 from benchmarks.pathstar_report import RUN_FOLDERS, list_matches, write_report
@@ -36,6 +37,7 @@ OBJECTIVES: dict[str, Options] = {
     "fsp_bow": {"objective.name": "fsp_bow"},
     "future": {},
 }
+MTP_2: Options = {"objective.name": "mtp", "objective.mtp_tokens": 2}
 SELF: Options = {"future_encoder.target": "self", "future_encoder.target_shift": 1, "future_encoder.loss_weight": 1.0}
 """The trainer's default target, at the weight that suits it here. Controls and settings are variants of it."""
 WITH_DUPLICATES: Options = {"future_encoder.exclude_duplicates": False}
@@ -159,7 +161,7 @@ GROUPS: dict[str, list[tuple[str, str, Options]]] = {
 """Size, variant and its options."""
 LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
     "laptop": {name: {"objective.name": name} for name in ("future", "next_token")},
-    "laptop_rivals": {name: OBJECTIVES[name] for name in ("mtp-4", "top", "fsp_bow")},
+    "laptop_rivals": {name: OBJECTIVES[name] for name in ("mtp-4", "top", "fsp_bow")} | {"mtp-2": MTP_2},
     "laptop_rival_weights": RIVAL_SETTINGS,
     "laptop_weights": {"loss_weight 1": WEIGHT_1, "loss_weight 1, 40 labels": WEIGHT_1 | CPU_MANY_LABELS},
     "laptop_targets": {
@@ -251,14 +253,15 @@ def is_enough(validations: list[Row]) -> bool:
 def list_all(arguments: argparse.Namespace) -> list[Run]:
     """One seed of all groups before the next: cut short, each variant has about as many. What two groups share is made once."""
     runs = {run.name: run for seed in arguments.seeds for group in arguments.group for run in list_runs(group, seed)}
-    return [run for name, run in runs.items() if arguments.only in name]
+    return [run for name, run in runs.items() if any(fnmatchcase(name, f"*{text}*") for text in arguments.only)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     names = [*GROUPS, *LAPTOP_GROUPS]
     told = f"one or more of {', '.join(names)} (what each holds: benchmarks/pathstar.py)"
     parser.add_argument("--group", nargs="+", required=True, choices=names, metavar="GROUP", help=told)
-    parser.add_argument("--only", default="", help="of the groups, runs whose folder holds this text")
+    only = "of the groups, runs whose folder holds one of these texts; * stands for any text"
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=only)
 
 
 if __name__ == "__main__":

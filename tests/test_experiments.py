@@ -89,8 +89,16 @@ def test_a_variant_is_what_its_name_says(group, name, target, shift, weight, lab
 
 
 def test_what_two_groups_share_is_made_once():
-    arguments = argparse.Namespace(seeds=[1], group=["objectives", "controls"], only="5x3/target self")
+    arguments = argparse.Namespace(seeds=[1], group=["objectives", "controls"], only=["5x3/target self"])
     assert [run.name for run in pathstar.list_all(arguments)] == ["5x3/target self/seed 1"]
+
+
+def test_some_runs_of_several_groups():
+    only = ["2x10/top", "7x7/*small steps"]
+    arguments = argparse.Namespace(seeds=[1, 2], group=["hard", "hard_small_steps"], only=only)
+    small = [f"7x7/{name}, small steps" for name in pathstar.OBJECTIVES]
+    names = [f"{name}/seed {seed}" for seed in (1, 2) for name in ["2x10/top", *small]]
+    assert [run.name for run in pathstar.list_all(arguments)] == names
 
 
 def parse_run(experiment, *options: object) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM
 from flame.components.distributed import end_processes, set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.tokenizer import build_bytes_tokenizer
+from flame.errors import UserError
 from flame.objective import Parts, compute_losses
 from flame.train import Trainer
+from flame.weights.hf_assets import read_generation_settings, write_hf_assets
+from flame.weights.weight_source import find_assets
 from tests.test_train import leave_no_trace, measured, options, run_here, workspace  # noqa: F401 - fixtures
 from tests.toy_families import build_toy
 
@@ -63,3 +67,60 @@ def test_a_resumed_run_goes_on_from_its_own_weights(source, workspace, tmp_path,
     shutil.rmtree(run / "checkpoint" / "step-6")
     assert measured(run_here(workspace, run, **from_weights(source))) == rows
     assert "resumed after step 3" in caplog.text and "weights from" not in caplog.text
+
+
+# ---------------------------------------------------------------- settings for generation
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def test_settings_for_generation_come_along(source, workspace, tmp_path):  # noqa: F811
+    """From the first weights into the exported model, and from checkpoint to checkpoint where the first weights are gone."""
+    tokenizer = build_bytes_tokenizer()
+    weights = shutil.copytree(source, tmp_path / "weights")
+    settings = {"do_sample": True, "top_k": 7, "eos_token_id": [3, tokenizer.eos_token_id], "transformers_version": "5.0.0"}
+    (weights / "generation_config.json").write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    run_here(workspace, run, **from_weights(weights))
+    expected = settings | {"pad_token_id": tokenizer.pad_token_id}
+    assert read_settings(run / "hf") == expected
+
+    (weights / "generation_config.json").unlink()
+    shutil.rmtree(run / "checkpoint" / "step-6")
+    shutil.rmtree(run / "hf")
+    run_here(workspace, run, **from_weights(weights))
+    assert read_settings(run / "hf") == expected
+
+    again = {"model__config": None, "model__tokenizer_path": None, "checkpoint__initial_load_path": run / "checkpoint" / "step-6"}
+    run_here(workspace, tmp_path / "from checkpoint", **again)
+    assert read_settings(tmp_path / "from checkpoint" / "hf") == expected
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "from checkpoint" / "hf").generation_config.top_k == 7
+
+
+@pytest.mark.parametrize("stops", [5, [5, 6], None], ids=["another", "others", "none"])
+def test_generation_stops_where_training_ended_documents(stops, source, tmp_path):
+    tokenizer = build_bytes_tokenizer()
+    write_hf_assets(build_toy("qwen3_moe", vocab_size=264), tokenizer, {"top_k": 7, "eos_token_id": stops}, tmp_path)
+    settings = read_settings(tmp_path)
+    assert settings["eos_token_id"] == tokenizer.eos_token_id and settings["top_k"] == 7
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_settings_that_cannot_be_read_are_named(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        read_generation_settings(tmp_path)
+
+
+def test_a_hub_model_that_was_fetched_has_its_settings_in_the_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert find_assets("owner/name") == snapshot
+    assert find_assets("owner/another") is None and find_assets("./gone") is None
