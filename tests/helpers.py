@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
+import triton
+from packaging.version import Version
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
@@ -15,6 +19,10 @@ from flame.models.parallelize import materialize
 from flame.objective_config import FutureEncoder
 
 CPU = torch.device("cpu")
+needs_interpreter = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.5"),
+    reason="Triton 3.6, which torch 2.11 brings, interprets nothing beside numpy 2.5: its interpreter turns arrays into numbers",
+)
 
 
 def tiny_llama(**changes) -> PretrainedConfig:

@@ -24,7 +24,7 @@ from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.parallelize import materialize, parallelize
 from tests import fla_families as toys
 from tests.fla_families import RUNS_INTERPRETED, TOYS, build_toy
-from tests.helpers import CPU, future_config
+from tests.helpers import CPU, future_config, needs_interpreter
 from tests.test_train import final_weights, leave_no_trace, run_here, workspace  # noqa: F401 - fixtures
 
 REPO = Path(__file__).parent.parent
@@ -109,6 +109,7 @@ def test_meta_build_and_sharding_start_as_the_plain_constructor(name, tied, mesh
     assert (model.lm.get_output_embeddings().weight is model.lm.get_input_embeddings().weight) == tied
 
 
+@needs_interpreter
 def test_passes_in_the_interpreter():
     """Leaks, packing and loss on a CPU. The interpreter is chosen when Triton is imported: a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

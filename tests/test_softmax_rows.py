@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from flame.models import softmax_rows
 from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
+from tests.helpers import needs_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -91,6 +92,7 @@ def test_kernel_against_definition(columns, seed, has_count, has_excluded, has_k
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
 
 
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="starts itself")
 def test_kernel_in_the_interpreter():
     """Triton's interpreter is chosen when triton is imported. Blocks of 16 columns, so that rows have several."""
