@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from flame.announcement import announce
-from flame.checkpoints.checkpoint import HF_FOLDER, Checkpointer
+from flame.checkpoints.checkpoint import Checkpointer
 from flame.checkpoints.run_checkpoints import RunCheckpoints
 from flame.checkpoints.run_state import RunState
 from flame.components.counters import Counters
@@ -63,9 +63,8 @@ from flame.objective import Losses, Parts, compute_losses, gather_pools
 from flame.optimizers.optimizer import build_optimizer, build_schedule, seek_schedule
 from flame.run_setup import build_model, check_same_data, claim_folder, open_inputs, open_validator
 from flame.weights.exporter import Exporter
-from flame.weights.hf_assets import Settings, read_generation_settings, write_hf_assets
+from flame.weights.hf_assets import write_hf_assets
 from flame.weights.hf_weights import load_initial_weights
-from flame.weights.weight_source import find_assets
 
 __all__ = [
     "Trainer",
@@ -127,7 +126,6 @@ class Trainer:
         self.exporter = Exporter(config, self.checkpointer)
         self.averages_weights = config.uses_future and config.future_encoder.target == "ema"
         self.previewed = False
-        self.generation: Settings = {}
 
     @property
     def step(self) -> int:
@@ -288,18 +286,17 @@ class Trainer:
         self.data_state.check_units(self.mixture.count_units())
         if is_resumed:
             seek_schedule(self.schedule, self.step)
-            self.generation = read_generation_settings(self.checkpointer.folder / f"step-{self.step}" / HF_FOLDER)
         elif self.config.checkpoint.initial_load_path:
-            for line in load_initial_weights(self.model, self.config, self.tokenizer):
+            lines, self.state.generation = load_initial_weights(self.model, self.config, self.tokenizer)
+            for line in lines:
                 logger.info(line)
-            self.generation = read_generation_settings(find_assets(self.config.checkpoint.initial_load_path))
         if not is_resumed and self.averages_weights:
             self.model.update_teacher(decay=0.0)
         self.checkpoints.prepare()
         return self.state.wandb_id
 
     def _write_assets(self, folder: Path) -> None:
-        write_hf_assets(self.model.lm.config, self.tokenizer, self.generation, folder)
+        write_hf_assets(self.model.lm.config, self.tokenizer, self.state.generation, folder)
 
     def _open_run(self, wandb_id: str | None) -> None:
         """Everything that starts at the step the run starts from."""

@@ -328,7 +328,9 @@ def test_the_log_tells_what_is_loaded_and_what_is_fresh(tmp_path, alone):
     fresh = {name: tensor.clone() for name, tensor in model.predictor.state_dict().items()}
     tokenizer = build_bytes_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    lines = load_initial_weights(model, config, tokenizer)
+    (tmp_path / "model" / "generation_config.json").write_text('{"top_k": 7}')
+    lines, generation = load_initial_weights(model, config, tokenizer)
+    assert generation == {"top_k": 7}
     assert_same_weights(model.lm, reference)
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.predictor.state_dict().items())
     assert re.fullmatch(r'weights from checkpoint.initial_load_path = ".*": 20 tensors, 0.00 GiB in bfloat16, .*', lines[0])
@@ -339,8 +341,9 @@ def test_the_log_tells_what_is_loaded_and_what_is_fresh(tmp_path, alone):
     backend["model"] = json.loads(WordLevel(vocabulary, "a").__getstate__())
     backend["added_tokens"] = []
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(backend))
-    last = load_initial_weights(model, config, tokenizer)[-1]
-    assert last.startswith("warning: 2 of the 2 tokens that the weights know have another id")
+    lines, generation = load_initial_weights(model, config, tokenizer)
+    assert lines[-1].startswith("warning: 2 of the 2 tokens that the weights know have another id")
+    assert generation == {}  # its ids would mean other tokens
 
 
 def save_checkpoint(folder: Path, shape: tuple[int, ...], reference: Path) -> None:
@@ -369,7 +372,7 @@ def load_checkpoint(folder: Path, shape: tuple[int, ...], vocab_size: int, refer
     model = build_future_lm(job, tiny_llama(vocab_size=vocab_size), "cpu")
     parallelize(model, job, mesh)
     materialize(model, CPU, 0)
-    lines = load_initial_weights(model, job, build_bytes_tokenizer())
+    lines = load_initial_weights(model, job, build_bytes_tokenizer()).lines
     expected = AutoModelForCausalLM.from_pretrained(reference).state_dict()
     fresh = build_unsharded(job, tiny_llama(), seed=0)
     for name, tensor in model.lm.state_dict().items():

@@ -17,7 +17,6 @@ from flame.errors import UserError
 from flame.objective import Parts, compute_losses
 from flame.train import Trainer
 from flame.weights.hf_assets import read_generation_settings, write_hf_assets
-from flame.weights.weight_source import find_assets
 from tests.test_train import leave_no_trace, measured, options, run_here, workspace  # noqa: F401 - fixtures
 from tests.toy_families import build_toy
 
@@ -99,28 +98,24 @@ def test_settings_for_generation_come_along(source, workspace, tmp_path):  # noq
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "from checkpoint" / "hf").generation_config.top_k == 7
 
 
-@pytest.mark.parametrize("stops", [5, [5, 6], None], ids=["another", "others", "none"])
-def test_generation_stops_where_training_ended_documents(stops, source, tmp_path):
+@pytest.mark.parametrize("ends", [5, [5, 6], None], ids=["another", "others", "none"])
+def test_generation_stops_where_training_ended_documents(ends, tmp_path):
     tokenizer = build_bytes_tokenizer()
-    write_hf_assets(build_toy("qwen3_moe", vocab_size=264), tokenizer, {"top_k": 7, "eos_token_id": stops}, tmp_path)
+    write_hf_assets(build_toy("qwen3_moe", vocab_size=264), tokenizer, {"top_k": 7, "eos_token_id": ends}, tmp_path)
     settings = read_settings(tmp_path)
     assert settings["eos_token_id"] == tokenizer.eos_token_id and settings["top_k"] == 7
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_settings_that_cannot_be_read_are_named(content, tmp_path):
+def test_what_the_tokenizer_lacks_stays(tmp_path):
+    tokenizer = build_bytes_tokenizer()
+    tokenizer.pad_token = None
+    assert tokenizer.bos_token_id is None
+    write_hf_assets(build_toy("qwen3_moe", vocab_size=264), tokenizer, {"pad_token_id": 4, "bos_token_id": 5}, tmp_path)
+    assert read_settings(tmp_path) == {"pad_token_id": 4, "bos_token_id": 5, "eos_token_id": tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"max_new_tokens": 0}', '{"compile_config": {"mode": "default"}}'])
+def test_settings_that_transformers_does_not_take_are_named(content, tmp_path):
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json"):
-        read_generation_settings(tmp_path)
-
-
-def test_a_hub_model_that_was_fetched_has_its_settings_in_the_cache(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--owner--name" / "refs").mkdir()
-    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert find_assets("owner/name") == snapshot
-    assert find_assets("owner/another") is None and find_assets("./gone") is None
+    with pytest.raises(UserError, match=r"^the label: generation_config\.json cannot be used.* mend or remove it$"):
+        read_generation_settings(tmp_path, "the label")

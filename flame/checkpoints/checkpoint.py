@@ -4,7 +4,7 @@ A checkpoint `step-N/` holds
 
 - the tensors of model and optimizer and the random states of each rank, written by torch.distributed.checkpoint, sharded, each
   under its own name;
-- `hf/`: the Hugging Face configuration and tokenizer, so that the folder alone suffices for an export;
+- `hf/`: the Hugging Face configuration, tokenizer and settings for generation, so that the folder alone suffices for an export;
 - `trainer.json`, written last: step, data cursors and counters, and the size of each other file; readable by anyone.
 
 It is written aside as `step-N.partial/` and renamed when every rank is done: a folder with the final name was complete once. One
@@ -75,7 +75,7 @@ class Checkpointer:
     Args:
         folder: where `step-N/` folders live.
         keep_latest_k: complete checkpoints to keep; 0 keeps all.
-        write_assets: writes the Hugging Face configuration and tokenizer into a folder; called once, on rank 0.
+        write_assets: writes into a folder what its `hf/` holds; called once, on rank 0, before the first save.
         asynchronous: let training go on as soon as the tensors are copied to the host; a thread writes and commits them.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +23,8 @@ class RunState:
     """The last one that has been validated."""
     wandb_id: str | None = None
     """Identity at Weights & Biases."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Settings for generation that came with the first weights."""
 
     def gather(self) -> dict[str, Any]:
         """Return the state of all ranks, JSON-able. All ranks call it, between two steps."""
@@ -34,6 +36,7 @@ class RunState:
             "counters": asdict(self.counters),
             "data": merge_states([state for state in states if state is not None]).state_dict(),
             "wandb_id": self.wandb_id,
+            "generation": self.generation,
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -47,3 +50,4 @@ class RunState:
         self.counters.load(saved["counters"])
         self.data.load_state_dict(saved["data"])
         self.wandb_id = saved["wandb_id"]
+        self.generation = saved.get("generation", {})  # older checkpoints have none

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.errors import UserError
@@ -18,11 +18,12 @@ Settings = dict[str, Any]
 def write_hf_assets(
     model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, generation: Settings, folder: Path
 ) -> None:
-    """Write the model's configuration, with the tokenizer's special tokens, and the tokenizer: generation then stops where
-    training ended documents.
+    """Write the model's configuration, with the tokenizer's special tokens, the tokenizer, and the settings for generation, which
+    then stops where training ended documents.
 
     Args:
-        generation: the settings for generation that came with the first weights; without any, no file of them is written.
+        generation: those that came with the first weights, of the same tokenizer. What they have in place of a special token that
+            the tokenizer lacks stays, and so do several ends with the tokenizer's among them. Without any, none are written.
     """
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model_config = copy.deepcopy(model_config)
@@ -32,26 +33,29 @@ def write_hf_assets(
     tokenizer.save_pretrained(folder)
     if generation:
         settings = generation | {name: number for name, number in special.items() if number is not None}
-        stops = generation.get("eos_token_id")
-        if isinstance(stops, list) and tokenizer.eos_token_id in stops:  # a chat model has several
-            settings["eos_token_id"] = stops
-        (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        ends = generation.get("eos_token_id")
+        if isinstance(ends, list) and tokenizer.eos_token_id in ends:  # a chat model has several
+            settings["eos_token_id"] = ends
+        (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def read_generation_settings(folder: Path | None) -> Settings:
+def read_generation_settings(folder: Path, label: str) -> Settings:
     """The settings for generation in a Hugging Face folder; empty if it has none.
 
+    Args:
+        label: what gave the folder, for messages.
+
     Raises:
-        UserError: they cannot be read.
+        UserError: transformers would not take them.
     """
-    path = folder and folder / GENERATION_CONFIG_NAME
-    if not path or not path.exists():
-        return {}
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        settings = json.loads((folder / GENERATION_CONFIG_NAME).read_text(encoding="utf-8"))
+        GenerationConfig.from_dict(settings)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # the library has no common type
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f'"{path}" cannot be read ({reason}): fetch it again, or remove it') from error
-    if not isinstance(settings, dict):
-        raise UserError(f'"{path}" holds no settings by name: fetch it again, or remove it')
+        raise UserError(
+            f"{label}: {GENERATION_CONFIG_NAME} cannot be used, as transformers would not ({reason}): mend or remove it"
+        ) from error
     return settings

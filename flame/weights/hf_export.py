@@ -1,6 +1,6 @@
 """Export of a checkpoint as an ordinary Hugging Face folder.
 
-    config.json, generation_config.json     with the tokenizer's special tokens
+    config.json, generation_config.json     with the tokenizer's special tokens; generation as the first weights had it, if any
     model*.safetensors, and their index     the language model, as `save_pretrained` writes it
     tokenizer.json, ...
     future_modules.safetensors              predictor and estimator, which Hugging Face does not know
@@ -66,7 +66,7 @@ def convert(
     tensors = ModelTensors(checkpoint)
     target = getattr(torch, dtype)
     with _written_aside(out) as folder:
-        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # the tokenizer
+        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
         config = _read_config(checkpoint, tensors)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=target)
@@ -78,7 +78,7 @@ def convert(
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         generation = getattr(model, "generation_config", None)  # a model that cannot generate has none
-        if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # a converted model brings its own
+        if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # that of the first weights stays
             generation.save_pretrained(folder)
         future = tensors.load(name for name in tensors.names if not name.startswith((LM_PREFIX, TEACHER_PREFIX)))
         if future:

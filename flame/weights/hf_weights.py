@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from flame.checkpoints.checkpoint_agreement import run_on_all
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models.future_lm import FutureLM
+from flame.weights.hf_assets import Settings, read_generation_settings
 from flame.weights.weight_plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
 from flame.weights.weight_source import CONFIG_FILE, WeightSource, find_weights
 
@@ -35,11 +36,17 @@ HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 NO_MATTER = {"architectures", "dtype", "torch_dtype", "use_cache", "vocab_size", "id2label", "label2id", "auto_map"}
 
 
-def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Load the weights that `checkpoint.initial_load_path` names into a materialized model. All ranks call it.
+class Loaded(NamedTuple):
+    """What a run takes over from its first weights beside them."""
 
-    Returns:
-        lines for the log: what was loaded from where, what starts fresh, and what differs from how the weights were trained.
+    lines: list[str]
+    """For the log: what was loaded from where, what starts fresh, and what differs from how the weights were trained."""
+    generation: Settings
+    """For its exports."""
+
+
+def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Loaded:
+    """Load the weights that `checkpoint.initial_load_path` names into a materialized model. All ranks call it.
 
     Raises:
         UserError: they cannot be had, or are not of this model.
@@ -49,12 +56,17 @@ def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrain
     try:
         source = run_on_all(partial(find_weights, config.checkpoint.initial_load_path), group)
         differences = run_on_all(partial(check_config, source, model.lm.config), group)
+        generation = run_on_all(partial(read_generation_settings, source.assets, source.label), group)
         run_on_all(partial(source.verify, dist.get_rank(), dist.get_world_size()), group)
         resize, own_config = config.model.resize_embeddings, not config.model.config
         loaded = run_on_all(partial(load_hf_weights, model, source, resize=resize, own_config=own_config), group)
     finally:
         dist.destroy_process_group(group)
-    return [*loaded, *_describe_fresh(model), *differences, *_compare_tokenizers(source.assets, tokenizer)]
+    lines = [*loaded, *_describe_fresh(model), *differences]
+    if warnings := _compare_tokenizers(source.assets, tokenizer):
+        lines += warnings
+        generation = {}  # it names tokens by their ids
+    return Loaded(lines, generation)
 
 
 def load_hf_weights(model: FutureLM, source: WeightSource, *, resize: bool = False, own_config: bool = False) -> list[str]:

@@ -99,17 +99,6 @@ def find_weights(path: str, option: str = OPTION) -> WeightSource:
     return SafetensorsSource(label, _fetch(label, path))
 
 
-def find_assets(path: str) -> Path | None:
-    """The folder with what came with weights that have been loaded: on this disk, as the Hub's cache is; None if it is gone."""
-    folder = Path(os.path.expanduser(path))
-    if is_checkpoint(folder):
-        return folder / "hf"
-    if os.path.isdir(folder):
-        return folder
-    cached = None if looks_like_path(path) else huggingface_hub.try_to_load_from_cache(path, CONFIG_FILE)
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
 def fetch_assets(path: str, option: str = OPTION) -> None:
     """Fetch what comes with the weights that a Hub name stands for; nothing for a folder.
 
