@@ -50,6 +50,14 @@ def test_a_checkpoint_of_it_has_the_same_weights(tmp_path, family, capsys):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "back")) == 258
 
 
+def test_settings_for_generation_that_no_export_could_load_are_refused(tmp_path):
+    save_reference(tmp_path / "model", "llama-untied")
+    (tmp_path / "model" / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    with pytest.raises(UserError, match=r"^--model = .*: generation_config\.json cannot be used"):
+        convert(str(tmp_path / "model"), tmp_path / "step-0")
+    assert not list(tmp_path.glob("step-0*"))
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path, monkeypatch):
     """A tensor that was read is gone, but for the last, when the next one is asked for."""
     save_reference(tmp_path / "model", "llama-untied")

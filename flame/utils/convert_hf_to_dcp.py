@@ -33,6 +33,7 @@ from flame.checkpoints.checkpoint_storage import TensorWriter, is_disk_full
 from flame.errors import UserError
 from flame.models.causal_lm import load_model_config
 from flame.models.custom_model import import_custom_model
+from flame.weights.hf_assets import read_generation_settings
 from flame.weights.hf_weights import check_config
 from flame.weights.weight_plan import Plan, Reading, plan_weights
 from flame.weights.weight_source import ASSETS, CONFIG_FILE, MODEL_PREFIX, WeightSource, find_weights
@@ -58,6 +59,7 @@ def convert(model: str, out: Path) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     check_config(source, lm.config)
+    read_generation_settings(source.assets, source.label)
     readings = _list_readings(lm, plan_weights(lm, source, own_config=True))
 
     unfinished = out.with_name(f"{out.name}.partial")

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.checkpoints.checkpoint_agreement import run_on_all
 from flame.config import JobConfig
@@ -65,7 +66,9 @@ def load_initial_weights(model: FutureLM, config: JobConfig, tokenizer: PreTrain
     lines = [*loaded, *_describe_fresh(model), *differences]
     if warnings := _compare_tokenizers(source.assets, tokenizer):
         lines += warnings
-        generation = {}  # it names tokens by their ids
+        if generation:
+            lines.append(f"{GENERATION_CONFIG_NAME} is left out of exports: it may name tokens by ids that mean others here")
+            generation = {}
     return Loaded(lines, generation)
 
 
