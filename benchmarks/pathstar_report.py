@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib
 
@@ -24,6 +24,8 @@ from flame.data.pathstar import parse_sizes
 
 RUN_FOLDERS = "*/*/*"
 """Size, variant and seed."""
+PART = " (one of "
+"""In the name of a variant's results on one size of several, behind the variant."""
 MATCH = "validation_exact_match"
 SOLVED = 0.99
 """Exact match on held-out graphs that counts as solved."""
@@ -143,7 +145,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     for size in by_size[0]:
         matches = [row[size] for row in by_size]
         told = (math.nan, {}, {}) if size else (validated[-1]["validation_first_branch"], instruments, early)
-        name = f"{variant} (one of {whole})" if size else variant  # there are runs on this size alone
+        name = f"{variant}{PART}{whole})" if size else variant  # there are runs on this size alone
         outcomes.append(Outcome(size or whole, name, int(seed.removeprefix("seed ")), graphs, matches, spent, *told))
     return outcomes
 
@@ -229,14 +231,19 @@ def _list_instruments(grouped: Groups) -> list[str]:
 
 
 def plot_curves(grouped: Groups, path: Path) -> None:
-    """Exact match against graphs seen: a panel a size, a colour a variant, a line a seed."""
+    """Exact match against graphs seen: a panel a size, a colour a variant, a line a seed; broken for one size of a mix."""
     sizes, variants = (list(dict.fromkeys(names)) for names in zip(*grouped, strict=True))
     columns = min(len(sizes), 2)
     rows = -(-len(sizes) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, sharey=True, layout="constrained")
     panels = dict(zip(sizes, axes.flat, strict=False))
-    colors = {variant: f"C{place % 10}" for place, variant in enumerate(variants)}
-    styles = {variant: ("-", "--", ":")[place // 10 % 3] for place, variant in enumerate(variants)}
+    places = {name: place for place, name in enumerate(dict.fromkeys(variant.split(PART)[0] for variant in variants))}
+    colors: dict[str, str] = {}
+    styles: dict[str, Literal["-", "--", ":", "-."]] = {}
+    for variant in variants:
+        place = places[variant.split(PART)[0]]
+        colors[variant] = f"C{place % 10}"
+        styles[variant] = "-." if PART in variant else ("-", "--", ":")[place // 10 % 3]
     for (size, variant), outcomes in grouped.items():
         for outcome in outcomes:
             thousands = [graphs / 1000 for graphs in outcome.graphs]
