@@ -35,9 +35,12 @@ HARM = 0.5
 """Rise of cross entropy, in percent, that counts as harm."""
 BASELINE = "next token"
 MORE = "next token, more steps"
+ALIKE = "next token, weight decay 0.101"
+"""Of the default's 0.1 a hundredth more, which should change nothing: how far apart do runs that are alike end?"""
 VARIANTS: dict[str, dict[str, object]] = {
     BASELINE: {"objective.name": "next_token"},
     MORE: {"objective.name": "next_token"},
+    ALIKE: {"objective.name": "next_token", "optimizer.weight_decay": 0.101},
     "future, weight 0.03": {"objective.name": "future", "future_encoder.loss_weight": 0.03},
     "future, weight 0.1": {"objective.name": "future", "future_encoder.loss_weight": 0.1},
     "future, weight 0.3": {"objective.name": "future", "future_encoder.loss_weight": 0.3},

@@ -12,7 +12,7 @@ from flame.config import JobConfig
 from flame.data.mixture import Mixture
 from flame.loss_schedule import reaches_loss_weight
 from flame.models.future_lm import FutureLM
-from flame.objective_conflicts import list_unused
+from flame.unused_options import list_unused
 from flame.validation import Validator
 
 logger = logging.getLogger("flame")
@@ -39,6 +39,15 @@ def announce(
         logger.info("  %s", line)
     if validator is not None:
         logger.info("validation: %d held-out sequences each %d steps", validator.num_sequences, config.validation.interval)
+        for name in validator.unread_sources:
+            logger.warning(
+                'validation: none of them is of source "%s", whose held-out documents have fewer than training.seq_len = %d '
+                "tokens, or validation.num_sequences = %d leaves it no turn: it gets no validation_ce_loss/%s",
+                name,
+                training.seq_len,
+                config.validation.num_sequences,
+                name,
+            )
     source = config.model.config
     if not config.checkpoint.initial_load_path and list(Path(source).glob("*.safetensors")):
         logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)

@@ -138,8 +138,8 @@ def _find_float8_conflicts(config: JobConfig) -> Iterator[str]:
         return
     if config.future_encoder.precision == "fp8":
         yield (
-            'future_encoder.precision = "fp8" beside training.float8 = true, which has both passes in 8-bit floats already: set '
-            'the one to "bf16" or the other to false'
+            'future_encoder.precision = "fp8" beside training.float8 = true, which has both passes of the trained network (not '
+            'one of another, with target = "random" or "ema") in 8-bit floats: set the one to "bf16" or the other to false'
         )
     if training.mixed_precision_param != "bfloat16":
         yield (

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields
 
-from flame.config import JobConfig, Metrics
+from flame.config import JobConfig
 from flame.objective_config import (
     CONTRASTIVE,
     HIGHEST_LEARNED_TEMPERATURE,
@@ -21,27 +21,6 @@ def find_objective_conflicts(config: JobConfig) -> Iterator[str]:
     yield from _find_name_conflicts(config)
     yield from _find_schedule_conflicts(config)
     yield from _find_future_conflicts(config)
-
-
-def list_unused(config: JobConfig) -> list[str]:
-    """Options that have been set and do nothing in this run, where they need not be a mistake: one file serves several
-    objectives."""
-    future = config.future_encoder
-    unused = []
-    if not config.uses_future:
-        switches = ("enable", False), ("loss_weight", 0)  # are what has switched it off
-        for section, options in (("future_encoder", future), ("future_predictor", config.future_predictor)):
-            values = ((option, getattr(options, option.name)) for option in fields(options))
-            unused += [
-                f"{section}.{option.name}"
-                for option, value in values
-                if value != option.default and (option.name, value) not in switches
-            ]
-        if config.metrics.future_interval != Metrics().future_interval:
-            unused.append("metrics.future_interval")
-    elif future.estimator_type not in CONTRASTIVE and future.temperature != FutureEncoder().temperature:
-        unused.append("future_encoder.temperature")
-    return unused
 
 
 def _find_name_conflicts(config: JobConfig) -> Iterator[str]:

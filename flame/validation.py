@@ -31,6 +31,9 @@ class Validator:
     Args:
         held_out: read from its beginning, in an order that does not depend on the run's seed; each document at most once.
 
+    Attributes:
+        unread_sources: names of those that are drawn from and of which no sequence is in the set.
+
     Raises:
         UserError: the held-out documents do not fill one sequence.
     """
@@ -52,6 +55,9 @@ class Validator:
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
         check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))
         self.num_sequences = len(batches)
+        read = {batch.source for batch in batches}
+        drawn = zip(self._sources, held_out.weights, strict=True)
+        self.unread_sources = [name for name, weight in drawn if weight and name not in read]
         self._own = batches[rank::world_size]
         # Ranks enter each forward together: one without a sequence left runs the first again, and it does not count.
         self._rounds = -(-len(batches) // world_size)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flame.checkpoints.resume_check import FIXED_OPTIONS, check_model, check_resumable, check_tokenizer, flatten, list_changes
 from flame.config import Job, JobConfig, Optimizer, Source, Training
 from flame.errors import UserError
-from flame.objective_config import FutureEncoder
+from flame.objective_config import FutureEncoder, Objective
 from tests.helpers import tiny_llama
 
 
@@ -47,6 +47,25 @@ def test_fixed_options_are_refused_by_name(key):
     (line,) = error.value.lines
     assert line.startswith(f"{key} = {json.dumps(saved[section][name])}, but the run in exp/here was made with")
     assert list_changes(changed, config) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "is_learned"),
+    [({}, False), ({"learnable_temperature": True}, True), ({"estimator_type": "bilinear"}, True)],
+)
+def test_a_temperature_that_is_learned_is_the_checkpoints(options, is_learned):
+    saved, config = (
+        JobConfig(objective=Objective(name="future"), future_encoder=FutureEncoder(temperature=value, **options))
+        for value in (0.1, 0.5)
+    )
+    if is_learned:
+        with pytest.raises(
+            UserError, match=r"future_encoder.temperature = 0.5, but the run in .* was made with 0.1: set it back"
+        ):
+            check_resumable(saved_config(saved), config)
+    else:
+        check_resumable(saved_config(saved), config)
+        assert list_changes(saved_config(saved), config) == ["future_encoder.temperature: 0.1 -> 0.5"]
 
 
 def test_each_refusal_has_its_line():

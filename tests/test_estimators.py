@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flame.models.estimator import _normalize
+from flame.models.future_mask import find_room
 from flame.models.mi_estimator import BilinearEstimator, InfoNCEEstimator, build_mi_estimator, read_temperature
 from flame.objective_config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from tests.test_losses import chunks_of
@@ -93,10 +95,28 @@ def test_a_bilinear_critic_learns_a_rotation():
     assert before > math.log(64) - 0.5 and loss.item() < 0.5
 
 
+def test_each_room_of_anchors_has_its_compiled_functions(workspace, tmp_path):  # noqa: F811
+    """Also where `training.compile` is off: a resumed run compiles anew what this one would have left uncompiled by then."""
+    normalize = torch.compile(_normalize, dynamic=False, backend="eager")
+    rooms = {find_room(count, 1 << 20) for octave in range(6, 20) for count in range(1 << octave, 2 << octave, 1 << octave - 3)}
+    assert len(rooms) > 50
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        run_here(workspace, tmp_path / "run", training__steps=1, checkpoint__enable_checkpoint=False)
+        for room in rooms:
+            for is_learned in (False, True):
+                vectors = torch.ones(room, 1, requires_grad=is_learned)
+                with torch.set_grad_enabled(is_learned):
+                    assert normalize(vectors).requires_grad == is_learned
+    torch._dynamo.reset()
+
+
 def test_an_estimator_has_only_what_it_learns():
     names = {name: {key for key, _ in learnable(name).named_parameters()} for name in NAMES}
     assert names == {"infonce": {"log_temperature"}, "bilinear": {"weight"}, "cosine": set(), "smooth_l1": set()}
-    assert read_temperature(learnable("infonce")).item() == pytest.approx(0.1)
+    assert read_temperature(learnable("infonce"), torch.float32).item() == pytest.approx(0.1)
+    used = learnable("infonce").to(torch.bfloat16).temperature(torch.empty(1))  # as under FSDP with mixed precision
+    assert read_temperature(learnable("infonce"), torch.bfloat16).item() == used.item() != pytest.approx(0.1, rel=1e-3)
     for name in NAMES[1:]:
         assert build_mi_estimator(name, 4).log_temperature is None
         with pytest.raises(ValueError, match=name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flame.config_reader import read_config
-from flame.objective_conflicts import list_unused
+from flame.unused_options import list_unused
 from tests.test_config import MODEL, folder, read_mistakes  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -172,6 +172,11 @@ def test_options_just_beside_them_do(argv):
         ([FUTURE, "--future_encoder.loss_weight=0", "--future_encoder.future_k=4"], ["future_encoder.future_k"]),
         (["--objective.name=next_token", "--metrics.future_interval=7"], ["metrics.future_interval"]),
         ([FUTURE, "--future_encoder.estimator_type=cosine", "--future_encoder.temperature=0.5"], ["future_encoder.temperature"]),
+        (["--validation.dataset=stdlib", "--validation.num_sequences=8"], ["validation.dataset", "validation.num_sequences"]),
+        (["--validation.dataset=stdlib", "--validation.num_sequences=8", "--validation.interval=2"], []),
+        (["--training.skip_nan_inf=false", "--training.max_skipped_steps=3"], ["training.max_skipped_steps"]),
+        (["--training.num_workers=0", "--training.prefetch_factor=2"], ["training.prefetch_factor"]),
+        (["--checkpoint.enable_checkpoint=false", "--checkpoint.keep_latest_k=3"], ["checkpoint.keep_latest_k"]),
     ],
     ids=str,
 )

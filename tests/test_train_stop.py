@@ -264,6 +264,20 @@ def test_harmless_changes_are_listed(workspace, tmp_path, caplog):  # noqa: F811
     ]
 
 
+def test_a_source_that_has_not_been_drawn_from_is_not_new(workspace, tmp_path, caplog):  # noqa: F811
+    def name_sources(*names: str) -> dict[str, object]:
+        corpus = {"dataset": "json", "data_files": workspace / "corpus.jsonl"}
+        named = {f"sources__{name}__{option}": value for name in names for option, value in corpus.items()}
+        weights = {f"sources__{name}__weight": 0.0 for name in names[1:]}
+        return named | weights | {"training__dataset": None, "training__data_files": None, "checkpoint__export_hf": False}
+
+    run_here(workspace, tmp_path / "run", **name_sources("a", "b"), training__steps=1)
+    caplog.clear()
+    run_here(workspace, tmp_path / "run", **name_sources("a", "b", "c"), training__steps=2)
+    told = [record.getMessage() for record in caplog.records if "is new" in record.getMessage()]
+    assert told == ['changed since the checkpoint: source "c" is new and begins at its first document']
+
+
 def test_ctrl_c_ends_at_once_without_a_traceback(workspace, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -133,6 +133,25 @@ def test_documents_held_out_are_not_trained_on(workspace, tmp_path):  # noqa: F8
     assert {"ce_loss/a", "ce_loss/b"} & set(logged)
 
 
+def test_a_source_that_fills_no_sequence_is_named(workspace, tmp_path, caplog):  # noqa: F811
+    """Of three that are held out of; one is never drawn from and is not missed."""
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()
+    mixture: dict[str, object] = {"training__dataset": None, "training__data_files": None}
+    for name, part, weight in (
+        ("whole", lines, 1.0),
+        ("short", [json.dumps({"text": "short"})] * 4, 1.0),
+        ("undrawn", lines, 0.0),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        found = {"dataset": "json", "data_files": tmp_path / f"{name}.jsonl", "weight": weight}
+        mixture |= {f"sources__{name}__{option}": value for option, value in found.items()}
+    caplog.set_level("WARNING", "flame")
+    rows = run_here(workspace, tmp_path / "run", **mixture, **HELD_OUT, validation__holdout_every=2, training__steps=2)
+    assert "validation_ce_loss/whole" in pick(rows)[-1] and "validation_ce_loss/short" not in pick(rows)[-1]
+    (told,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("validation: "))
+    assert 'source "short"' in told and "training.seq_len = 64" in told
+
+
 def test_a_set_that_fills_no_sequence_is_refused(workspace, tmp_path, capsys):  # noqa: F811
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "short"}))
     changes = HELD_OUT | {"validation__dataset": "json", "validation__data_files": tmp_path / "short.jsonl"}

@@ -64,7 +64,8 @@ def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
         UserError: one line for each option that has changed.
     """
     before, now = _complete(saved), flatten(dataclasses.asdict(config))
-    changed = [key for key in now if _is_fixed(key) and key in before and now[key] != before[key]]
+    fixed = (*FIXED_OPTIONS, "future_encoder.temperature") if _learns_temperature(config) else FIXED_OPTIONS
+    changed = [key for key in now if _is_among(key, fixed) and key in before and now[key] != before[key]]
     lines = []
     if saved:
         learned, learning = find_saved_objective(saved), config.objective_name
@@ -97,7 +98,8 @@ def list_changes(saved: dict[str, Any], config: JobConfig) -> list[str]:
         saved: as for `check_resumable`. An option that only it knows is `unset` now.
     """
     before, now = _complete(saved), flatten(dataclasses.asdict(config))
-    return [f"{key}: {old} -> {new}" for key, old, new in _diff(before, now) if not _is_fixed(key) and key not in UNTOLD_OPTIONS]
+    told = (each for each in _diff(before, now) if not _is_among(each[0], (*FIXED_OPTIONS, *UNTOLD_OPTIONS)))
+    return [f"{key}: {old} -> {new}" for key, old, new in told]
 
 
 def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:
@@ -154,9 +156,15 @@ def _complete(saved: dict[str, Any]) -> dict[str, Any]:
     return flatten(dataclasses.asdict(JobConfig())) | flatten(saved) if saved else {}
 
 
-def _is_fixed(key: str) -> bool:
+def _is_among(key: str, options: tuple[str, ...]) -> bool:
     section, _, name = key.rpartition(".")
-    return key in FIXED_OPTIONS or (section.startswith("sources.") and f"training.{name}" in FIXED_OPTIONS)
+    return key in options or (section.startswith("sources.") and f"training.{name}" in options)
+
+
+def _learns_temperature(config: JobConfig) -> bool:
+    """Whether the option is but the start of something learned, which the checkpoint holds."""
+    future = config.future_encoder
+    return config.uses_future and (future.learnable_temperature or future.estimator_type == "bilinear")
 
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:

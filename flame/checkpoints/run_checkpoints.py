@@ -94,7 +94,7 @@ class RunCheckpoints:
 
     def _list_changes(self, saved: dict[str, Any]) -> list[str]:
         changes = list_changes(saved["config"], self._config)
-        new = [name for name in self._source_names if name not in saved["data"]["sources"]]
+        new = [name for name in self._source_names if name not in saved["counters"]["tokens_by_source"]]
         changes += [f'source "{name}" is new and begins at its first document' for name in new]
         world_size = dist.get_world_size()
         if saved["world_size"] != world_size:

@@ -26,6 +26,7 @@ from flame.data.batch import PackedBatch
 from flame.instruments.representations import Means
 from flame.models.future_lm import FutureLM
 from flame.models.mi_estimator import read_temperature
+from flame.models.parallelize import find_compute_dtype
 from flame.objective import Losses
 
 logger = logging.getLogger("flame")
@@ -72,6 +73,7 @@ class RunMeters:
         folder, rank = Path(config.job.dump_folder), get_rank()
         self._config = config
         self._estimator = model.estimator
+        self._compute_dtype = find_compute_dtype(config.training, device.type)
         self._source_names = list(source_names)
         self.metrics = Metrics(device)
         self._run_log = RunLog(config, folder, rank == 0, start_step, dataclasses.asdict(config), wandb_id)
@@ -135,9 +137,10 @@ class RunMeters:
         """Log all that has been recorded since the last line, if there has been a step since. All ranks call it."""
         if step == self._logged_step:
             return
-        temperature = read_temperature(self._estimator) if self._estimator is not None else None
-        if temperature is not None:
-            self.metrics.record_last("temperature", temperature)
+        if self._estimator is not None:
+            temperature = read_temperature(self._estimator, self._compute_dtype)
+            if temperature is not None:
+                self.metrics.record_last("temperature", temperature)
         self.throughput.record()
         values = self.metrics.collect()
         seconds_left = self.throughput.summarize(values)

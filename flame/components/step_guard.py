@@ -36,8 +36,8 @@ class Suspect(NamedTuple):
 
 
 class StepGuard:
-    """Decides what becomes of each step. Where only the future loss (or a gradient of a rival of it) has failed, the backbone is
-    trained without it, and predictor and estimator, or the rival's heads, not at all.
+    """Decides what becomes of each step. Where only the future loss (or a gradient of a rival of it) of some packed batches has
+    failed, the backbone is trained without these, and predictor and estimator, or the rival's heads, not at all.
 
     Args:
         folder: the run's; `skipped.jsonl` in it lists each step left out, in whole or in part, with all documents.

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from transformers import PreTrainedModel
 
 from flame.components.titan import FullAC, SelectiveAC
-from flame.config import JobConfig
+from flame.config import JobConfig, Training
 from flame.models.causal_lm import find_decoder_layers, initialize
 from flame.models.float8_training import convert_to_float8
 from flame.models.future_lm import FutureLM
@@ -27,6 +27,8 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     Raises:
         UserError: `training.float8` on a device, or of a model, that cannot.
     """
+    # Not with `training.compile` alone: on GPUs the estimators' own functions are compiled in any case.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     layers = find_decoder_layers(model.lm)
     if config.training.float8:
         convert_to_float8(layers, mesh.device_type)
@@ -39,15 +41,16 @@ def parallelize(model: FutureLM, config: JobConfig, mesh: DeviceMesh) -> None:
     _shard(model, [*layers, *teacher_layers], config, mesh)
 
 
-MOST_GRAPHS = 64
-"""That torch may compile of one layer's code, where it would go on uncompiled beyond 8: one for each share of a pack that is read
-(`answer_tails.SHARES`) and one for the whole, in each pass, in training and in validation, and for each kind of layer."""
+MOST_GRAPHS = 128
+"""That torch may compile of one function, where it would go on uncompiled beyond 8, so that a resumed run, which compiles anew,
+would round differently. Of a layer: one for each share of a pack that is read (`answer_tails.SHARES`) and one for the whole, in
+each pass, in training and in validation, and for each kind of layer. Of an estimator's functions: one for each
+`future_mask.find_room` of anchors, with a gradient and without."""
 
 
 def _compile(model: FutureLM, layers: list[nn.Module], own: nn.ModuleList) -> None:
     """Compile each decoder layer, once for all of them, and what stands beside the language model's own ones: the last norm and
     the predictor."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     beside = [
         module
         for module in model.lm.base_model.children()
@@ -77,13 +80,15 @@ MOST_WEIGHTS_IN_ONE_GROUP = 100_000_000
 the backward: alone, some 10 bytes a weight. A small model waits for the launches of each group (benchmarks/groups.py)."""
 
 
+def find_compute_dtype(training: Training, device_type: str) -> torch.dtype:
+    """Of parameters in a forward."""
+    return getattr(torch, training.mixed_precision_param) if device_type == "cuda" else torch.float32
+
+
 def _shard(model: FutureLM, layers: list[nn.Module], config: JobConfig, mesh: DeviceMesh) -> None:
     training = config.training
     on_gpu = mesh.device_type == "cuda"
-    policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, training.mixed_precision_param) if on_gpu else torch.float32,
-        reduce_dtype=torch.float32,
-    )
+    policy = MixedPrecisionPolicy(param_dtype=find_compute_dtype(training, mesh.device_type), reduce_dtype=torch.float32)
     reshard = training.fsdp_reshard_after_forward and mesh.size(mesh.ndim - 1) > 1
     offload = CPUOffloadPolicy() if training.cpu_offload and on_gpu else OffloadPolicy()
     is_one_group = mesh.size() == 1 and sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS_IN_ONE_GROUP
