@@ -73,7 +73,7 @@ class FutureEncoder:
     exclude_duplicates: bool = False
     """Summaries of the same tokens as an anchor's own, as far as the window sees, are no negatives of it. What counts is the
     tokens from a summary's position on, with target = "causal" too."""
-    loss_weight: NonNegativeFloat = 0.1
+    loss_weight: NonNegativeFloat = 0.03
     """Factor of the future loss beside the cross entropy. 0 is the same run as objective.name = "next_token"."""
     start_step: NonNegativeInt = 0
     """First step with the future loss. Steps are counted from 1."""

@@ -34,7 +34,7 @@ from flame.models.future_lm import FutureLM
 from flame.models.future_mask import draw_anchors
 from flame.models.summaries import average_ahead, shuffle_valid
 from flame.objective import Parts, collect_candidates, compute_losses, gather_pools
-from flame.objective_config import FuturePredictor
+from flame.objective_config import FutureEncoder, FuturePredictor
 from flame.train import Trainer, main
 from flame.utils.convert_dcp_to_hf import FUTURE_FILE, read_model_tensors
 from tests.helpers import build_unsharded, future_config, random_batch, random_cu_seqlens
@@ -117,7 +117,7 @@ def test_each_objective_trains(whole_runs, name):
     assert not is_rival or rows[-1]["aux_loss"] < rows[0]["aux_loss"]
     estimator = str(CASES[name].get("future_encoder__estimator_type", "infonce"))
     expected = set() if is_rival else MEASURES[estimator]
-    weight = CASES[name].get("objective__loss_weight", 1.0 if is_rival else 0.1)
+    weight = CASES[name].get("objective__loss_weight", 1.0 if is_rival else FutureEncoder().loss_weight)
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce_loss"] + weight * row["aux_loss"], rel=1e-5)
         assert row.keys() & set().union(*MEASURES.values()) == expected and ("anchors" in row) == (not is_rival)
@@ -170,7 +170,7 @@ def test_loss_weight_zero_is_next_token_prediction(workspace, tmp_path):  # noqa
         assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("fsp_bow", 0.01), ("global", 0.1)])
+@pytest.mark.parametrize(("name", "weight"), [("fsp_bow", 0.01), ("global", 0.03)])
 def test_validation_has_both_losses(workspace, tmp_path, name, weight):  # noqa: F811
     """Global negatives are those of a training step: one held-out sequence is compared within itself."""
     held_out = {"validation__interval": 1, "validation__holdout_every": 5, "validation__num_sequences": 2}

@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"future_encoder__enable": False}, 'objective.name = "next_token" (with future_encoder.loss_weight = 0.1), but'),
+        ({"future_encoder__enable": False}, 'objective.name = "next_token" (with future_encoder.loss_weight = 0.03), but'),
         ({"future_encoder__loss_weight": 0.0}, 'objective.name = "next_token" (with future_encoder.loss_weight = 0.0), but'),
         ({"model__tokenizer_path": "{other}/tokenizer"}, "model.tokenizer_path: the tokenizer (fingerprint"),
         ({"model__config": "{other}/model"}, "model.config: hidden_size = 64 (before: 32), num_hidden_layers = 3 (before: 2)"),

@@ -23,6 +23,7 @@ from flame.components.distributed import set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.feed import Feed
 from flame.objective import Parts
+from flame.objective_config import FutureEncoder
 from flame.train import Trainer, compute_losses
 from tests.helpers import build_unsharded, future_config, random_batch
 from tests.test_train import (  # noqa: F401 - fixtures
@@ -145,7 +146,8 @@ def test_a_run_says_what_has_no_effect(workspace, tmp_path, caplog):  # noqa: F8
     assert "without effect in this run: future_encoder.learnable_temperature, future_predictor.dropout" in caplog.text
     caplog.clear()
     run_here(workspace, tmp_path / "future", future_encoder__warmup_steps=2, **changes)
-    assert "future_encoder.loss_weight = 0.1 is not reached" in caplog.text and "without effect" not in caplog.text
+    assert "future_encoder.loss_weight = 0.03 is not reached" in caplog.text
+    assert [line for line in caplog.messages if "without" in line] == ["without effect in this run: checkpoint.interval"]
 
 
 def test_logged_losses_are_means_over_the_items_of_all_micro_steps(workspace, tmp_path, monkeypatch):  # noqa: F811
@@ -195,7 +197,10 @@ def test_logged_losses_are_means_over_the_items_of_all_micro_steps(workspace, tm
         "anchors": total("anchors") / steps,
     }
     assert len({round(value, 6) for value in expected.values()} | {0.0}) == len(expected) + 1  # each tells its own field
-    losses = [total("ce_sum", s) / total("labels", s) + 0.1 * total("loss_sum", s) / total("anchors", s) for s in by_step]
+    losses = [
+        total("ce_sum", s) / total("labels", s) + FutureEncoder().loss_weight * total("loss_sum", s) / total("anchors", s)
+        for s in by_step
+    ]
     expected["loss"] = sum(losses) / steps
     print([(m["labels"], m["anchors"]) for m in captured], expected)
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)

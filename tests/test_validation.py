@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from flame.components.distributed import set_single_process_defaults
 from flame.config_reader import read_config
 from flame.data.audit import read_audit
+from flame.objective_config import FutureEncoder
 from flame.train import Trainer
 from tests.test_train import (  # noqa: F401 - fixtures
     leave_no_trace,
@@ -73,7 +74,9 @@ def test_losses_are_means_over_the_tokens_of_the_set(workspace, tmp_path, held_o
     assert last["validation_ce_loss"] == pytest.approx(ce_total / labels, rel=1e-5)
     assert last["validation_aux_loss"] == pytest.approx(aux_total / anchors, rel=1e-5)
     assert last["validation_infonce_accuracy"] == pytest.approx(correct / anchors, rel=1e-5)
-    assert last["validation_loss"] == pytest.approx(ce_total / labels + 0.1 * aux_total / anchors, rel=1e-5)
+    assert last["validation_loss"] == pytest.approx(
+        ce_total / labels + FutureEncoder().loss_weight * aux_total / anchors, rel=1e-5
+    )
     names = {"mi_lower_bound", "positive_cosine", "negative_cosine"}
     assert {f"validation_{name}" for name in names} < set(last)
     assert model.lm.training is False and trainer.model.train().training
