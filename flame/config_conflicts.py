@@ -42,6 +42,13 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
 
 def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
     folder, checkpoints = config.job.dump_folder, os.path.join(config.job.dump_folder, config.checkpoint.folder)
+    first = os.path.relpath(checkpoints, folder).split(os.sep)[0]
+    if first == "hf" or first.startswith("hf-step-"):
+        yield (
+            f'checkpoint.folder = "{config.checkpoint.folder}" is where the run exports its model, which replaces what is there: '
+            "choose another name"
+        )
+        return
     for key, value, path in (("job.dump_folder", folder, folder), ("checkpoint.folder", config.checkpoint.folder, checkpoints)):
         if os.path.lexists(path) and not os.path.isdir(path):
             yield f'{key} = "{value}": "{path}" is not a folder; choose another name'

@@ -16,7 +16,7 @@ def list_unused(config: JobConfig) -> list[str]:
     training = config.training
     unused = list(_list_unused_of_future(config))
     if not config.validation.interval:
-        unused += _list_set("validation", config.validation, "dataset", "num_sequences")
+        unused += _list_set("validation", config.validation, "dataset", "holdout_every", "num_sequences")
     if not training.skip_nan_inf:
         unused += _list_set("training", training, "max_skipped_steps")
     if not training.num_workers:

@@ -543,6 +543,10 @@ def test_a_file_is_no_run_folder(folder: Path) -> None:
     assert read_mistakes([*MODEL, "--job.dump_folder", "file"]) == [
         'job.dump_folder = "file": "file" is not a folder; choose another name'
     ]
+    for name in ("hf", "./hf", "hf/deep", "hf-step-20"):
+        (line,) = read_mistakes([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", name])
+        assert line.startswith(f'checkpoint.folder = "{name}" is where the run exports its model') and "choose another" in line
+    read_config([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", "hfs"], 1)
     assert read_mistakes([*MODEL, "--job.dump_folder", "run"]) == [
         'checkpoint.folder = "checkpoint": "run/checkpoint" is not a folder; choose another name'
     ]

@@ -174,6 +174,7 @@ def test_options_just_beside_them_do(argv):
         ([FUTURE, "--future_encoder.estimator_type=cosine", "--future_encoder.temperature=0.5"], ["future_encoder.temperature"]),
         (["--validation.dataset=stdlib", "--validation.num_sequences=8"], ["validation.dataset", "validation.num_sequences"]),
         (["--validation.dataset=stdlib", "--validation.num_sequences=8", "--validation.interval=2"], []),
+        (["--validation.holdout_every=4"], ["validation.holdout_every"]),
         (["--training.skip_nan_inf=false", "--training.max_skipped_steps=3"], ["training.max_skipped_steps"]),
         (["--training.num_workers=0", "--training.prefetch_factor=2"], ["training.prefetch_factor"]),
         (["--checkpoint.enable_checkpoint=false", "--checkpoint.keep_latest_k=3"], ["checkpoint.keep_latest_k"]),
