@@ -253,7 +253,7 @@ class Checkpoint:
     enable_checkpoint: bool = True
     """Save checkpoints and resume from the newest complete one in the run's folder."""
     folder: str = "checkpoint"
-    """Folder of the checkpoints, inside job.dump_folder."""
+    """Folder of the checkpoints, relative to job.dump_folder and inside it."""
     interval: PositiveInt = 500
     """Steps between checkpoints. The last step is always saved."""
     keep_latest_k: NonNegativeInt = 2

@@ -42,7 +42,13 @@ def find_conflicts(config: JobConfig, world_size: int) -> Iterator[str]:
 
 def _find_folder_conflicts(config: JobConfig) -> Iterator[str]:
     folder, checkpoints = config.job.dump_folder, os.path.join(config.job.dump_folder, config.checkpoint.folder)
-    first = os.path.relpath(checkpoints, folder).split(os.sep)[0]
+    first = os.path.normpath(config.checkpoint.folder).split(os.sep)[0]
+    if os.path.isabs(config.checkpoint.folder) or first == os.pardir:
+        yield (
+            f'checkpoint.folder = "{config.checkpoint.folder}": allowed is a path relative to job.dump_folder and inside it, '
+            'such as "checkpoint"; for another disk, make that a link to it'
+        )
+        return
     if first == "hf" or first.startswith("hf-step-"):
         yield (
             f'checkpoint.folder = "{config.checkpoint.folder}" is where the run exports its model, which replaces what is there: '

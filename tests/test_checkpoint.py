@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flame.checkpoints.checkpoint import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.checkpoint_files import list_run_checkpoints
 from flame.errors import UserError
 from flame.utils.convert_dcp_to_hf import convert
 from tests.test_train import leave_no_trace, run_here, workspace  # noqa: F401 - fixtures
@@ -37,6 +40,38 @@ def test_old_checkpoints_are_purged(workspace, tmp_path, keep, kept):  # noqa: F
     run_here(workspace, tmp_path / "run", checkpoint__keep_latest_k=keep, checkpoint__interval=2, checkpoint__export_hf=False)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint")] == [f"step-{step}" for step in kept]
     assert not torn.exists()
+
+
+def make_checkpoint(path: Path, folder: str | None = "checkpoint") -> Path:
+    """As a run leaves it whose `checkpoint.folder` this is, without tensors; None: as `flame.utils.convert_hf_to_dcp` does."""
+    config = {} if folder is None else {"checkpoint": {"folder": folder}}
+    make_folder(path, ".metadata")
+    (path / TRAINER_FILE).write_text(json.dumps({"config": config, "world_size": 1, "files": {".metadata": 2}}))
+    return path
+
+
+def test_the_checkpoints_of_a_run_are_found_in_whatever_folder(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert list_run_checkpoints(run) == []
+    for step in (9, 10, 100):
+        make_checkpoint(run / "checkpoint" / f"step-{step}")
+    expected = [run / "checkpoint" / f"step-{step}" for step in (9, 10, 100)]
+    make_checkpoint(run / "checkpoint" / "step-200.partial")
+    make_checkpoint(run / "checkpoint" / "step-300.damaged")
+    (make_checkpoint(run / "checkpoint" / "step-400") / TRAINER_FILE).write_text('{"step": 4')
+    make_checkpoint(run / "weights" / "step-500", None)
+    make_checkpoint(run / "moved" / "step-500")
+    make_checkpoint(run / "another" / "checkpoint" / "step-500")
+    assert list_run_checkpoints(run) == expected
+
+    for folder in ("deep/er", "./", "linked"):
+        place = run / folder / "step-600"
+        if folder == "linked":
+            elsewhere.mkdir()
+            (run / folder).symlink_to(elsewhere)
+        make_checkpoint(place, folder)
+        assert list_run_checkpoints(run) == [*expected, place]
+        shutil.rmtree(place)
 
 
 def test_exporting_what_is_no_checkpoint_says_so(tmp_path):

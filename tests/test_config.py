@@ -547,6 +547,11 @@ def test_a_file_is_no_run_folder(folder: Path) -> None:
         (line,) = read_mistakes([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", name])
         assert line.startswith(f'checkpoint.folder = "{name}" is where the run exports its model') and "choose another" in line
     read_config([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", "hfs"], 1)
+    for name in (str(folder / "other" / "inside"), "..", "../beside", "deep/../../beside"):
+        (line,) = read_mistakes([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", name])
+        assert line.startswith(f'checkpoint.folder = "{name}": allowed is a path relative to job.dump_folder') and "link" in line
+    for name in ("deep/er", "deep/../er", "..er", ".", ""):
+        assert read_config([*MODEL, "--job.dump_folder", "other", "--checkpoint.folder", name], 1).checkpoint.folder == name
     assert read_mistakes([*MODEL, "--job.dump_folder", "run"]) == [
         'checkpoint.folder = "checkpoint": "run/checkpoint" is not a folder; choose another name'
     ]

@@ -300,6 +300,14 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
         ({"training__seed": 43}, "training.seed = 43, but the run in"),
         ({"training__steps": 5}, "training.steps = 5, but the run in"),
         ({"checkpoint__enable_checkpoint": False}, "checkpoint.enable_checkpoint = false would start over in it"),
+        (
+            {"checkpoint__folder": "other"},
+            'with checkpoints in "checkpoint", but checkpoint.folder = "other" would start over in it',
+        ),
+        (
+            {"checkpoint__folder": "other", "checkpoint__enable_checkpoint": False},
+            'with checkpoints in "checkpoint", but checkpoint.enable_checkpoint = false would start over in it',
+        ),
     ],
 )
 def test_a_run_is_not_continued_as_another_one(workspace, tmp_path, plain_run, capsys, changes, expected):

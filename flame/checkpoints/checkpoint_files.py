@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -30,6 +31,25 @@ def list_folders(folder: Path) -> list[Path]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return [path for path in list_folders(folder) if not find_missing(path)]
+
+
+def list_run_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints that the run in a folder has made, oldest first, in whatever `checkpoint.folder`.
+
+    What lies there for another purpose does not count: a converted model, checkpoints of another run or moved out of the way.
+    """
+    marks = glob.glob(os.path.join(glob.escape(str(run)), "**", "step-*", TRAINER_FILE), recursive=True)
+    folders = {Path(mark).parents[1] for mark in marks}
+    made = [checkpoint for folder in folders for checkpoint in list_checkpoints(folder) if _is_made_in(run, checkpoint)]
+    return sorted(made, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-")))
+
+
+def _is_made_in(run: Path, checkpoint: Path) -> bool:
+    try:
+        config = read_state(checkpoint)["config"]
+    except (OSError, ValueError):
+        return False
+    return bool(config) and os.path.abspath(run / config["checkpoint"]["folder"]) == os.path.abspath(checkpoint.parent)
 
 
 def find_missing(checkpoint: Path) -> list[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
+from flame.checkpoints.checkpoint_agreement import run_on_main
+from flame.checkpoints.checkpoint_files import list_run_checkpoints
 from flame.checkpoints.resume_check import check_model, check_resumable, check_sources, check_tokenizer, list_changes
 from flame.checkpoints.run_state import RunState
 from flame.config import JobConfig
@@ -56,18 +60,13 @@ class RunCheckpoints:
         """Go on from the newest readable checkpoint, if there is one.
 
         Raises:
-            UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
+            UserError: there is one, but it is of another run, or ahead of `training.steps`, or in another folder of the run, or
+                checkpoints are off.
         """
         config, folder = self._config, self._config.job.dump_folder
-        if not config.checkpoint.enable_checkpoint:
-            if list_checkpoints(self._checkpointer.folder):
-                raise UserError(
-                    f'job.dump_folder = "{folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false '
-                    "would start over in it: choose another folder"
-                )
-            return False
-        saved = self._checkpointer.load_latest(self._check)
+        saved = self._checkpointer.load_latest(self._check) if config.checkpoint.enable_checkpoint else None
         if saved is None:
+            run_on_main(self._refuse_to_start_over)
             return False
         if saved["step"] > config.training.steps:
             raise UserError(
@@ -80,6 +79,17 @@ class RunCheckpoints:
             for change in self._list_changes(saved):
                 logger.warning("changed since the checkpoint: %s", change)
         return True
+
+    def _refuse_to_start_over(self) -> None:
+        config, checkpoint = self._config, self._config.checkpoint
+        folder = Path(config.job.dump_folder)
+        made = list_checkpoints(self._checkpointer.folder) or list_run_checkpoints(folder)
+        if made:
+            switch = f'folder = "{checkpoint.folder}"' if checkpoint.enable_checkpoint else "enable_checkpoint = false"
+            raise UserError(
+                f'job.dump_folder = "{folder}" holds a run with checkpoints in "{os.path.relpath(made[-1].parent, folder)}", but '
+                f"checkpoint.{switch} would start over in it: set that back, or choose another job.dump_folder"
+            )
 
     def prepare(self) -> None:
         """Make sure that the checkpoints to come can be written; see `Checkpointer.prepare`."""

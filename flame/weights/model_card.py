@@ -79,8 +79,6 @@ def _name_run(config: Settings) -> str:
 def _find_run(checkpoint: Path, config: Settings) -> Path | None:
     """The run's folder as it lies now: that of the configuration may be another machine's. None where it is not known."""
     folder = Path(config["checkpoint"]["folder"])
-    if folder.is_absolute():
-        return Path(config["job"]["dump_folder"])
     above = checkpoint.absolute().parent
     depth = len(folder.parts)
     is_inside = len(above.parts) > depth and above.parts[len(above.parts) - depth :] == folder.parts
