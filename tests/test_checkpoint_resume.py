@@ -107,7 +107,6 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default():
     ]
     with pytest.raises(UserError, match=r'^future_encoder\.target = "causal", but the run in .* was made with "self"'):
         check_resumable(saved, JobConfig(future_encoder=FutureEncoder(enable=True, target="causal")))
-    check_resumable({}, JobConfig(future_encoder=FutureEncoder(enable=True, target="causal")))  # of a converted model
 
 
 def test_sources_are_compared_by_dotted_key():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from flame.components.distributed import end_processes, set_single_process_defaults
@@ -16,6 +17,7 @@ from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.objective import Parts, compute_losses
 from flame.train import Trainer
+from flame.utils.convert_hf_to_dcp import convert
 from flame.weights.hf_assets import read_generation_settings, write_hf_assets
 from tests.test_train import leave_no_trace, measured, options, run_here, workspace  # noqa: F401 - fixtures
 from tests.toy_families import build_toy
@@ -66,6 +68,22 @@ def test_a_resumed_run_goes_on_from_its_own_weights(source, workspace, tmp_path,
     shutil.rmtree(run / "checkpoint" / "step-6")
     assert measured(run_here(workspace, run, **from_weights(source))) == rows
     assert "resumed after step 3" in caplog.text and "weights from" not in caplog.text
+
+
+def test_a_converted_model_is_no_run_to_go_on_with(source, workspace, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    convert(str(source), run / "checkpoint" / "step-0")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, run, **from_weights(source))
+    assert stop.value.code == UserError.EXIT_CODE
+    error = capsys.readouterr().err.strip()
+    assert f'checkpoint.folder: "{run / "checkpoint" / "step-0"}" is a converted model, which no run has made' in error
+    assert "\n" not in error and "name it in checkpoint.initial_load_path" in error
+
+    dist.destroy_process_group()
+    weights = (run / "checkpoint").rename(run / "weights") / "step-0"
+    assert run_here(workspace, run, **from_weights(weights), training__steps=1)[-1]["step"] == 1
 
 
 # ---------------------------------------------------------------- settings for generation

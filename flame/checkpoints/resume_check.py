@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from flame.config import JobConfig
@@ -53,12 +54,30 @@ FREE_MODEL_KEYS = ("transformers_version", "dtype", "torch_dtype", "_name_or_pat
 _ABSENT = object()
 
 
+def check_made_by_run(state: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a converted model, which knows of no options, data or optimizer.
+
+    Args:
+        state: the checkpoint's `trainer.json`.
+        folder: of the checkpoints.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not state["config"]:
+        checkpoint = folder / f"step-{state['step']}"
+        raise UserError(
+            f'checkpoint.folder: "{checkpoint}" is a converted model, which no run has made: move it out of there and name it in '
+            "checkpoint.initial_load_path"
+        )
+
+
 def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
     """Refuse to go on with a run under options that would make it another one.
 
     Args:
         saved: the configuration in the checkpoint, by section. An option that it does not know counts as its default, which is
-            what a release before the option did; one that only it knows is let pass. Empty of a converted model.
+            what a release before the option did; one that only it knows is let pass.
 
     Raises:
         UserError: one line for each option that has changed.
@@ -67,15 +86,14 @@ def check_resumable(saved: dict[str, Any], config: JobConfig) -> None:
     fixed = (*FIXED_OPTIONS, "future_encoder.temperature") if _learns_temperature(config) else FIXED_OPTIONS
     changed = [key for key in now if _is_among(key, fixed) and key in before and now[key] != before[key]]
     lines = []
-    if saved:
-        learned, learning = find_saved_objective(saved), config.objective_name
-        if learned != learning:
-            changed = [key for key in changed if not key.startswith(OBJECTIVE_SECTIONS)]  # they follow from this one
-            lines.append(
-                f'objective.name = "{learning}" (with future_encoder.loss_weight = {config.future_encoder.loss_weight}), but the '
-                f'run in {config.job.dump_folder} was made with "{learned}": they have different heads; set it back, or start a '
-                "new run in another job.dump_folder"
-            )
+    learned, learning = find_saved_objective(saved), config.objective_name
+    if learned != learning:
+        changed = [key for key in changed if not key.startswith(OBJECTIVE_SECTIONS)]  # they follow from this one
+        lines.append(
+            f'objective.name = "{learning}" (with future_encoder.loss_weight = {config.future_encoder.loss_weight}), but the '
+            f'run in {config.job.dump_folder} was made with "{learned}": they have different heads; set it back, or start a '
+            "new run in another job.dump_folder"
+        )
     lines += [
         f"{key} = {json.dumps(now[key])}, but the run in {config.job.dump_folder} was made with "
         f"{json.dumps(before[key])}: set it back, or start a new run in another job.dump_folder"
@@ -153,7 +171,7 @@ def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint by dotted key, with defaults for those that it does not know."""
-    return flatten(dataclasses.asdict(JobConfig())) | flatten(saved) if saved else {}
+    return flatten(dataclasses.asdict(JobConfig())) | flatten(saved)
 
 
 def _is_among(key: str, options: tuple[str, ...]) -> bool:

@@ -13,7 +13,14 @@ import torch.distributed as dist
 from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
 from flame.checkpoints.checkpoint_agreement import run_on_main
 from flame.checkpoints.checkpoint_files import list_run_checkpoints
-from flame.checkpoints.resume_check import check_model, check_resumable, check_sources, check_tokenizer, list_changes
+from flame.checkpoints.resume_check import (
+    check_made_by_run,
+    check_model,
+    check_resumable,
+    check_sources,
+    check_tokenizer,
+    list_changes,
+)
 from flame.checkpoints.run_state import RunState
 from flame.config import JobConfig
 from flame.errors import UserError
@@ -97,6 +104,7 @@ class RunCheckpoints:
             self._checkpointer.prepare()
 
     def _check(self, saved: dict[str, Any]) -> None:
+        check_made_by_run(saved, self._checkpointer.folder)
         check_resumable(saved["config"], self._config)
         check_model(saved["model_config"], self._model_config.to_dict())
         check_tokenizer(saved["tokenizer_fingerprint"], self._fingerprint)
