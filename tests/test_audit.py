@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from flame.checkpoints.checkpoint import TRAINER_FILE, list_checkpoints
 from flame.data import audit
 from flame.data.audit import read_audit
+from flame.utils.audit import list_gaps, take_account
 from flame.utils.audit import main as check
-from flame.utils.audit import take_account
 from tests.test_train import REPO, SEQ_LEN, leave_no_trace, options, read_metrics, run_here, run_ranks, workspace  # noqa: F401 - fixtures
 
 CHANGES = {
@@ -112,6 +112,42 @@ def test_a_token_trained_on_twice_is_found(workspace, tmp_path, capsys):  # noqa
     capsys.readouterr()
     assert check([str(run)]) == 1
     assert f"| {SEQ_LEN} | 0 | 0 |" in capsys.readouterr().out
+
+
+def test_what_a_crash_left_is_passed_over(workspace, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    run_here(workspace, run, **CHANGES, training__steps=4)
+    capsys.readouterr()
+    assert check([str(run)]) == 0
+    expected = capsys.readouterr()
+    torn = run / "checkpoint" / "step-6.partial"
+    for file in (None, TRAINER_FILE):
+        torn.mkdir(exist_ok=True)
+        if file is not None:
+            (torn / file).write_text('{"step": 6')
+        assert check([str(run)]) == 0
+        assert capsys.readouterr() == expected
+
+
+def test_steps_without_audit_are_told(workspace, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    told = "steps not audited: "
+    for audit_now, steps, line in ((True, 2, None), (False, 4, "3-4"), (True, 6, "3-4"), (False, 7, "3-4, 7")):
+        run_here(workspace, run, **CHANGES | {"training__audit": audit_now, "training__steps": steps})
+        capsys.readouterr()
+        assert check([str(run)]) == int(line is not None), steps
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"{told}{line} (") if line else not last.startswith(told), last
+
+
+@given(st.sets(st.integers(1, 12), min_size=1), st.integers(0, 14))
+def test_gaps_against_a_list_of_steps(steps: set[int], further: int) -> None:
+    last = max(steps) + further
+    missing = set()
+    for gap in list_gaps(steps, last):
+        first, _, end = gap.partition("-")
+        missing |= set(range(int(first), int(end or first) + 1))
+    assert missing == set(range(1, last + 1)) - steps
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])

@@ -1,20 +1,22 @@
 """Check what a run with `training.audit = true` was trained on: each token of each document once an epoch, and none twice.
 
-python -m flame.utils.audit exp/run
+    python -m flame.utils.audit exp/run
+
+Ends with 0 if that is so, with 1 if it is not or cannot be known, as steps were made without the audit, and with 2 without one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoints.checkpoint import TRAINER_FILE
+from flame.checkpoints.checkpoint_files import list_run_checkpoints, read_state
 from flame.data.audit import read_audit
 from flame.errors import UserError
 
@@ -94,33 +96,57 @@ def count_unseen(accounts: dict[tuple[str, int], Account], data_state: dict[str,
                 account.unseen = None if is_streamed else saved["num_units"] - account.documents
 
 
+def note_steps(lines: Iterable[dict[str, Any]], steps: set[int]) -> Iterator[dict[str, Any]]:
+    """Pass the lines of an audit on, and add their steps to a set."""
+    for line in lines:
+        steps.add(line["step"])
+        yield line
+
+
+def list_gaps(steps: set[int], last: int) -> list[str]:
+    """Steps from 1 to the last that are not in a set, as ranges such as "3-4" and "7"."""
+    edges = [0, *sorted(steps), last + 1]
+    gaps = [(before + 1, after - 1) for before, after in pairwise(edges) if after - before > 1]
+    return [str(first) if first == end else f"{first}-{end}" for first, end in gaps]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Check what a run was trained on.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the run's folder (job.dump_folder)")
     folder = parser.parse_args(argv).folder
+    steps: set[int] = set()
     try:
-        accounts = take_account(read_audit(folder))
+        accounts = take_account(note_steps(read_audit(folder), steps))
         if not accounts:
             raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
     except UserError as error:
         print(error, file=sys.stderr)
         return error.EXIT_CODE
     bad_rows = None
-    for checkpoint in sorted(folder.glob("*/step-*"), key=lambda path: path.stat().st_mtime)[-1:]:
-        state = json.loads((checkpoint / TRAINER_FILE).read_text())
+    last = max(steps)
+    for checkpoint in list_run_checkpoints(folder)[-1:]:
+        state = read_state(checkpoint)
         count_unseen(accounts, state["data"])
         bad_rows = state["counters"]["bad_rows"]
+        last = max(last, state["step"])
+    _print_table(accounts)
+    unseen_in_all = sum(account.unseen or 0 for account in accounts.values())
+    if bad_rows is not None:
+        print(f"{unseen_in_all} documents not seen in finished epochs; {bad_rows} bad rows passed over in all")
+    gaps = list_gaps(steps, last)
+    if gaps:
+        print(f"steps not audited: {', '.join(gaps)} (made without training.audit = true, or what it wrote of them is lost)")
+    is_lost = bad_rows is not None and unseen_in_all > bad_rows
+    return int(is_lost or bool(gaps) or any(account.is_faulty for account in accounts.values()))
+
+
+def _print_table(accounts: dict[tuple[str, int], Account]) -> None:
     print("| source | epoch | documents | tokens | repeated | missing | left out | unfinished | documents not seen |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (source, epoch), a in accounts.items():
         unseen = "-" if a.unseen is None else a.unseen
         cells = (source, epoch, a.documents, a.tokens, a.repeated, a.missing, a.left_out, a.unfinished, unseen)
         print("| " + " | ".join(map(str, cells)) + " |")
-    unseen_in_all = sum(account.unseen or 0 for account in accounts.values())
-    if bad_rows is not None:
-        print(f"{unseen_in_all} documents not seen in finished epochs; {bad_rows} bad rows passed over in all")
-    is_lost = bad_rows is not None and unseen_in_all > bad_rows
-    return int(is_lost or any(account.is_faulty for account in accounts.values()))
 
 
 if __name__ == "__main__":
