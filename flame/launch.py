@@ -13,6 +13,11 @@ scheduler asks for it with SIGTERM or SIGUSR1, which torchrun would kill them fo
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from flame.components.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import logging
 import os

@@ -9,6 +9,11 @@ loop, the step. What has a subject of its own is elsewhere.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from flame.components.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import logging
 import signal
 import sys
@@ -22,7 +27,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from flame.announcement import announce
-from flame.checkpoints.checkpoint import Checkpointer
+from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
 from flame.checkpoints.run_checkpoints import RunCheckpoints
 from flame.checkpoints.run_state import RunState
 from flame.components.counters import Counters
@@ -33,6 +38,7 @@ from flame.components.distributed import (
     set_single_process_defaults,
     start_processes,
 )
+from flame.components.interrupt import raise_on_interrupt
 from flame.components.loggers import init_logging
 from flame.components.preemption import PREEMPTED_EXIT_CODE, StopListener
 from flame.components.run_meters import RunMeters, rewind_records
@@ -340,17 +346,32 @@ def main(argv: list[str]) -> None:
     """
     set_single_process_defaults()
     try:
-        config = read_config(argv, get_world_size())
-        with StopListener() as listener:
-            is_finished = Trainer(config, lambda: listener.requested is not None).train()
+        is_finished = _run(read_config(argv, get_world_size()))
     except UserError as error:
         report_mistake(error)
         sys.exit(error.EXIT_CODE)
-    except KeyboardInterrupt:
-        logger.info("interrupted: the same command goes on from the last checkpoint")
-        sys.exit(128 + signal.SIGINT)
     if not is_finished:
         sys.exit(PREEMPTED_EXIT_CODE)
+
+
+def _run(config: JobConfig) -> bool:
+    """Train until the end or a request to stop, like `Trainer.train`, or until Ctrl-C, which ends the process."""
+    try:
+        raise_on_interrupt()
+        with StopListener() as listener:
+            return Trainer(config, lambda: listener.requested is not None).train()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
+        logger.info("interrupted: %s", _tell_what_is_saved(config))
+        sys.exit(128 + signal.SIGINT)
+
+
+def _tell_what_is_saved(config: JobConfig) -> str:
+    if not config.checkpoint.enable_checkpoint:
+        return "nothing is saved: checkpoints are off"
+    if list_checkpoints(Path(config.job.dump_folder) / config.checkpoint.folder):
+        return "the same command goes on from the last checkpoint"
+    return "nothing is saved yet: the same command begins anew"
 
 
 if __name__ == "__main__":

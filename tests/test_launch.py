@@ -283,6 +283,29 @@ def test_a_stop_signal_before_there_are_workers_ends_the_launcher(folder: Path) 
         assert end(launcher) == (128 + signal.SIGUSR1, "", "")
 
 
+@pytest.mark.parametrize("module", ["flame.launch", "flame.train"])
+def test_ctrl_c_while_modules_are_imported_ends_in_silence(folder: Path, module: str) -> None:
+    """By the signal, which a shell shows as 130."""
+    (folder / "lib" / "torch.py").write_text("import time, pathlib\npathlib.Path('ready').touch()\ntime.sleep(600)")
+    command = [sys.executable, "-m", module, *(["-m", "flame.train"] if module == "flame.launch" else []), *MODEL]
+    environment = build_environment({"PYTHONPATH": f"{folder / 'lib'}:{REPO}"})
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
+    ) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or (folder / "ready").exists())
+            process.send_signal(signal.SIGINT)
+            assert end(process) == (-signal.SIGINT, "", "")
+        finally:
+            process.kill()
+
+
 def is_open(address: tuple[str, int]) -> bool:
     with socket.socket() as connection:
         return connection.connect_ex(address) == 0

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,9 +33,10 @@ MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy",
 
 @pytest.fixture(autouse=True)
 def leave_no_trace() -> Iterator[None]:
-    """A run changes its process: group, environment, garbage collection."""
-    before = dict(os.environ)
+    """A run changes its process: group, environment, garbage collection, what Ctrl-C does."""
+    before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     yield
+    signal.signal(signal.SIGINT, interrupt)
     if dist.is_initialized():
         dist.destroy_process_group()
     os.environ.clear()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import flame.train as train_module
 from flame.checkpoints.checkpoint import Checkpointer, list_checkpoints
 from flame.components import run_lock
 from flame.components.distributed import set_single_process_defaults
@@ -285,10 +286,43 @@ def test_ctrl_c_ends_at_once_without_a_traceback(workspace, tmp_path):  # noqa: 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 2:
+    while not list_checkpoints(run / "checkpoint"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in out + err
     assert out.endswith("interrupted: the same command goes on from the last checkpoint\n")
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "told"),
+    [
+        (2, {}, "interrupted: nothing is saved yet: the same command begins anew"),
+        (4, {}, "interrupted: the same command goes on from the last checkpoint"),
+        (4, {"checkpoint__enable_checkpoint": False}, "interrupted: nothing is saved: checkpoints are off"),
+    ],
+)
+def test_ctrl_c_says_what_is_saved(workspace, tmp_path, monkeypatch, caplog, step, changes, told):  # noqa: F811
+    real = Trainer.train_step
+
+    def interrupt(self):
+        real(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **changes)
+    assert stop.value.code == 130
+    assert caplog.messages[-1] == told
+
+
+def test_ctrl_c_before_a_run_goes_on_knows_of_its_checkpoint(workspace, monkeypatch, caplog, plain_run):  # noqa: F811
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "start_processes", interrupt)
+    with pytest.raises(SystemExit):
+        run_here(workspace, plain_run)
+    assert caplog.messages[-1] == "interrupted: the same command goes on from the last checkpoint"
