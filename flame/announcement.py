@@ -11,6 +11,7 @@ from flame.components.distributed import get_world_size
 from flame.config import JobConfig
 from flame.data.mixture import Mixture
 from flame.loss_schedule import reaches_loss_weight
+from flame.models.config_keys import list_unknown_keys
 from flame.models.future_lm import FutureLM
 from flame.unused_options import list_unused
 from flame.validation import Validator
@@ -53,6 +54,9 @@ def announce(
         logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
     if unused := list_unused(config):
         logger.info("without effect in this run: %s", ", ".join(unused))
+    if unknown := list_unknown_keys(model.lm.config):
+        own, names = type(model.lm.config).__name__, ", ".join(unknown)
+        logger.info("the model's configuration has keys that %s lacks, and that most likely nothing reads: %s", own, names)
     if config.uses_future and not reaches_loss_weight(config):
         weight = config.future_encoder.loss_weight
         logger.warning("future_encoder.loss_weight = %s is not reached: warm-up and decay leave no step between", weight)

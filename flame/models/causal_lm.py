@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models import varlen_attention
+from flame.models.config_keys import find_misspelt_keys
 from flame.models.families import find_unsupported_layers
 from flame.models.fla_families import find_unsupported_fla, init_weights, register_fla_family
 from flame.models.future_encoder import Attention, is_recurrent
@@ -44,7 +46,7 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
         raise UserError(f"{option} cannot be loaded by transformers: {reason}") from error
     if not trust_remote_code and hasattr(config, "auto_map"):
         del config.auto_map
-    faults = [f"{option}: {fault}" for fault in _find_unsupported(config)]
+    faults = [f"{option}: {fault}" for fault in _find_unsupported(config, settings)]
     if faults:
         raise UserError(*faults)
     return config
@@ -59,8 +61,8 @@ def _has_own_code(config: PretrainedConfig) -> bool:
     return AutoModelForCausalLM.__name__ in getattr(config, "auto_map", {})
 
 
-def _find_unsupported(config: PretrainedConfig) -> list[str]:
-    """Reasons why this trainer would silently compute something else than the model means."""
+def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[str]:
+    """Reasons why this trainer would silently compute something else than the model, or the keys given for it, mean."""
     faults = []
     if type(config) not in AutoModelForCausalLM._model_mapping and not _has_own_code(config):
         return [f'model_type "{config.model_type}" is no causal language model known to transformers']
@@ -86,7 +88,7 @@ def _find_unsupported(config: PretrainedConfig) -> list[str]:
         is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
         if is_random and not unused and isinstance(value, int | float) and value != 0:
             faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
-    return faults
+    return faults + find_misspelt_keys(config, given)
 
 
 def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig) -> None:
