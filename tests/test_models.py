@@ -71,6 +71,11 @@ def test_a_parameter_that_init_weights_forgets_is_named():
         ('{"model_type": "deepseek_v3"}', "of mixture-of-experts models, only mixtral, olmoe, qwen3_moe are supported"),
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}',
+            'quantization_config = {"quant_method": "fp8"} is not supported: quantised weights cannot be trained',
+        ),
+        ('{"model_type": "llama", "quantization_config": {}}', "quantization_config = {} is not supported"),
         ('{"model_type": "llama", "attention_dropout": 0.1}', "attention_dropout = 0.1 is not supported"),
         ('{"model_type": "falcon_mamba"}', 'model_type "falcon_mamba" is not supported: its configuration has no num_att'),
         ('{"model_type": "vit"}', 'model_type "vit" is no causal language model'),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from flame.config import JobConfig
 from flame.errors import UserError
 from flame.models import varlen_attention
-from flame.models.config_keys import find_misspelt_keys
+from flame.models.config_keys import find_misspelt_keys, show_value
 from flame.models.families import find_unsupported_layers
 from flame.models.fla_families import find_unsupported_fla, init_weights, register_fla_family
 from flame.models.future_encoder import Attention, is_recurrent
@@ -70,6 +70,11 @@ def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[s
         return [f'model_type "{config.model_type}" is not supported: it has a configuration for each of several parts']
     if getattr(config, "is_heterogeneous", False):
         return [f'model_type "{config.model_type}" is not supported with per_layer_config: its layers must have the same shapes']
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        return [
+            f"quantization_config = {show_value(quantization)} is not supported: quantised weights cannot be trained; leave it "
+            "out or, with weights, take the model they were made from"
+        ]
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(config, key, None), int):
             return [f'model_type "{config.model_type}" is not supported: its configuration has no {key}']
