@@ -4,7 +4,7 @@
 #
 # Environment:
 #   NGPU             processes on this machine, one a GPU (default 1)
-#   LOG_RANK         local ranks whose output is shown, separated by commas (default 0)
+#   LOG_RANK         local ranks, below NGPU, whose output is shown, separated by commas (default 0)
 #   OMP_NUM_THREADS  CPU threads of each process (default: the machine's cores / NGPU)
 #   PYTHON           interpreter (default python3)
 # For a run over several machines, start this on each of them with
@@ -28,7 +28,12 @@ nnodes=${NNODES:-1}
 [[ $ngpu =~ ^[1-9][0-9]*$ ]] || fail "NGPU = $ngpu (environment): allowed is an integer > 0"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES = $nnodes (environment): allowed is an integer > 0"
 
-[[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = $LOG_RANK (environment): allowed are ranks separated by commas"
+log_rank=${LOG_RANK:-0}
+log_fault="LOG_RANK = $log_rank (environment): allowed are ranks below NGPU = $ngpu, separated by commas"
+[[ $log_rank =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "$log_fault"
+for rank in ${log_rank//,/ }; do
+    ((10#$rank < ngpu)) || fail "$log_fault"
+done
 
 if ((nnodes == 1)); then
     # Picks a free port, so that several runs fit on one machine.
@@ -48,5 +53,5 @@ export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
 
 exec "${PYTHON:-python3}" -m flame.launch \
-    --nnodes "$nnodes" --nproc-per-node "$ngpu" "${rendezvous[@]}" --local-ranks-filter "${LOG_RANK:-0}" \
+    --nnodes "$nnodes" --nproc-per-node "$ngpu" "${rendezvous[@]}" --local-ranks-filter "$log_rank" \
     -m flame.train "$@"

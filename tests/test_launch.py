@@ -168,7 +168,12 @@ def test_script_ends_with_the_mistakes_alone(folder: Path) -> None:
     [
         ({"NGPU": "two"}, "NGPU = two (environment): allowed is an integer > 0"),
         ({"NGPU": "0"}, "NGPU = 0 (environment): allowed is an integer > 0"),
-        ({"LOG_RANK": "x"}, "LOG_RANK = x (environment): allowed are ranks separated by commas"),
+        ({"LOG_RANK": "x"}, "LOG_RANK = x (environment): allowed are ranks below NGPU = 1, separated by commas"),
+        ({"LOG_RANK": "1"}, "LOG_RANK = 1 (environment): allowed are ranks below NGPU = 1, separated by commas"),
+        (
+            {"LOG_RANK": "0,08", "NGPU": "8"},
+            "LOG_RANK = 0,08 (environment): allowed are ranks below NGPU = 8, separated by commas",
+        ),
         ({"NNODES": "1:2"}, "NNODES = 1:2 (environment): allowed is an integer > 0"),
         ({"NNODES": "2"}, "NODE_RANK =  (environment): allowed is 0 to 1, another one on each machine"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = 2 (environment): allowed is 0 to 1, another one on each machine"),
@@ -184,6 +189,7 @@ def test_script_names_mistakes_in_the_environment(folder: Path, environment: dic
     [
         ({}, "--nnodes 1 --nproc-per-node 1 --standalone --local-ranks-filter 0"),
         ({"NGPU": "2", "LOG_RANK": "0,1"}, "--nnodes 1 --nproc-per-node 2 --standalone --local-ranks-filter 0,1"),
+        ({"NGPU": "2", "LOG_RANK": "01"}, "--nnodes 1 --nproc-per-node 2 --standalone --local-ranks-filter 01"),
         (
             {"NNODES": "10", "NODE_RANK": "08", "MASTER_ADDR": "first", "MASTER_PORT": "7"},
             "--nnodes 10 --nproc-per-node 1 --node-rank 08 --master-addr first --master-port 7 --local-ranks-filter 0",
