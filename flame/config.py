@@ -278,7 +278,7 @@ class Validation(Corpus):
     __pydantic_config__ = STRICT
 
     interval: NonNegativeInt = 0
-    """Steps between validations; 0 is never. The last step is always validated."""
+    """Steps between validations; 0 is never. Unless it is 0, the last step is validated too."""
     num_sequences: PositiveInt = 64
     """Packed sequences of training.seq_len tokens in the set; fewer if the held-out documents do not fill them."""
     holdout_every: NonNegativeInt = 0
