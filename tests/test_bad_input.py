@@ -486,18 +486,27 @@ def test_bad_text_files_are_bad_rows(folder: Path, streaming: bool) -> None:
 
 
 NO_TEXT = "yields no usable text"
+NO_OBJECTS = "all empty, not text or undecodable: the first rows are no JSON objects: check training.data_files = "
+CHECK_FILES = "all empty, not text or undecodable: check training.data_files = "
 BROKEN: dict[str, tuple[str, bytes, str]] = {
-    "empty text": ("text", b"", NO_TEXT),
+    "empty text": ("text", b"", CHECK_FILES),
     "empty json": ("json", b"", "has no rows"),
     "empty parquet": ("parquet", b"", "cannot be loaded"),
-    "white text": ("text", b" \n\t\n", NO_TEXT),
-    "white json": ("json", b" \n\t\n", NO_TEXT),
+    "white text": ("text", b" \n\t\n", CHECK_FILES),
+    "white json": ("json", b" \n\t\n", NO_OBJECTS),
     "white parquet": ("parquet", b" \n\t\n", "cannot be loaded"),
-    "garbage as text": ("text", GARBAGE, NO_TEXT),
-    "garbage as json": ("json", GARBAGE, NO_TEXT),
+    "garbage as text": ("text", GARBAGE, CHECK_FILES),
+    "garbage as json": ("json", GARBAGE, NO_OBJECTS),
     "garbage as parquet": ("parquet", GARBAGE, "cannot be loaded"),
     "UTF-16": ("json", LINES.decode().encode("utf-16"), NO_TEXT),
-    "parquet as json": ("json", PARQUET, NO_TEXT),
+    "parquet as json": ("json", PARQUET, NO_OBJECTS),
+    "other keys": (
+        "json",
+        b'{}\n{"body": "x", "id": 1}\n{"i\\u0000": 2, "id": 3}\n',
+        'all empty, not text or undecodable: training.text_column = "text" is no key of the first rows, '
+        "which have: body, id, i\\x00; give the one that holds the text",
+    ),
+    "numbers under the key": ("json", b'{"id": 1}\n{"text": 1}\n', 'check what the rows hold as training.text_column = "text"'),
     "cut parquet": ("parquet", PARQUET[:-300], "cannot be loaded"),
     "half a parquet": ("parquet", PARQUET[: len(PARQUET) // 2], "cannot be loaded"),
     "overwritten parquet": ("parquet", PARQUET[:100] + bytes(2000) + PARQUET[2100:], "cannot be "),
@@ -505,7 +514,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "numbers for text": ("parquet", table(text=[1]), "is a column of int64, not of strings"),
     "nothing for text": ("parquet", table(text=pa.nulls(3)), "is a column of null, not of strings"),
     "no rows": ("parquet", table(text=pa.array([], pa.string())), "has no rows"),
-    "no UTF-8 at all": ("parquet", table(text=view_as_strings(b"\xff", b"\xfe")), NO_TEXT),
+    "no UTF-8 at all": ("parquet", table(text=view_as_strings(b"\xff", b"\xfe")), 'check column training.text_column = "text"'),
     "gz of parquet": ("parquet", gzip.compress(PARQUET, mtime=0), "cannot be loaded"),
     "zip of parquet": ("parquet", zipped(PARQUET), "cannot be loaded"),
     "cut gz": ("json", gzip.compress(LINES, mtime=0)[:-10], "Compressed file ended"),

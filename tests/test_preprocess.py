@@ -331,7 +331,8 @@ def test_finished_folders_are_left_alone(corpus: Path, tmp_path: Path, capsys: p
 def test_no_usable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", TEXTS)
     argv = options(corpus, tmp_path / "out", text_column="other")
-    expect_refusal(capsys, argv, "no usable text", f"{len(TEXTS)} rows read", "--text_column")
+    keys = '--text_column = "other" is no key of the first rows, which have: body;'
+    expect_refusal(capsys, argv, "no usable text", f"{len(TEXTS)} rows read", keys)
     preprocess.main(options(corpus, tmp_path / "out"))
 
 

@@ -67,13 +67,13 @@ class TokenizedSource:
 
     def __init__(self, source: Source, encode: Encode):
         self.name, self.option = source.name, source.option
-        self._source, self._encode = source, encode
+        self.source, self._encode = source, encode
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def read(self, index: int) -> np.ndarray | None:
-        text = self._source.read(index)
+        text = self.source.read(index)
         return None if text is None else self._encode(text)
 
 
@@ -141,7 +141,7 @@ class TokenizedShards:
 
     def __init__(self, source: StreamingSource, encode: Encode):
         self.name, self.option, self.num_shards = source.name, source.option, source.num_shards
-        self._source, self._encode = source, encode
+        self.source, self._encode = source, encode
 
     def read_shard(self, shard: int, row: int, part: Part = WHOLE) -> Iterator[tuple[int, np.ndarray | None]]:
         """Yield row and document, as `Documents.read` returns it, of the rows in a part of a shard, from a row on.
@@ -149,7 +149,7 @@ class TokenizedShards:
         Raises:
             UserError: the shard cannot be read.
         """
-        for place, text in enumerate(self._source.read_shard(shard, row), start=row):
+        for place, text in enumerate(self.source.read_shard(shard, row), start=row):
             if part.includes(place):
                 yield place, None if text is None else self._encode(text)
 

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flame.data.documents import Block, Documents, GeneratedDocuments, Part, TokenizedShards
+from flame.data.documents import Block, Documents, GeneratedDocuments, Part, TokenizedShards, TokenizedSource
 from flame.data.generated import ENDLESS
+from flame.data.no_text import explain_no_text
 from flame.data.order import shuffled_index
 from flame.errors import UserError
 
@@ -97,7 +98,8 @@ class DocumentLine:
         rows = map(self._part.locate, range(self._count))
         self._has_text = self._has_text or any(self._documents.read(row) is not None for row in rows)
         if not self._has_text:
-            raise UserError(_explain_no_text(self.option, f"{self._count} rows"))
+            assert isinstance(self._documents, TokenizedSource), "others have no bad rows"
+            raise UserError(explain_no_text(self._documents.source, f"{self._count} rows"))
 
 
 class BlockLine:
@@ -175,11 +177,7 @@ class ShardLine:
                 tokens is not None for shard in range(count) for _, tokens in self._shards.read_shard(shard, 0, self._part)
             )
         if not self._has_text:
-            raise UserError(_explain_no_text(self.option, f"{count} shards"))
+            raise UserError(explain_no_text(self._shards.source, f"{count} shards"))
 
     def _open(self, epoch: int, position: int, row: int) -> None:
         self._rows = self._shards.read_shard(self._locate(epoch, position), row, self._part)
-
-
-def _explain_no_text(option: str, read: str) -> str:
-    return f"{option} yields no usable text: {read} read, all empty, not text or undecodable: check the data and text_column"

@@ -147,7 +147,7 @@ class TableSource:
     """One document a row of a memory-mapped table."""
 
     def __init__(self, origin: Origin, table: datasets.Dataset, column: str, decode: Callable[[Any], str | None]):
-        self.name, self.option = origin.name, origin.option
+        self.origin, self.name, self.option = origin, origin.name, origin.option
         self._table, self._column, self._decode = table, column, decode
 
     def __len__(self) -> int:
@@ -159,12 +159,16 @@ class TableSource:
         except UnicodeDecodeError:  # Arrow does not check the bytes of its strings until one is read
             return None
 
+    def read_first_cells(self) -> list[Any]:
+        """Return undecoded cells, to say what is there."""
+        return self._table[:ROWS_AT_ONCE][self._column]
+
 
 class StreamingSource:
     """One document a row, which can only be read in order, in shards (files, mostly). Pickled like the others."""
 
     def __init__(self, origin: Origin, table: datasets.IterableDataset, column: str, decode: Callable[[Any], str | None]):
-        self.name, self.option = origin.name, origin.option
+        self.origin, self.name, self.option = origin, origin.name, origin.option
         self._table, self._column, self._decode = table, column, decode
         self.num_shards = table.num_shards
 
@@ -189,6 +193,11 @@ class StreamingSource:
                 "check the file or the network; the same command goes on from the last checkpoint"
             ) from error
 
+    def read_first_cells(self) -> list[Any]:
+        """Return undecoded cells, to say what is there."""
+        tables = self._table.with_format("arrow").iter(ROWS_AT_ONCE)
+        return next(iter(tables))[self._column].to_pylist()
+
     def _decode_cell(self, cell: pa.Scalar) -> str | None:
         try:
             return self._decode(cell.as_py())
@@ -208,14 +217,26 @@ def decode_text(row: str) -> str | None:
 
 def decode_json_line(row: str, key: str) -> str | None:
     """Return the text under `key` of a JSON line whose bytes were read as latin-1."""
+    content = parse_json_line(row)
+    text = keep_text(content.get(key)) if isinstance(content, dict) else None
+    return text if text is None or _is_encodable(text) else None
+
+
+def parse_json_line(row: str) -> Any:
+    """Return what a JSON line holds whose bytes were read as latin-1, None if it is broken."""
     try:
-        content = json.loads(row.encode("latin-1").decode("utf-8-sig"))
-        text = keep_text(content.get(key)) if isinstance(content, dict) else None
-        if text is not None:
-            text.encode("utf-8")  # "\ud800" is a string in JSON but half a character in Unicode: no tokenizer takes it
-        return text
+        return json.loads(row.encode("latin-1").decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether it can be UTF-8: "\\ud800" is a string in JSON but half a character in Unicode, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list_standard_library() -> list[Path]:

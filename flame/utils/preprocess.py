@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flame.config import Corpus
+from flame.data.no_text import explain_no_text
 from flame.data.sources import Source, open_source
 from flame.data.span_encoder import SpanEncoder, encode_in_order, plan_spans
 from flame.data.token_folder import FORMAT_VERSION, Manifest, TokenDtype
@@ -63,10 +64,7 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
         done = writer.progress
         if not done.documents:
             writer.discard()
-            raise UserError(
-                f'--dataset = "{corpus.dataset}" yields no usable text: {done.rows} rows read, all empty, not text or '
-                "undecodable: check the data and --text_column"
-            )
+            raise UserError(explain_no_text(source, f"{done.rows} rows"))
         writer.finish(
             Manifest(
                 format_version=FORMAT_VERSION,
