@@ -143,6 +143,21 @@ def test_dataset_by_name(tmp_path: Path) -> None:
     expect_one_line(Training(dataset=name, dataset_name="en"), f'training.dataset = "{name}"', "training.dataset_name")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk_says_how_it_can_be_read(tmp_path: Path, streaming: bool) -> None:
+    """The library would advise to call one of its own functions."""
+    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "several")
+    for name, split in (("one", ""), ("several", '["dev"]')):
+        expect_one_line(
+            Training(dataset=f"{tmp_path}/{name}", dataset_split="dev", streaming=streaming, text_column="body"),
+            f'training.dataset = "{tmp_path}/{name}" is a folder of save_to_disk, which is not read: write it with ',
+            f'datasets.load_from_disk("{tmp_path}/{name}"){split}.to_parquet("NEW.parquet"), and give',
+            'training.dataset = "parquet" with training.data_files',
+        )
+
+
 def test_dataset_out_of_reach() -> None:
     expect_one_line(Training(dataset="nobody/nothing"), 'training.dataset = "nobody/nothing" cannot be loaded', "network")
 

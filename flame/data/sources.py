@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -298,7 +299,21 @@ def _load_table(origin: Origin) -> Any:
             f"{origin.option} is a reader of the datasets library, not a dataset: give the name of a dataset, or read local "
             f"files with one of {', '.join(LOCAL_FORMATS)}"
         )
+    _refuse_saved_folder(origin)
     return _load(origin, corpus.dataset, name=corpus.dataset_name or None, split=corpus.dataset_split)
+
+
+def _refuse_saved_folder(origin: Origin) -> None:
+    corpus = origin.corpus
+    marks = datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME
+    is_one, is_several = (os.path.isfile(os.path.join(corpus.dataset, mark)) for mark in marks)
+    if is_one or is_several:
+        split = f'["{corpus.dataset_split}"]' if is_several else ""
+        raise UserError(
+            f"{origin.option} is a folder of save_to_disk, which is not read: write it with "
+            f'datasets.load_from_disk("{corpus.dataset}"){split}.to_parquet("NEW.parquet"), and give {origin.section}.dataset = '
+            f'"parquet" with {origin.section}.data_files'
+        )
 
 
 def _check_column(origin: Origin, features: datasets.Features, column: str) -> None:
