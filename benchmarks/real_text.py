@@ -42,6 +42,16 @@ VARIANTS: dict[str, dict[str, object]] = {
     MORE: {"objective.name": "next_token"},
     ALIKE: {"objective.name": "next_token", "optimizer.weight_decay": 0.101},
     "future, weight 0.03": {"objective.name": "future", "future_encoder.loss_weight": 0.03},
+    "future, weight 0.03, from step 200": {
+        "objective.name": "future",
+        "future_encoder.loss_weight": 0.03,
+        "future_encoder.start_step": 200,
+    },
+    "future, weight 0.03, target_shift 0": {
+        "objective.name": "future",
+        "future_encoder.loss_weight": 0.03,
+        "future_encoder.target_shift": 0,
+    },
     "future, weight 0.1": {"objective.name": "future", "future_encoder.loss_weight": 0.1},
     "future, weight 0.3": {"objective.name": "future", "future_encoder.loss_weight": 0.3},
     "future, weight 0.1, random target": {

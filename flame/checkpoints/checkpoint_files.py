@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -34,12 +33,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_run_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints that the run in a folder has made, oldest first, in whatever `checkpoint.folder`.
+    """Complete checkpoints that the run in a folder has made, oldest first, in whatever `checkpoint.folder` down to two deep.
 
     What lies there for another purpose does not count: a converted model, checkpoints of another run or moved out of the way.
     """
-    marks = glob.glob(os.path.join(glob.escape(str(run)), "**", "step-*", TRAINER_FILE), recursive=True)
-    folders = {Path(mark).parents[1] for mark in marks}
+    # Not `**`, which goes through all that lies beside, and round in links.
+    folders = {path.parent for depth in ("", "*/", "*/*/") for path in run.glob(f"{depth}step-*")}
     made = [checkpoint for folder in folders for checkpoint in list_checkpoints(folder) if _is_made_in(run, checkpoint)]
     return sorted(made, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-")))
 
