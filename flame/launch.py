@@ -30,8 +30,19 @@ from pathlib import Path
 from typing import Any
 
 from flame.components.preemption import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
-from flame.config_reader import read_config
 from flame.errors import UserError
+
+try:
+    from flame.config_reader import read_config
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(
+        f'PYTHON = {sys.executable} (environment): has no package "{error.name}": run pip install -r '
+        f"{Path(__file__).parents[1] / 'requirements.txt'} for it, or name an interpreter that has them all",
+        file=sys.stderr,
+    )
+    sys.exit(UserError.EXIT_CODE)
 
 # Reports which worker failed and which ones are stopped for it.
 WORKER_LOGGER = "torch.distributed.elastic.multiprocessing.api"

@@ -289,6 +289,15 @@ def test_a_stop_signal_before_there_are_workers_ends_the_launcher(folder: Path) 
         assert end(launcher) == (128 + signal.SIGUSR1, "", "")
 
 
+def test_an_interpreter_without_the_packages_is_one_line(folder: Path) -> None:
+    command = [sys.executable, "-S", "-m", "flame.launch", "-m", "flame.train", *MODEL]
+    environment = build_environment({"PYTHONPATH": str(REPO)})
+    outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout) == (UserError.EXIT_CODE, "")
+    assert outcome.stderr.startswith(f"PYTHON = {sys.executable} (environment): has no package ")
+    assert outcome.stderr.endswith("an interpreter that has them all\n") and outcome.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", ["flame.launch", "flame.train"])
 def test_ctrl_c_while_modules_are_imported_ends_in_silence(folder: Path, module: str) -> None:
     """By the signal, which a shell shows as 130."""
