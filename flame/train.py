@@ -325,9 +325,8 @@ class Trainer:
             self._save()
         self.checkpointer.wait()
         self.meters.log_step(self.step, self.counters)
-        is_saved = self.config.checkpoint.enable_checkpoint
-        where = "the same command goes on" if is_saved else "nothing is saved: checkpoints are off"
-        logger.info("stopped on request after step %d of %d; %s", self.step, self.config.training.steps, where)
+        saved = _tell_what_is_saved(self.config)
+        logger.info("stopped on request after step %d of %d; %s", self.step, self.config.training.steps, saved)
 
     def _close_run(self) -> None:
         """End what runs beside the training."""
