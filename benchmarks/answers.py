@@ -16,13 +16,15 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.tables import format_table, show_range
-from flame.components.distributed import end_processes, set_single_process_defaults
-from flame.config_reader import read_config
 from flame.data.batch import PackedBatch
 from flame.errors import UserError
-from flame.models import summaries
-from flame.models.answer_tails import Tails, cut_tails
+from flame.objectives.future import summaries
+from flame.objectives.future.answer_suffixes import Suffixes, cut_suffixes
+from flame.objectives.future.options import FutureOptions
+from flame.objectives.registry import choose_objective
+from flame.runtime.distributed import end_processes, set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.options import read_options
 
 WARMUP = 3
 KINDS = ("answers", "whole pack")
@@ -38,14 +40,16 @@ def main(argv: list[str]) -> None:
     options += ["--job.dump_folder", str(arguments.out / "run"), "--metrics.log_freq", "1000000"]
     set_single_process_defaults()
     try:
-        config = read_config([*options, "--checkpoint.enable_checkpoint", "false"], 1)
+        config = read_options([*options, "--checkpoint.enable_checkpoint", "false"], 1)
     except UserError as error:
         parser.error(str(error))
-    future = config.uses_future and config.future_encoder.target not in ("causal", "mean_embedding")
-    if not future or config.training.loss_on != "answer":
+    kind = choose_objective(config)
+    is_future = kind is not None and kind.options is FutureOptions
+    if not is_future or config.get(FutureOptions).target in ("causal", "mean_embedding") or config.training.loss_on != "answer":
         parser.error('no step reads answers alone: training.loss_on must be "answer", and summaries those of an anti-causal pass')
     trainer = Trainer(config)
-    trainer._open_run(trainer._resume())
+    trainer._resume()
+    trainer._open_run()
     samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(WARMUP + arguments.rounds):
         for kind in KINDS:
@@ -61,16 +65,16 @@ def main(argv: list[str]) -> None:
     print(table)
 
 
-def cut_or_exit(batch: PackedBatch) -> Tails:
-    tails = cut_tails(batch)
-    if tails is None:
+def cut_or_exit(batch: PackedBatch) -> Suffixes:
+    suffixes = cut_suffixes(batch)
+    if suffixes is None:
         raise SystemExit("answers are more than half of a packed sequence: there is nothing to compare")
-    return tails
+    return suffixes
 
 
 def time_step(trainer: Trainer, kind: str) -> float:
     """Seconds of one step, to the end of what it has asked of the GPU."""
-    with patch.object(summaries, "cut_tails", cut_or_exit if kind == "answers" else lambda _: None):
+    with patch.object(summaries, "cut_suffixes", cut_or_exit if kind == "answers" else lambda _: None):
         started = time.perf_counter()
         trainer.train_step()
         if torch.cuda.is_available():

@@ -41,23 +41,20 @@ build_bytes_tokenizer().save_pretrained(sys.argv[2])
 LOAD = """
 import sys, threading, time
 import torch.distributed as dist
-from flame.components.distributed import start_processes
-from flame.weights.hf_weights import load_hf_weights
-from flame.weights.weight_source import find_weights
-from flame.config import JobConfig
+from flame.runtime.distributed import start_processes
+from flame.weights.load import load_hf_weights
+from flame.weights.source import find_weights
+from flame.config.schema import JobConfig, ObjectiveChoice
 from flame.models.causal_lm import load_model_config
-from flame.models.future_lm import build_future_lm
-from flame.models.parallelize import materialize, parallelize
+from flame.trainer.setup import build_model
 
 def read_anonymous_gib():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 2**20
 
-config = JobConfig()
-device, mesh = start_processes(config)
-model = build_future_lm(config, load_model_config(sys.argv[1]), device.type)
-parallelize(model, config, mesh)
-materialize(model, device, 0)
+config = JobConfig(objective=ObjectiveChoice(name="future"))
+device, mesh = start_processes(config.training, config.comm.timeout_seconds)
+model = build_model(config, load_model_config(sys.argv[1]), device, mesh)
 before, peak, done = read_anonymous_gib(), 0.0, False
 
 def watch():
@@ -108,11 +105,11 @@ def measure(config: Path, folder: Path, report: Report) -> None:
     """Convert a model of a configuration in and out, within a folder."""
     source, checkpoint, out = folder / "source", folder / "step-0", folder / "out"
     run("-c", BUILD, str(config), str(source))
-    to_dcp = ("-m", "flame.utils.convert_hf_to_dcp", "--model", str(source), "--out", str(checkpoint))
-    to_hf = ("-m", "flame.utils.convert_dcp_to_hf", "--checkpoint", str(checkpoint), "--out", str(out))
+    to_dcp = ("-m", "flame.cli.convert_hf_to_dcp", "--model", str(source), "--out", str(checkpoint))
+    to_hf = ("-m", "flame.cli.convert_dcp_to_hf", "--checkpoint", str(checkpoint), "--out", str(out))
     rows = []
     for name, command, written in (
-        ("imports alone", ("-c", "import flame.utils.convert_dcp_to_hf"), None),
+        ("imports alone", ("-c", "import flame.cli.convert_dcp_to_hf"), None),
         ("in", to_dcp, checkpoint),
         ("out, float32, not checked", (*to_hf, "--skip-check"), out),
         ("out, float32", to_hf, out),

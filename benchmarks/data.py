@@ -24,19 +24,22 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.faults import MODEL, OPTIONS, REPO, count_steps
-from flame.checkpoints.checkpoint import list_checkpoints
-from flame.config import Corpus, JobConfig, Pathstar, Training
+from flame.checkpoints.manager import list_checkpoints
+from flame.config.schema import Corpus, JobConfig, Training
 from flame.data.batch import build_batch
-from flame.data.documents import WHOLE, GeneratedDocuments, TokenizedSource, open_documents
-from flame.data.lines import open_line
+from flame.data.document_streams import open_document_stream
+from flame.data.documents import WHOLE, TokenizedSource, open_documents
+from flame.data.encoding import encode_document, find_separator, fingerprint_tokenizer
 from flame.data.loader import PackedLoader
 from flame.data.mixture import Mixture
-from flame.data.pathstar import Size
-from flame.data.sources import open_source
+from flame.data.packing import Packer
+from flame.data.sources.base import open_texts
+from flame.data.sources.registry import build_kind
+from flame.data.sources.tokens import FORMAT_VERSION, MANIFEST_FILE, OFFSETS_FILE, TOKENS_FILE
 from flame.data.state import DataState
-from flame.data.streams import Stream
-from flame.data.token_folder import FORMAT_VERSION, MANIFEST_FILE, OFFSETS_FILE, TOKENS_FILE
-from flame.data.tokenizer import encode_document, find_separator, fingerprint_tokenizer, load_tokenizer
+from flame.data.tasks.generated import GeneratedDocuments
+from flame.data.tasks.pathstar import PathstarOptions, Size
+from flame.data.tokenizer import load_tokenizer
 
 PASSES = 5
 TOKENS = 40_000_000
@@ -75,6 +78,11 @@ def make_token_folder(folder: Path, mean_length: int) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
+def open_tokens(folder: Path):
+    corpus = Corpus(dataset="tokens", data_files=str(folder))
+    return open_documents(build_kind(corpus, "training", JobConfig().get), TOKENIZER)
+
+
 def open_loader(source, training: Training, state: DataState) -> PackedLoader:
     return PackedLoader(training, Mixture((source,), (1.0,)), 0, 1, state)
 
@@ -84,7 +92,7 @@ def measure_preprocess(out: Path) -> None:
         rates = []
         for _ in range(PASSES):
             shutil.rmtree(out / "stdlib", ignore_errors=True)
-            command = [sys.executable, "-m", "flame.utils.preprocess", "--out", str(out / "stdlib"), "--tokenizer_path", "bytes"]
+            command = [sys.executable, "-m", "flame.cli.preprocess", "--out", str(out / "stdlib"), "--tokenizer_path", "bytes"]
             done = subprocess.run([*command, "--num_workers", str(workers)], capture_output=True, text=True, check=True, cwd=REPO)
             rates.append(float(done.stdout.split(" tokens/s")[0].split()[-1].replace(",", "")) / 1e6)
         show(f"preprocess, {workers} worker{'s' if workers > 1 else ''}, start of the workers included", rates, "M tokens/s")
@@ -100,7 +108,8 @@ def measure_packing_text() -> None:
         spent += time.perf_counter() - start
         return ids
 
-    source = TokenizedSource(open_source(Corpus(), "training"), timed_encode)  # type: ignore[arg-type]
+    kind = build_kind(Corpus(), "training", JobConfig().get)
+    source = TokenizedSource(kind, open_texts(kind), timed_encode)  # type: ignore[arg-type]
     training = Training(num_workers=0)
     rates, shares = [], []
     for _ in range(PASSES):
@@ -119,7 +128,7 @@ def measure_packing_tokens(out: Path) -> None:
     for mean_length in (256, 1024):
         folder = out / f"mean_{mean_length}"
         make_token_folder(folder, mean_length)
-        source = open_documents(Corpus(dataset="tokens", data_files=str(folder)), "training", TOKENIZER)
+        source = open_tokens(folder)
         for seq_len in (8192, 65536):
             training = Training(num_workers=0, seq_len=seq_len)
             rates = []
@@ -135,15 +144,15 @@ def measure_generating() -> None:
     """G(5, 5) over 30 labels as packs of 2,048 graphs: made anew all the time, and drawn from a set that has been made."""
     corpus, seq_len = Corpus(dataset="pathstar", dataset_name="5x5"), 2048 * Size(5, 5).num_tokens
     for name, graphs in (("new graphs", 0), ("graphs of a set of 300,000", 300_000)):
-        generators = JobConfig(pathstar=Pathstar(graphs=graphs)).generators
-        tokenizer = load_tokenizer("pathstar", generators=generators)
-        documents = open_documents(corpus, "training", tokenizer, generators)
+        job = JobConfig(extensions={"pathstar": PathstarOptions(graphs=graphs)})
+        tokenizer = load_tokenizer("pathstar", find_options=job.get)
+        documents = open_documents(build_kind(corpus, "training", job.get), tokenizer)
         if graphs:
             assert isinstance(documents, GeneratedDocuments)
             for block in range(-(-graphs // documents.block_size)):
                 documents.read_block(block)
         separator = find_separator(tokenizer, "=")
-        stream = Stream(open_line(documents, WHOLE, 0, 192, 42), "pathstar", 0, seq_len, 128, separator)
+        stream = Packer(open_document_stream(documents, WHOLE, 0, 192, 42), "pathstar", 0, seq_len, 128, separator)
         cursor = stream.first_cursor
         packing, receiving = [], []
         for index in range(PASSES):
@@ -209,7 +218,7 @@ def pack_ahead(options: dict, steps: int) -> dict:
         seq_len=options["training.seq_len"],
         context_len=options["training.context_len"],
     )
-    source = open_documents(Corpus(dataset="tokens", data_files=str(options["training.data_files"])), "training", TOKENIZER)
+    source = open_tokens(options["training.data_files"])
     state = DataState(training.num_streams, training.seed)
     state.check_units({source.name: len(source)})  # type: ignore[arg-type]
     sequences: Iterator = open_loader(source, training, state)

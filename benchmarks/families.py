@@ -2,8 +2,8 @@
 
     python -m benchmarks.families OUT
 
-`tests/test_families.py` runs anywhere, most of `tests/test_fla_families.py` where there is a GPU. A cell says how many cases
-passed, were skipped, or were refused by the library in its own words.
+`tests/attention/test_families.py` runs anywhere, most of `tests/attention/test_fla_families.py` where there is a GPU.
+A cell says how many cases passed, were skipped, or were refused by the library in its own words.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.timing import Report
-from tests import fla_families, toy_families
+from tests.support import families, fla_families
 
 REPO = Path(__file__).parent.parent
 TABLES = {
-    "softmax attention": ("tests/test_families.py", toy_families.TOYS),
-    "flash-linear-attention": ("tests/test_fla_families.py", fla_families.TOYS),
+    "softmax attention": ("tests/attention/test_families.py", families.TOYS),
+    "flash-linear-attention": ("tests/attention/test_fla_families.py", fla_families.TOYS),
 }
 
 

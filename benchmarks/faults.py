@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from flame.checkpoints.checkpoint import list_checkpoints
-from flame.utils.convert_dcp_to_hf import read_model_tensors
-from flame.utils.plotting import read_metrics
+from flame.checkpoints.manager import list_checkpoints
+from flame.logging.plots import read_metrics
+from flame.weights.tensors import read_model_tensors
 
 REPO = Path(__file__).parent.parent
 COMPARED = ("loss", "ce_loss", "aux_loss", "grad_norm", "lr", "tokens_seen")
@@ -249,8 +249,8 @@ def run_full_disk(bench: Bench, reference: Path) -> Iterator[Outcome]:
     run = bench.out / "full_disk"
     run.mkdir()
     size = sum(path.stat().st_size for path in list_checkpoints(reference / "checkpoint")[-1].rglob("*"))
-    room = 18 * 2**20 + 5 * size  # three checkpoints are there while one is being replaced
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(run)]
+    bucket = 18 * 2**20 + 5 * size  # three checkpoints are there while one is being replaced
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={bucket}", "tmpfs", str(run)]
     if subprocess.run(mount, capture_output=True).returncode:
         print("full disk: left out, mounting a small file system is not allowed here", file=sys.stderr)
         return

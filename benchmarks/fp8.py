@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Report
-from flame.components.distributed import end_processes, get_world_size, set_single_process_defaults
-from flame.config_reader import read_config
+from flame.objectives.future.objective import FutureObjective
+from flame.runtime.distributed import end_processes, get_world_size, set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.options import read_options
 
 REPO = Path(__file__).parent.parent
 PRECISIONS = ("bf16", "fp8")
@@ -35,19 +37,20 @@ AVERAGED = 20
 def run_worker(arguments: argparse.Namespace) -> None:
     set_single_process_defaults()
     steps = arguments.steps
-    config = read_config(
+    config = read_options(
         [
             *("--job.config_file", str(REPO / "configs" / "llama_340M.toml"), "--job.dump_folder", str(arguments.out / "run")),
             *("--training.dataset", "stdlib", "--training.dataset_name", "", "--model.tokenizer_path", "bytes"),
             *("--training.seq_len", str(arguments.tokens), "--training.steps", str(steps), "--lr_scheduler.warmup_steps", "100"),
-            *("--future_encoder.loss_weight", "0.1", "--future_encoder.warmup_steps", "100"),
+            *("--future_encoder.loss_weight", "0.1", "--objective.warmup_steps", "100"),
             *("--future_encoder.precision", arguments.worker),
             *("--metrics.log_freq", "1", "--metrics.enable_tensorboard", "false", "--checkpoint.enable_checkpoint", "false"),
         ],
         get_world_size(),
     )
     trainer = Trainer(config)
-    trainer._open_run(trainer._resume())
+    trainer._resume()
+    trainer._open_run()
     cosines = {}
     for step in range(steps):
         if step % COMPARED_EVERY == 0:
@@ -67,15 +70,15 @@ def compare_summaries(trainer: Trainer) -> tuple[float, float]:
     batches = trainer._next_batches()
     trainer.data_state.advance(batches, trainer.world_size)
     batch = batches[0].to(trainer.device)
-    model, switch = trainer.model, trainer.model._fp8
+    objective = trainer.objective
+    assert isinstance(objective, FutureObjective)
 
     def encode() -> Tensor:
-        return model(lambda root: root.encode_future(batch, 0)).float()
+        return trainer.model(lambda root: root.encode_future(batch, 0)).float()
 
-    rounded = encode()
-    model._fp8 = None
     exact = encode()
-    model._fp8 = switch
+    with objective._fp8.on() if objective._fp8 is not None else nullcontext():
+        rounded = encode()
     cosine = F.cosine_similarity(rounded, exact, dim=-1)
     return cosine.mean().item(), cosine.min().item()
 

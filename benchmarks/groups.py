@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.step import show_range
 from benchmarks.timing import Report
-from flame.components.distributed import end_processes, set_single_process_defaults
-from flame.config_reader import read_config
 from flame.models import parallelize
+from flame.runtime.distributed import end_processes, set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.options import read_options
 
 WARMUP = 20
 GROUPS = {"one group": parallelize.MOST_WEIGHTS_IN_ONE_GROUP, "one for each layer": 0}
@@ -31,17 +31,18 @@ GROUPS = {"one group": parallelize.MOST_WEIGHTS_IN_ONE_GROUP, "one for each laye
 
 def time_steps(folder: Path, arguments: argparse.Namespace) -> list[float]:
     """Milliseconds of the steps of a run."""
-    config = read_config(
+    config = read_options(
         [
             *("--job.config_file", arguments.config, "--job.dump_folder", str(folder)),
             *("--training.seq_len", str(arguments.tokens), "--checkpoint.enable_checkpoint", "false"),
-            *("--metrics.log_freq", "1000000", "--metrics.future_interval", "1000000"),
+            *("--metrics.log_freq", "1000000", "--metrics.diagnostics_interval", "1000000"),
             *("--training.steps", "1000000", "--validation.interval", "1000000"),
         ],
         1,
     )
     trainer = Trainer(config)
-    trainer._open_run(trainer._resume())
+    trainer._resume()
+    trainer._open_run()
     times = []
     for _ in range(WARMUP + arguments.steps):
         start = time.perf_counter()

@@ -33,14 +33,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.packs import LONGEST, draw_batch
 from benchmarks.timing import Function, Report, Timing, measure_side_by_side
+from flame.attention import flash as flash_kernels
+from flame.attention.kernel_masks import _mask_mod, build_block_mask
+from flame.attention.masks import find_anchors, find_neighbors
+from flame.attention.varlen import DocumentLayout, attend, varlen_attention
 from flame.data.batch import PackedBatch
-from flame.models import flash_kernels
-from flame.models.attention_mask import _mask_mod, build_block_mask
-from flame.models.future_mask import find_anchors, find_neighbors
-from flame.models.losses import _add_product_, linear_cross_entropy
+from flame.kernels.cross_entropy import _add_product_, linear_cross_entropy
+from flame.kernels.softmax_rows import count_chunk_rows
 from flame.models.mi_estimator import InfoNCEEstimator
-from flame.models.softmax_rows import count_chunk_rows
-from flame.models.varlen_attention import DocumentLayout, attend, varlen_attention
 
 START = time.perf_counter()
 WIDTH = 2048
@@ -189,11 +189,11 @@ def measure_contrast(bench: Bench) -> None:
     estimator = InfoNCEEstimator(bench.width, TEMPERATURE)
 
     def with_all() -> object:
-        return torch.autograd.grad(estimator.contrast(x, y, valid).loss_sum, x)
+        return torch.autograd.grad(estimator.compare(x, y, valid).loss_sum, x)
 
     def without_neighbors() -> object:
         excluded = find_neighbors(bench.segment_ids, NEIGHBORS)
-        return torch.autograd.grad(estimator.contrast(x, y, valid, excluded).loss_sum, x)
+        return torch.autograd.grad(estimator.compare(x, y, valid, excluded).loss_sum, x)
 
     names = {
         "InfoNCE, forward + backward": with_all,

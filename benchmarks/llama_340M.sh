@@ -13,7 +13,7 @@ run() { # name, processes, micro-steps, further options
     NGPU=$ngpu bash train.sh --job.config_file configs/llama_340M.toml --job.dump_folder "$out/$name" \
         --training.dataset stdlib --training.dataset_name "" --model.tokenizer_path bytes \
         --training.steps "$steps" --training.gradient_accumulation_steps "$accumulation" \
-        --lr_scheduler.warmup_steps 40 --future_encoder.warmup_steps 40 --future_encoder.loss_weight 0.1 --metrics.log_freq 4 \
+        --lr_scheduler.warmup_steps 40 --objective.warmup_steps 40 --future_encoder.loss_weight 0.1 --metrics.log_freq 4 \
         --checkpoint.interval 1000000 --checkpoint.export_hf false "$@"
 }
 
@@ -25,4 +25,4 @@ if [ "$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then
 fi
 run next_token 1 2 --objective.name next_token
 python3 -m benchmarks.summarize "${runs[@]}" "$out/next_token"
-python3 -m flame.utils.plotting "${runs[@]}" "$out/next_token" --out "$out/curves.png"
+python3 -m flame.cli.plot "${runs[@]}" "$out/next_token" --out "$out/curves.png"

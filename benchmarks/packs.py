@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flame.data.batch import PackedBatch, build_batch
-from flame.data.lines import Cursor
-from flame.data.streams import PackedSequence
+from flame.data.document_streams import Cursor
+from flame.data.packing import PackedSequence
 
 MEAN_LENGTH = 1024
 LONGEST = 4096

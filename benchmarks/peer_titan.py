@@ -9,6 +9,7 @@ and bytes before, or null if memory ran out. It ends when standard input does.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -82,12 +83,16 @@ def answer(step: Callable[[], None], count: int) -> list[Sample] | None:
 
 
 def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pack", type=Path)
+    arguments = parser.parse_args(argv)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print must not mix with the replies
     found = version("torchtitan")
     if found != VERSION:
         sys.exit(f"torchtitan {found} is first on the import path: PYTHONPATH must begin with a folder that holds {VERSION}")
-    step = build_step(json.loads(Path(argv[0]).read_text()), torch.load(argv[1]))
+    step = build_step(json.loads(arguments.model.read_text()), torch.load(arguments.pack))
     gc.collect()
     gc.disable()
     for line in sys.stdin:

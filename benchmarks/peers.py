@@ -9,7 +9,7 @@ of its own, since ours imports another version; both sit on the GPU and take tur
 
 All at a length take turns, except that the dense recipe takes them with ours alone, and where it is not expected to fit it has
 the GPU to itself. Times are medians with the range. Peak memory is what a process with nothing else in it would need, without
-the allocator's reserve. The same FLOPs are taken for all: those of `flame.components.flops`, against 989 TFLOP/s.
+the allocator's reserve. The same FLOPs are taken for all: those of `flame.models.flops`, against 989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ from transformers import PretrainedConfig
 from benchmarks.packs import LONGEST, draw_batch
 from benchmarks.prototypes import Dense, Planned
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns, measure_side_by_side, sample
-from flame.components.distributed import end_processes, set_single_process_defaults, start_processes
-from flame.components.flops import FlopCounter
-from flame.components.titan import clip_grad_norm_
-from flame.config import JobConfig, Training
+from flame.attention import flash as flash_kernels
+from flame.config.schema import JobConfig, ObjectiveChoice, Training
 from flame.data.batch import PackedBatch
-from flame.models import flash_kernels
+from flame.kernels.softmax_rows import count_chunk_rows
 from flame.models.causal_lm import load_model_config
-from flame.models.future_lm import build_future_lm
-from flame.models.parallelize import materialize, parallelize
-from flame.models.softmax_rows import count_chunk_rows
-from flame.objective import Parts, compute_losses
-from flame.objective_config import FutureEncoder
-from flame.optimizers.optimizer import build_optimizer
+from flame.models.flops import ModelFlops
+from flame.objectives.future.objective import FutureObjective
+from flame.objectives.future.options import FutureOptions
+from flame.objectives.step import Requested, compute_losses, get_objective
+from flame.runtime.distributed import end_processes, set_single_process_defaults, start_processes
+from flame.runtime.torchtitan import clip_grad_norm_
+from flame.trainer.setup import build_model, build_run_optimizer
 
 REPO = Path(__file__).parent.parent
 MODEL = REPO / "configs" / "models" / "llama_1B.json"
@@ -114,21 +113,24 @@ class Ours:
 
     def __init__(self, model_config: PretrainedConfig, config: JobConfig, batch: PackedBatch, mesh: DeviceMesh):
         self.config, self.batch = config, batch
-        device = batch.input_ids.device
-        self.model = build_future_lm(config, model_config, device.type)
-        parallelize(self.model, config, mesh)
-        materialize(self.model, device, config.training.seed)
-        self.optimizer = build_optimizer(config, self.model)
-        self.flop_counter = FlopCounter(self.model, config)
+        self.model = build_model(config, model_config, batch.input_ids.device, mesh)
+        self.optimizer = build_run_optimizer(config, self.model)
+        objective = get_objective(self.model)
+        assert isinstance(objective, FutureObjective)
+        self.objective, self._fp8 = objective, objective._fp8
 
-        self._fp8 = self.model._fp8
+    def count_flops(self, batch: PackedBatch) -> tuple[float, float]:
+        """Of a next-token step over the batch, which is on the CPU, and of one with the future loss."""
+        model = ModelFlops(self.model.lm)
+        next_token = model.count_next_token(batch, is_frozen=False)
+        return next_token, next_token + sum(self.objective.count_flops(batch, model))
 
     def step(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> None:
-        self.model._fp8 = self._fp8 if in_fp8 else None
-        losses = self.model(compute_losses, self.batch, self.config, Parts(aux=with_future))
+        self.objective._fp8 = self._fp8 if in_fp8 else None
+        losses = self.model(compute_losses, self.batch, Requested(aux=with_future))
         loss = losses.ce_sum / self.batch.num_labels
         if losses.aux is not None:
-            loss = loss + self.config.future_encoder.loss_weight * losses.aux.loss_sum / losses.aux.num_anchors
+            loss = loss + self.objective.options.loss_weight * losses.aux.loss_sum / losses.aux.num_items
         loss.backward()
         if with_optimizer:
             clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
@@ -223,7 +225,8 @@ class Measurement:
         self.outcome = Outcome(length, len(self.batch.cu_seqlens) - 1)
         self.config = JobConfig(
             training=Training(compile=True, seq_len=length, context_len=min(LONGEST, length)),
-            future_encoder=FutureEncoder(enable=True, precision="fp8"),  # which a step can leave out
+            objective=ObjectiveChoice(name="future"),
+            extensions={"future_encoder": FutureOptions(precision="fp8")},  # which a step can leave out
         )
         self.flops_next_token = self.flops_future = 0.0
 
@@ -243,8 +246,7 @@ class Measurement:
         try:
             note(f"{self.length}: building")
             ours = Ours(self.model_config, self.config, self.batch_on_gpu, self.mesh)
-            counted = ours.flop_counter.count(self.batch.cu_seqlens, with_aux=True)
-            self.flops_next_token, self.flops_future = counted.next_token, sum(counted)
+            self.flops_next_token, self.flops_future = ours.count_flops(self.batch)
             planned, planned_gib = self._build_held(Planned)
 
             kinds = {
@@ -290,16 +292,16 @@ class Measurement:
     def _multiply_as_infonce(self) -> Callable[[], None]:
         """4 N^2 d FLOPs, in the chunks of the estimator."""
         width = self.model_config.hidden_size
-        guesses, summaries = (torch.randn(self.length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        predictions, summaries = (torch.randn(self.length, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         rows = min(count_chunk_rows(self.length, self.length, torch.bfloat16), self.length)
         scores = torch.empty(rows, self.length, device="cuda", dtype=torch.bfloat16)
-        gradient = torch.empty_like(guesses)
+        gradient = torch.empty_like(predictions)
 
         def multiply() -> None:
             for start in range(0, self.length, rows):
                 chunk = slice(start, start + rows)
-                out = scores[: len(guesses[chunk])]
-                torch.mm(guesses[chunk], summaries.t(), out=out)
+                out = scores[: len(predictions[chunk])]
+                torch.mm(predictions[chunk], summaries.t(), out=out)
                 torch.mm(out, summaries, out=gradient[chunk])
 
         return multiply
@@ -412,7 +414,7 @@ def main(argv: list[str]) -> None:
     # More than one model runs the same layers' code here, and beyond the limit it would go on uncompiled.
     torch._dynamo.config.recompile_limit = 64
     set_single_process_defaults()
-    _, mesh = start_processes(JobConfig())
+    _, mesh = start_processes(Training(), timeout_seconds=600)
     model_config = load_model_config(str(MODEL))
     report = Report(arguments.out / "peers.md")
     attention = flash_kernels.describe(model_config.head_dim)

@@ -74,12 +74,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None
 
 
-def _score_rows(guesses: Tensor, summaries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _score_rows(predictions: Tensor, summaries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Loss sum (0-d) and probabilities [c, N] of guesses [c, d] whose own summaries are `rows` [c] of summaries [N, d]."""
-    logits = (guesses @ summaries.t()).float() / TEMPERATURE
+    logits = (predictions @ summaries.t()).float() / TEMPERATURE
     lse = logits.logsumexp(dim=-1)
     loss = (lse - logits.gather(1, rows[:, None])[:, 0]).sum()
-    return loss, (logits - lse[:, None]).exp().to(guesses.dtype)
+    return loss, (logits - lse[:, None]).exp().to(predictions.dtype)
 
 
 _score_rows_compiled = torch.compile(_score_rows, dynamic=False)
@@ -89,18 +89,18 @@ class ChunkedInfoNCE(torch.autograd.Function):
     """(guesses [N, d], summaries [N, d], both unit vectors) -> mean, 0-d float32. The summaries get no gradient."""
 
     @staticmethod
-    def forward(ctx, guesses: Tensor, summaries: Tensor) -> Tensor:
-        grad_guesses = torch.empty_like(guesses)
-        total = torch.zeros((), device=guesses.device)
+    def forward(ctx, predictions: Tensor, summaries: Tensor) -> Tensor:
+        grad_guesses = torch.empty_like(predictions)
+        total = torch.zeros((), device=predictions.device)
         # Rows as a tensor: the number of a chunk's first row would be compiled in, and each chunk compiled anew.
-        all_rows = torch.arange(len(guesses), device=guesses.device)
-        chunks = (tensor.split(ROWS_PER_CHUNK) for tensor in (guesses, summaries, all_rows, grad_guesses))
+        all_rows = torch.arange(len(predictions), device=predictions.device)
+        chunks = (tensor.split(ROWS_PER_CHUNK) for tensor in (predictions, summaries, all_rows, grad_guesses))
         for own_guesses, own_summaries, rows, grad in zip(*chunks, strict=True):
             loss, probs = _score_rows_compiled(own_guesses, summaries, rows)
             total += loss
-            grad.copy_((probs @ summaries - own_summaries) * (1 / TEMPERATURE / len(guesses)))
+            grad.copy_((probs @ summaries - own_summaries) * (1 / TEMPERATURE / len(predictions)))
         ctx.save_for_backward(grad_guesses)
-        return total / len(guesses)
+        return total / len(predictions)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
@@ -203,9 +203,9 @@ class Dense:
         outputs = self._run(self.past, labels=self.labels)
         with torch.no_grad():
             summaries = self._run(self.future).hidden_states[-1][0]
-        guesses = self.predictor(outputs.hidden_states[-1][0][self.anchors])
-        scores = guesses @ F.normalize(summaries[self.anchors + 1], dim=-1).t() / TEMPERATURE
-        return outputs.loss, F.cross_entropy(scores, torch.arange(len(guesses), device=guesses.device))
+        predictions = self.predictor(outputs.hidden_states[-1][0][self.anchors])
+        scores = predictions @ F.normalize(summaries[self.anchors + 1], dim=-1).t() / TEMPERATURE
+        return outputs.loss, F.cross_entropy(scores, torch.arange(len(predictions), device=predictions.device))
 
     def _run(self, mask: Tensor, labels: Tensor | None = None):
         batch = self.batch

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.rows OUT
 
 Both passes and the backward of a Llama of two layers, in turns, medians of five with the range. The rule,
-`flame.models.future_encoder.is_cheaper_in_rows`, estimates arithmetic from the width; the table shows the estimate, and what is.
+`flame.attention.backends.is_cheaper_in_rows`, estimates arithmetic from the width; the table shows the estimate, and what is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.packs import pack_documents
 from benchmarks.tables import format_table, show_range
+from flame.attention import backends as future_encoder
+from flame.attention.backends import DocumentRows, build_backend
 from flame.data.batch import PackedBatch
-from flame.models import future_encoder
-from flame.models.future_encoder import DocumentRows, build_passes
 
 ROUNDS = 5
 VOCAB_SIZE = 256
@@ -52,7 +52,7 @@ def time_both(width: int, batch: PackedBatch) -> dict[bool, list[float]]:
     shape = {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_attention_heads": width // 32}
     config = LlamaConfig(**shape, num_hidden_layers=2, vocab_size=VOCAB_SIZE, attn_implementation="sdpa")
     model = AutoModelForCausalLM.from_config(config)
-    passes = build_passes("sdpa", config, max_length=batch.input_ids.shape[1])
+    passes = build_backend("sdpa", config, max_length=batch.input_ids.shape[1])
     seconds: dict[bool, list[float]] = {True: [], False: []}  # in rows or not
     for _, in_rows in product(range(1 + ROUNDS), seconds):
         with patch.object(future_encoder, "is_cheaper_in_rows", return_value=in_rows):

@@ -34,10 +34,10 @@ from torch.profiler import ProfilerActivity, profile
 import flame.train
 from benchmarks.packs import write_corpus
 from benchmarks.timing import Report
-from flame import objective
-from flame.components.distributed import end_processes, get_world_size, set_single_process_defaults
-from flame.config_reader import read_config
+from flame.objectives import step as objective
+from flame.runtime.distributed import end_processes, get_world_size, set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.options import read_options
 
 REPO = Path(__file__).parent.parent
 VARIANTS = {
@@ -83,7 +83,7 @@ def instrument(trainer: Trainer, phases: Phases, stack: contextlib.ExitStack) ->
         (model, "encode_future", "anti-causal forward"),
         (model, "encode_past", "causal forward"),
         (objective, "linear_cross_entropy", "cross entropy"),
-        (objective, "_contrast_with_future", "predictor and InfoNCE"),
+        *([(trainer.objective, "loss", "predictor and InfoNCE")] if trainer.objective is not None else []),
         (torch.Tensor, "backward", "backward"),
         (flame.train, "clip_grad_norm_", "clipping"),
         (trainer.optimizer, "step", "optimizer"),
@@ -129,7 +129,7 @@ def run_worker(arguments: argparse.Namespace) -> None:
     """One run, in this process, its numbers to a file."""
     set_single_process_defaults()
     out: Path = arguments.out
-    config = read_config(
+    config = read_options(
         [
             *("--job.dump_folder", str(out / "run"), "--model.config", str(REPO / "configs" / "models" / "llama_1B.json")),
             *("--model.tokenizer_path", "bytes", "--training.dataset", "json", "--training.data_files", str(arguments.corpus)),
@@ -140,7 +140,8 @@ def run_worker(arguments: argparse.Namespace) -> None:
         get_world_size(),
     )
     trainer = Trainer(config)
-    trainer._open_run(trainer._resume())
+    trainer._resume()
+    trainer._open_run()
     phases = Phases()
     for _ in range(WARMUP):
         trainer.train_step()

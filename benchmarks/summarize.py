@@ -8,18 +8,19 @@ warm-up) is left out. Losses are those of the first and the last line.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks.tables import format_table
 from flame.errors import UserError
-from flame.utils.plotting import is_validation, read_metrics
+from flame.logging.plots import is_validation, read_metrics
 
 SPEEDS = {
     "tokens_per_second": 1.0,
     "mfu": 100.0,
-    "mfu_future": 100.0,
+    "mfu_aux_forward": 100.0,
     "mfu_heads": 100.0,
     "peak_memory_gib": 1.0,
     "data_wait_fraction": 100.0,
@@ -43,7 +44,9 @@ def summarize(folder: Path) -> list[str]:
     return cells
 
 
-def main(folders: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its job.dump_folder)")
     header = [
         "run",
         "steps",
@@ -57,7 +60,7 @@ def main(folders: list[str]) -> None:
         "aux",
         "top-1",
     ]
-    print("\n".join(format_table(header, [summarize(Path(folder)) for folder in folders])))
+    print("\n".join(format_table(header, [summarize(folder) for folder in parser.parse_args(argv).runs])))
 
 
 if __name__ == "__main__":

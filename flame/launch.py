@@ -1,20 +1,24 @@
 """torchrun for `flame.train`: `python -m flame.launch [torchrun options] -m flame.train [options of the run]`.
 
-Beyond torchrun, it reads the run's options before any worker starts, so that a mistake is one line and costs no start-up; it
-says nothing of a worker that met the user's mistake but what the mistake is; and it lets the workers save and end when a
-scheduler asks for it with SIGTERM or SIGUSR1, which torchrun would kill them for. Exit codes:
+It adds three things to torchrun:
+
+- It checks the run's options before any worker starts, so that mistakes show at once, one line each.
+- If workers end by a mistake of the user, it prints that mistake and no report.
+- On SIGTERM or SIGUSR1, from a scheduler, it lets the workers save and end. torchrun would kill them.
+
+Exit codes:
 
     0          the run is complete
     2          the user's mistake, one line each on stderr
-    75         stopped by SIGTERM or SIGUSR1 with nothing lost: the same command goes on
+    75         stopped by SIGTERM or SIGUSR1 with nothing lost: the same command continues
     128 + n    ended by signal n: by the second SIGTERM or SIGUSR1, by one that came before any worker, or by another signal
-    any other  the first failed worker's own, with its report
+    any other  the exit code of the first failed worker, with its report
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from flame.components.interrupt import end_on_interrupt
+    from flame.runtime.interrupt import end_on_interrupt
 
     end_on_interrupt()
 
@@ -29,11 +33,12 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from flame.components.preemption import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
 from flame.errors import UserError
+from flame.runtime.clash import find_clash
+from flame.runtime.signals import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
 
 try:
-    from flame.config_reader import read_config
+    from flame.trainer.options import read_options
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -44,9 +49,9 @@ except ModuleNotFoundError as error:
     )
     sys.exit(UserError.EXIT_CODE)
 
-# Reports which worker failed and which ones are stopped for it.
+# torchrun's logger about failed and stopped workers.
 WORKER_LOGGER = "torch.distributed.elastic.multiprocessing.api"
-# For which torchrun stops the workers and ends with a traceback.
+# Signals on which torchrun stops the workers and ends with a traceback.
 TORCHRUN_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -57,12 +62,14 @@ def main(argv: list[str]) -> int:
         argv: torchrun's options, `-m`, the module to run, and the module's arguments.
 
     Returns:
-        The exit code: 0, `UserError.EXIT_CODE`, `PREEMPTED_EXIT_CODE`, the first failed worker's own, or 128 + the signal that
-        ended that worker. A stop signal before there are workers ends this process at once with 128 + its number.
+        The exit code, as in the table above. A stop signal before there are workers ends this process at once with 128 + its
+        number.
     """
+    if clash := find_clash():
+        print(clash, file=sys.stderr)
     try:
         torchrun_options, module, job_options = _split_arguments(argv)
-        read_config(job_options, _count_processes(torchrun_options))
+        read_options(job_options, _count_processes(torchrun_options))
     except UserError as error:
         print(error, file=sys.stderr)
         return UserError.EXIT_CODE
@@ -92,7 +99,7 @@ def _count_processes(torchrun_options: list[str]) -> int:
 def _count_local_processes(nproc_per_node: str) -> int:
     if nproc_per_node.isdecimal() and int(nproc_per_node) > 0:
         return int(nproc_per_node)
-    # Words such as "gpu" ask about the machine, which takes the slow import of torch.
+    # Words such as "gpu" depend on the machine, and need the slow import of torch.
     from torch.distributed.run import determine_local_world_size
 
     try:
@@ -111,13 +118,13 @@ def _run_workers(argv: list[str], module: str) -> int:
     try:
         return _run_torchrun(argv, forwarder)
     finally:
-        # What the run came to is known; a late signal must not hide it.
+        # The exit code is known; a late signal must not change it.
         for stop in STOP_SIGNALS:
             signal.signal(stop, signal.SIG_IGN)
 
 
 class _SignalForwarder(SignalThread):
-    """Passes STOP_SIGNALS on to the workers. Before there are any it ends this process."""
+    """Passes STOP_SIGNALS on to the workers. Before there are workers, a signal ends this process."""
 
     def __init__(self, module: str):
         super().__init__()
@@ -128,7 +135,7 @@ class _SignalForwarder(SignalThread):
         workers = _find_workers(self._module)
         if not workers and not self.forwarded:
             os._exit(128 + stops[0])
-        self.forwarded.update(stops)  # first, as a worker that dies of it ends torchrun in the main thread
+        self.forwarded.update(stops)  # before the kill: a worker that dies of it ends torchrun in the main thread
         for stop in stops:
             for pid in workers:
                 with suppress(ProcessLookupError):
@@ -136,22 +143,22 @@ class _SignalForwarder(SignalThread):
 
 
 def _find_workers(module: str) -> list[int]:
-    """This process's children that run the module, and no other helpers; also those that ended and were not waited for yet."""
+    """Children of this process that run the module, including ended ones that were not waited for yet."""
     states = {path: _read_if_there(path) for path in glob("/proc/[0-9]*/stat")}
     children = [path.split("/")[2] for path, state in states.items() if _find_parent(state) == os.getpid()]
     commands = {int(pid): _read_if_there(f"/proc/{pid}/cmdline") for pid in children}
-    # A process that ended has no command line.
+    # A process that has ended has no command line.
     return [pid for pid, command in commands.items() if not command or f"\0-m\0{module}\0".encode() in command]
 
 
 def _find_parent(state: bytes) -> int | None:
-    """The parent's process id in a line of /proc/PID/stat, where the name of the program may hold anything."""
+    """The parent's process id in a line of /proc/PID/stat. The program's name in it may contain spaces and brackets."""
     fields = state.rpartition(b")")[2].split()
     return int(fields[1]) if len(fields) > 1 else None
 
 
 def _read_if_there(path: str) -> bytes:
-    """A file of /proc; empty if its process or thread is gone."""
+    """Content of a file of /proc; empty if its process is gone."""
     try:
         return Path(path).read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -174,7 +181,7 @@ def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
             return 128 + error.sigval
         except ChildFailedError as error:
             failed = error
-            # A worker that met the user's mistake decides, also when another, cut off by its end, is seen first.
+            # A worker with a user's mistake decides, even if another one, which failed because of it, is seen first.
             mistaken = [failure for failure in failed.failures.values() if failure.exitcode == UserError.EXIT_CODE]
             if mistaken:
                 held.clear()
@@ -191,26 +198,26 @@ def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
 
 
 def _find_stop_code(exit_codes: list[int], forwarded: set[int]) -> int | None:
-    """What to end with if the workers were stopped on request; None if they failed.
+    """The exit code if the workers were stopped on request; None if they failed.
 
     Args:
-        exit_codes: of the failed workers, as torchrun lists them: the first one ended by itself, later ones may have been cut
-            off for it, which a worker takes for a request to stop.
+        exit_codes: of the failed workers, as torchrun lists them. The first ended by itself. torchrun may have stopped the later
+            ones, which they treat as a request to stop.
         forwarded: stop signals passed on to the workers.
     """
     first = exit_codes[0]
     if first == PREEMPTED_EXIT_CODE or (forwarded and PREEMPTED_EXIT_CODE in exit_codes):
         return PREEMPTED_EXIT_CODE
-    if -first in forwarded:  # a worker that had not begun to listen had done nothing
+    if -first in forwarded:  # the worker did not handle signals yet, so it had done nothing
         return PREEMPTED_EXIT_CODE
     return first if first - 128 in forwarded else None
 
 
 def report_mistake(error: UserError) -> None:
-    """Called by a worker that is about to end with `UserError.EXIT_CODE`: leave the lines to the launcher.
+    """Pass the lines of an error to the launcher. Called by a worker before it ends with `UserError.EXIT_CODE`.
 
-    The workers' output is shown for some ranks only, and all of them may have met the same mistake. Without torchrun the lines
-    are printed here.
+    The launcher prints them once: all workers may have the same mistake, and the output of some is not shown. Without torchrun
+    the lines are printed here.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -221,14 +228,14 @@ def report_mistake(error: UserError) -> None:
 
 
 def read_mistake(error_data: dict[str, Any]) -> str:
-    """The lines that a worker left with `report_mistake`, each with its line end; empty if it left none."""
+    """The lines that a worker passed to `report_mistake`, each with its line end; empty if there are none."""
     message = error_data.get("message")
     return message["message"].removeprefix("UserError: ") + "\n" if isinstance(message, dict) else ""
 
 
 @contextmanager
 def _hold_log() -> Iterator[list[logging.LogRecord]]:
-    """Keep back what torchrun logs about its workers; log at the end what is still in the list."""
+    """Hold back torchrun's log records about its workers. Those still in the list are logged at the end."""
     logger = logging.getLogger(WORKER_LOGGER)
     held: list[logging.LogRecord] = []
 

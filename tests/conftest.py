@@ -1,11 +1,18 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and the fixtures of many folders."""
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 # Fresh memory holds NaN, so that a missed initialisation shows.
@@ -32,3 +39,48 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         elif item.get_closest_marker("slow") and not wants_slow:
             item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace() -> Iterator[None]:
+    """A run changes its process: group, environment, garbage collection, what Ctrl-C does."""
+    before, interrupt, had_group = dict(os.environ), signal.getsignal(signal.SIGINT), dist.is_initialized()
+    yield
+    signal.signal(signal.SIGINT, interrupt)
+    if dist.is_initialized() and not had_group:
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+    gc.enable()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A toy model and a corpus of short documents."""
+    from tests.support.models import tiny_llama  # not at the top: the environment is set first
+
+    folder = tmp_path_factory.mktemp("workspace")
+    tiny_llama(vocab_size=264).save_pretrained(folder / "model")
+    chooser = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    documents = [" ".join(chooser.choices(words, k=chooser.randint(1, 30))) for _ in range(40)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_run(workspace, tmp_path_factory) -> Path:
+    """The folder of a finished run with no changes."""
+    from tests.support.runs import run_here
+
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    run_here(workspace, run)
+    return run
+
+
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

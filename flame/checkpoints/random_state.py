@@ -1,4 +1,4 @@
-"""The states of all random generators of a process, as tensors."""
+"""The states of all random generators of a process, as tensors that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def capture() -> dict[str, Tensor]:
     """Copy the states of the generators of torch (CPU and the current CUDA device), Python and numpy.
 
     Returns:
-        CPU tensors by generator. The normal variate that Python and numpy may hold back is a float64 [2] of its own: whether
-        there is one, and which.
+        CPU tensors by generator. Python and numpy may keep a normal variate for the next call. It is stored as float64 [2]:
+        whether there is one, and its value.
     """
     version, words, python_normal = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
@@ -32,7 +32,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(state: dict[str, Tensor]) -> None:
-    """Set the generators to captured states. One of a generator that this machine lacks is left out, and so is a missing one."""
+    """Set the generators to captured states. Skips missing states, and CUDA's on a machine without a GPU."""
     if "torch" in state:
         torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():

@@ -1,4 +1,7 @@
-"""The account of what a run was trained on: a line for each sequence of each step."""
+"""The data audit: records what a run was trained on, with a line for each sequence of each step.
+
+Step 9 in the life of a batch (`flame.data.loader`).
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flame.components.loggers import parse_line
 from flame.data.batch import PackedBatch
+from flame.runtime.json_lines import parse_line
 
 AUDIT_FOLDER = "audit"
 BLOCK = 1 << 16
 
 
 def drop_audit_after(folder: Path, step: int) -> None:
-    """Remove what an earlier process of the run, which has not been resumed from, wrote about later steps. On one rank, before
-    any `AuditLog` is opened."""
+    """Remove the lines of later steps, which an earlier process of the run wrote. Call it on one rank, before any `AuditLog` is
+    opened."""
     for path in sorted((folder / AUDIT_FOLDER).glob("rank-*.jsonl")):  # earlier starts may have had more ranks
         _truncate_after(path, step)
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Cut off the last lines that are torn or of later steps. Steps only grow, so what lies before is not read."""
+    """Cut off the last lines that are incomplete or of later steps. Steps only grow, so earlier lines need not be read."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end and not _is_kept(last := _read_last_line(file, end), step):
@@ -33,16 +36,16 @@ def _truncate_after(path: Path, step: int) -> None:
 
 def _read_last_line(file: BinaryIO, end: int) -> bytes:
     """The last line in the first `end` bytes, with its line end if it has one."""
-    tail, start = b"", end
+    suffix, start = b"", end
     while start:
         size = min(BLOCK, start)
         start -= size
         file.seek(start)
-        tail = file.read(size) + tail
-        line_end = tail.rfind(b"\n", 0, len(tail) - 1)
+        suffix = file.read(size) + suffix
+        line_end = suffix.rfind(b"\n", 0, len(suffix) - 1)
         if line_end >= 0:
-            return tail[line_end + 1 :]
-    return tail
+            return suffix[line_end + 1 :]
+    return suffix
 
 
 def _is_kept(line: bytes, step: int) -> bool:
@@ -53,7 +56,7 @@ def _is_kept(line: bytes, step: int) -> bool:
 class AuditLog:
     """Writes this rank's lines to `audit/rank-R.jsonl`.
 
-    A line holds step, sequence, source, whether the step was applied (`trained`: a skipped step was not), and the pieces:
+    A line has `step`, `sequence`, `source`, `trained` (False for a skipped step) and `pieces`, the chunks. Each chunk is a list:
     document, first token, last token + 1, epoch, whether the document ends there.
 
     Args:
@@ -72,13 +75,13 @@ class AuditLog:
                 "sequence": batch.sequence_index,
                 "source": batch.source,
                 "trained": trained,
-                "pieces": [list(piece) for piece in batch.documents],
+                "pieces": [list(chunk) for chunk in batch.documents],
             }
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Bring the lines onto the disk; called before the checkpoint that they belong to is committed."""
+        """Flush the lines to disk. Call it before committing the checkpoint that they belong to."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -1,178 +1,109 @@
-"""Documents as token ids, whatever they are read from: text that is tokenized on the way, or a folder of tokens."""
+"""Documents as token ids, and the subset of them that is read (training or held out).
+
+Step 2 in the life of a batch (`flame.data.loader`). Texts are tokenized one by one, when they are read. Folders of tokens and
+generated tasks provide ids directly.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from flame.config import TOKENS_FORMAT, Corpus, Generators
-from flame.data.generated import ENDLESS, GeneratedSource
-from flame.data.sources import Origin, Source, StreamingSource, open_source
-from flame.data.token_folder import open_token_folder
-from flame.data.tokenizer import build_generated_tokenizer, encode_document, fingerprint_tokenizer
+from flame.data.encoding import encode_document
+from flame.data.sources.base import Documents, SourceKind, TextRows, TextShards, explain_no_text, open_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Encode = Callable[[str], np.ndarray]
 
 
-class Documents(Protocol):
-    """Random access to documents. Instances are pickled into the loader's worker processes."""
-
-    name: str
-    """Short name in logs, metrics and the audit."""
-    option: str
-    """How error lines name it, such as `training.dataset = "json"`."""
-
-    def __len__(self) -> int:
-        """Documents, good and bad."""
-        ...
-
-    def read(self, index: int) -> np.ndarray | None:
-        """Return the ids of a document, integer [n] with n >= 1, or None for a bad row."""
-        ...
-
-
-class Part(NamedTuple):
-    """Which rows of a source, or of each of its shards, are read: all, all but each `every`-th, or only those."""
+class Subset(NamedTuple):
+    """Which rows of a source, or of each of its shards, are read: all, all except every `every`-th, or only every `every`-th."""
 
     every: int = 0
     is_held_out: bool = False
 
     def count(self, rows: int) -> int:
-        """How many of so many rows belong to this part."""
+        """How many of `rows` rows belong to this subset."""
         if not self.every:
             return rows
         held_out = -(-rows // self.every)
         return held_out if self.is_held_out else rows - held_out
 
     def locate(self, index: int) -> int:
-        """Row number of the part's row with this index."""
+        """Row number in the source of the subset's row `index`."""
         if not self.every:
             return index
         return index * self.every if self.is_held_out else index + index // (self.every - 1) + 1
 
     def includes(self, row: int) -> bool:
-        """Whether a row belongs to this part."""
+        """Whether a row belongs to this subset."""
         return not self.every or (row % self.every == 0) == self.is_held_out
 
 
-WHOLE = Part()
+WHOLE = Subset()
 
 
-class TokenizedSource:
-    """`Documents` of a text source."""
+class _Tokenized:
+    """A source of texts together with the tokenizer."""
 
-    def __init__(self, source: Source, encode: Encode):
-        self.name, self.option = source.name, source.option
-        self.source, self._encode = source, encode
+    def __init__(self, kind: SourceKind, rows: Any, encode: Encode):
+        self.name, self.option = kind.short_name, kind.option
+        self._kind, self._rows, self._encode = kind, rows, encode
+
+    def explain_no_text(self, read: str) -> str:
+        """The error line for a source without any text; `read` says how much was read, such as "3 rows"."""
+        return explain_no_text(self._kind, self._rows, read)
+
+
+class TokenizedSource(_Tokenized):
+    """`Documents` of texts."""
+
+    _rows: TextRows
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._rows)
 
     def read(self, index: int) -> np.ndarray | None:
-        text = self.source.read(index)
+        text = self._rows.read(index)
         return None if text is None else self._encode(text)
 
 
-class Block(NamedTuple):
-    """Documents of a generated source, end to end."""
+class TokenizedShards(_Tokenized):
+    """Documents of texts that can only be read in order, shard by shard."""
 
-    tokens: np.ndarray
-    """integer [N]"""
-    bounds: list[int]
-    """B+1 of them, from 0 to N."""
-
-    def read(self, place: int) -> np.ndarray:
-        """Return a document, [n], by its place in the block."""
-        return self.tokens[self.bounds[place] : self.bounds[place + 1]]
-
-
-class GeneratedDocuments:
-    """`Documents` of a generated source, which is read a block at a time.
-
-    A training set of fixed size is kept once it has been generated; of an endless source the last block is.
-
-    Args:
-        encode: tokenizer of the run, or None where it is the source's own: ids are then generated without text.
-    """
-
-    def __init__(self, source: GeneratedSource, encode: Encode | None):
-        self.name, self.option, self.block_size = source.name, source.option, source.block_size
-        self._source, self._encode = source, encode
-        self._blocks: dict[int, Block] = {}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_blocks": {}}  # generated again elsewhere, faster than sent
+    _rows: TextShards
 
     @property
-    def is_endless(self) -> bool:
-        """Whether no document comes a second time."""
-        return len(self) == ENDLESS
+    def num_shards(self) -> int:
+        return self._rows.num_shards
 
-    def read(self, index: int) -> np.ndarray:
-        block, place = divmod(index, self.block_size)
-        return self.read_block(block).read(place)
+    def read_shard(self, shard: int, row: int, subset: Subset = WHOLE) -> Iterator[tuple[int, np.ndarray | None]]:
+        """Yield row number and document of each row of a shard, starting at `row`. Documents are as from `Documents.read`.
 
-    def read_block(self, block: int) -> Block:
-        """Return documents block * block_size, block * block_size + 1, ..., block_size of them or up to the last one."""
-        if block not in self._blocks:
-            if self.is_endless:
-                self._blocks.clear()
-            self._blocks[block] = self._make_block(block)
-        return self._blocks[block]
-
-    def _make_block(self, block: int) -> Block:
-        if self._encode is None:
-            tokens, lengths = self._source.read_block_ids(block)
-        else:
-            documents = [self._encode(text) for text in self._source.read_block_texts(block)]
-            tokens, lengths = np.concatenate(documents), np.asarray([len(ids) for ids in documents])
-        return Block(tokens, [0, *lengths.cumsum().tolist()])
-
-
-class TokenizedShards:
-    """Documents of a streaming source, which can only be read in order, shard by shard."""
-
-    def __init__(self, source: StreamingSource, encode: Encode):
-        self.name, self.option, self.num_shards = source.name, source.option, source.num_shards
-        self.source, self._encode = source, encode
-
-    def read_shard(self, shard: int, row: int, part: Part = WHOLE) -> Iterator[tuple[int, np.ndarray | None]]:
-        """Yield row and document, as `Documents.read` returns it, of the rows in a part of a shard, from a row on.
+        Args:
+            subset: other rows are skipped.
 
         Raises:
             UserError: the shard cannot be read.
         """
-        for place, text in enumerate(self.source.read_shard(shard, row), start=row):
-            if part.includes(place):
-                yield place, None if text is None else self._encode(text)
+        for number, text in enumerate(self._rows.read_shard(shard, row), start=row):
+            if subset.includes(number):
+                yield number, None if text is None else self._encode(text)
 
 
-def open_documents(
-    corpus: Corpus, section: str, tokenizer: PreTrainedTokenizerFast, generators: Generators | None = None
-) -> Documents | TokenizedShards:
-    """Open the corpus that `{section}.dataset` names, as token ids.
-
-    Args:
-        generators: options of generated datasets, where they may be asked for.
+def open_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast) -> Documents | TokenizedShards:
+    """Open a source as token ids.
 
     Raises:
-        UserError: it cannot be read, holds nothing, or was tokenized by another tokenizer.
+        UserError: it cannot be read, is empty, or was tokenized by another tokenizer.
     """
-    if corpus.dataset == TOKENS_FORMAT:
-        origin = Origin(corpus, section)
-        option = f"{origin.option} ({section}.data_files = {corpus.data_files})"
-        return open_token_folder(corpus.data_files, option, origin.name, tokenizer)
-    source, encode = open_source(corpus, section, generators), partial(encode_document, tokenizer)
-    if isinstance(source, GeneratedSource):
-        assert generators is not None
-        own = build_generated_tokenizer(corpus.dataset, generators)
-        is_own = fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(own)  # also where it comes with exported weights
-        return GeneratedDocuments(source, None if is_own else encode)
-    return TokenizedShards(source, encode) if isinstance(source, StreamingSource) else TokenizedSource(source, encode)
+    tokens = kind.open_tokens(tokenizer)
+    if tokens is not None:
+        return tokens
+    rows, encode = open_texts(kind), partial(encode_document, tokenizer)
+    return TokenizedShards(kind, rows, encode) if hasattr(rows, "num_shards") else TokenizedSource(kind, rows, encode)

@@ -1,8 +1,22 @@
 """Batches of one rank, packed ahead of time by worker processes.
 
+The life of a batch:
+
+1. A source is opened (`sources`, `tasks`): rows of text, shards of rows, or token ids.
+2. Its documents become token ids when they are read (`documents`, `encoding`, `tokenizer`).
+3. Each source has S document streams. A stream reads its own documents in a seeded order, starting at a cursor
+   (`document_streams`, `order`).
+4. A packer joins the documents of one stream end to end and cuts them into packed sequences (`packing`).
+5. The mixture chooses the source of each sequence of the run (`mixture`).
+6. The worker processes of a rank pack its sequences ahead of time (`RankShare`, below).
+7. The training process derives labels, positions and segments (`batch`), and returns the batch (`PackedLoader`, below).
+8. A thread keeps batches ready, so that the training loop can stop waiting for them (`prefetch`).
+9. After each step, the cursors move past what it has consumed; checkpoints store them (`state`). `audit` records what was
+   consumed, `preview` shows it.
+
 Global sequence j comes from stream j % S of the source that the mixture chooses for j. Of W ranks, rank r takes
-j = start + r + i * W, i = 0, 1, ...; of its workers, worker w takes every i with i % workers == w. W * workers divides S, so each
-stream lives in one worker.
+j = start + r + i * W, i = 0, 1, ... Of its workers, worker w takes every i with i % workers == w. W * workers divides S, so each
+stream is read by one worker only.
 """
 
 from __future__ import annotations
@@ -19,25 +33,27 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from flame.components.preemption import signals_blocked
-from flame.config import Training
+from flame.config.schema import Training
 from flame.data.batch import PackedBatch, build_batch
-from flame.data.lines import Cursor
+from flame.data.document_streams import Cursor
 from flame.data.mixture import Mixture
+from flame.data.packing import PackedSequence, Packer
 from flame.data.state import DataState
-from flame.data.streams import PackedSequence, Stream
 from flame.errors import UserError
+from flame.runtime.signals import signals_blocked
 
 PARENT_CHECK_SECONDS = 1.0
+PREFETCH = 4
+"""Packed sequences that each worker keeps ready."""
 MOST_VAIN_SEQUENCES = 16
-"""That one worker may pack in a row without a label, where only answers count. More are a mistake of the user."""
+"""If only answers count, a worker that packs this many sequences in a row without a label reports a user error."""
 
 
 class PackedLoader:
-    """Endless iterator over the batches of one rank from where `state` stands. `state.advance` notes what has been consumed.
+    """Endless iterator over the batches of one rank, starting at the position in `state`. It does not change `state`: call
+    `state.advance` after a step.
 
-    A mistake of the user met while packing, such as a source without any usable row, is raised from `__next__` as it is,
-    wherever the packing is done.
+    If packing fails with a user error, in a worker process or here, `__next__` raises it unchanged.
     """
 
     def __init__(self, training: Training, mixture: Mixture, dp_rank: int, dp_world: int, state: DataState):
@@ -47,13 +63,11 @@ class PackedLoader:
         self._dp_world = dp_world
         self._next_index = state.next_sequence + dp_rank
         share = RankShare(training, mixture, self._next_index, dp_world, state.cursors)
-        self._sequences: Iterator[PackedSequence | UserError] | None = start_workers(
-            share, training.num_workers, training.prefetch_factor
-        )
+        self._sequences: Iterator[PackedSequence | UserError] | None = start_workers(share, training.num_workers)
 
     @property
     def awaited_source(self) -> str:
-        """How error lines name the source of the batch that comes next."""
+        """Name, in error lines, of the source of the next batch."""
         return self._mixture.sources[self._mixture.choose(self._next_index, self._training.num_streams)].option
 
     def __iter__(self) -> PackedLoader:
@@ -74,13 +88,14 @@ class PackedLoader:
 
 
 class RankShare(IterableDataset):
-    """The sequences of one rank, dealt to its workers. Pickled into each of them."""
+    """The sequences of one rank, divided among its workers. It is pickled into each worker."""
 
     def __init__(self, training: Training, mixture: Mixture, first: int, stride: int, cursors: dict[str, dict[int, Cursor]]):
         """
         Args:
-            first: global index of the rank's first sequence; the others follow at `stride`, the number of ranks.
-            cursors: where each stream of each source goes on; those without one begin.
+            first: global index of the rank's first sequence.
+            stride: number of ranks, the distance between the rank's sequences.
+            cursors: position of each stream by source; a stream without a cursor starts at its beginning.
         """
         self._training, self._mixture = training, mixture
         self._first, self._stride = first, stride
@@ -91,23 +106,23 @@ class RankShare(IterableDataset):
         return self.deal(0, 1) if worker is None else self.deal(worker.id, worker.num_workers)
 
     def deal(self, worker: int, num_workers: int) -> Iterator[PackedSequence | UserError]:
-        """Yield the sequences of one worker. A mistake of the user is yielded too, as the last item."""
+        """Yield the sequences of one worker. A user error is yielded too, as the last item."""
         num_streams = self._training.num_streams
-        streams: dict[tuple[int, int], Stream] = {}
+        streams: dict[tuple[int, int], Packer] = {}
         cursors = {name: dict(known) for name, known in self._cursors.items()}
         vain_sequences = 0
         for sequence_index in itertools.count(self._first + worker * self._stride, self._stride * num_workers):
             key = self._mixture.choose(sequence_index, num_streams), sequence_index % num_streams
             try:
                 if key not in streams:
-                    streams[key] = self._mixture.open_stream(*key, num_streams, self._training)
+                    streams[key] = self._mixture.open_packer(*key, num_streams, self._training)
                 stream = streams[key]
                 known = cursors.setdefault(self._mixture.sources[key[0]].name, {})
                 sequence = stream.next_sequence(known.get(key[1], stream.first_cursor))
                 vain_sequences = 0 if sequence.has_labels() else vain_sequences + 1
                 if vain_sequences == MOST_VAIN_SEQUENCES:
                     raise UserError(explain_no_answers(self._mixture.sources[key[0]].option, self._training))
-            except UserError as error:  # raised, it would reach the training process as a traceback in a message
+            except UserError as error:  # if raised in a worker, it would arrive as a traceback inside another message
                 yield error
                 return
             known[key[1]] = sequence.cursor
@@ -115,7 +130,7 @@ class RankShare(IterableDataset):
 
 
 def explain_no_answers(option: str, training: Training) -> str:
-    """What to say where packs of a source hold no answer."""
+    """The error line for a source whose packed sequences hold no answer."""
     return (
         f'{option} has no answers that training.loss_on = "answer" could count: check that training.answer_separator = '
         f"{json.dumps(training.answer_separator)} ends its prompts, and that training.context_len = {training.context_len} is "
@@ -123,21 +138,21 @@ def explain_no_answers(option: str, training: Training) -> str:
     )
 
 
-def start_workers(share: RankShare, num_workers: int, prefetch_factor: int) -> Iterator[PackedSequence | UserError]:
-    """Iterate over a rank's share, packed ahead by `num_workers` processes, or packed here when 0.
+def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence | UserError]:
+    """Iterate over a rank's sequences. `num_workers` processes pack them ahead of time; with 0 they are packed in this process.
 
-    Workers send token ids and boundaries by value, as numpy arrays: tensors would travel through shared memory, of which
-    containers have 64 MiB by default.
+    Workers send token ids and boundaries as numpy arrays, by value. Tensors would be sent through shared memory, of which
+    containers have only 64 MiB by default.
     """
     loader: DataLoader = DataLoader(
         share,
         batch_size=None,
         collate_fn=_pass_through,
         num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
+        prefetch_factor=PREFETCH if num_workers else None,
         multiprocessing_context="spawn" if num_workers else None,  # a forked worker inherits CUDA and locks in a broken state
         worker_init_fn=_end_with_parent,
-        generator=torch.Generator(),  # the global one would be advanced, and with it the run's dropout
+        generator=torch.Generator(),  # using the global generator would change the run's dropout
     )
     with signals_blocked():
         return iter(loader)
@@ -148,7 +163,7 @@ def _pass_through(sequence: Any) -> Any:
 
 
 def _end_with_parent(_worker: int) -> None:
-    """End this worker when the training process is gone, even killed, or says so: when it exits it terminates its workers."""
+    """End this worker when the training process is gone, even if it was killed, or when it sends SIGTERM at its exit."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""Which source each packed sequence comes from."""
+"""Chooses the source of each packed sequence. Step 5 in the life of a batch (`flame.data.loader`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
-from flame.config import JobConfig, Training
-from flame.data.documents import WHOLE, Documents, Part, TokenizedShards, open_documents
-from flame.data.lines import open_line
-from flame.data.streams import Stream
-from flame.data.tokenizer import find_separator
+from flame.config.schema import JobConfig, Training
+from flame.data.document_streams import open_document_stream
+from flame.data.documents import WHOLE, Subset, TokenizedShards, open_documents
+from flame.data.encoding import find_separator
+from flame.data.packing import Packer
+from flame.data.sources.base import Documents, WithUserCode
+from flame.data.sources.registry import build_kind
 from flame.errors import UserError
 
 # Weyl's sequence of the golden ratio and van der Corput's in base 2, both as 64-bit fractions.
@@ -21,24 +23,27 @@ ONE = 1 << 64
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(WithUserCode):
     """Sources drawn in proportion to their weights. A single source is a mixture of one.
 
-    Every source is packed by itself, stream by stream: a weight decides how often a source is drawn, never what is drawn from it.
-    All packed sequences are equally long, so shares of sequences are shares of tokens.
+    Each source is packed separately, stream by stream. A weight decides how often a source is drawn, not which of its documents
+    come next. All packed sequences have the same length, so a share of sequences is the same share of tokens.
     """
 
     sources: tuple[Documents | TokenizedShards, ...]
     weights: tuple[float, ...]
-    part: Part = WHOLE
+    subset: Subset = WHOLE
     separator: int | None = None
-    """Token that ends the prompt, where only answers count."""
+    """Token that ends the prompt, if only answers count."""
+    user_files: tuple[str, ...] = ()
+    """The user's files that define a source."""
 
     def choose(self, sequence_index: int, num_streams: int) -> int:
-        """Index of the source that a global sequence comes from, in constant time and without memory.
+        """Index of the source of a global sequence, in constant time and memory.
 
-        Within a round of all streams the golden ratio spreads the sources over neighbouring sequences; from round to round van
-        der Corput's sequence spreads them over each stream. Any run of sequences has each source's share to within a few.
+        Within one round of all streams, the golden ratio spreads the sources over neighbouring sequences. From round to round,
+        van der Corput's sequence spreads them over each stream. In any range of sequences, the number of each source is right to
+        within a few.
         """
         turn, stream = divmod(sequence_index, num_streams)
         point = (stream * GOLDEN_RATIO + _reverse_bits(turn)) % ONE
@@ -51,21 +56,21 @@ class Mixture:
         limits = [int(sum(scaled[: index + 1]) / sum(scaled) * ONE) for index in range(len(scaled))]
         return [*limits[:last], *[ONE] * (len(scaled) - last)]
 
-    def open_stream(self, source: int, stream: int, num_streams: int, training: Training) -> Stream:
-        """One logical stream of one source."""
+    def open_packer(self, source: int, stream: int, num_streams: int, training: Training) -> Packer:
+        """Open the packer of one stream of one source."""
         documents = self.sources[source]
-        line = open_line(documents, self.part, stream, num_streams, training.seed)
-        return Stream(line, documents.name, stream, training.seq_len, training.context_len, self.separator)
+        of_stream = open_document_stream(documents, self.subset, stream, num_streams, training.seed)
+        return Packer(of_stream, documents.name, stream, training.seq_len, training.context_len, self.separator)
 
     def count_units(self) -> dict[str, int]:
-        """Documents of this part, or shards, in each source, by name."""
+        """Number of documents of this subset, or of shards, in each source by name."""
         return {source.name: self._count(source) for source in self.sources}
 
     def _count(self, source: Documents | TokenizedShards) -> int:
-        return source.num_shards if isinstance(source, TokenizedShards) else self.part.count(len(source))
+        return source.num_shards if isinstance(source, TokenizedShards) else self.subset.count(len(source))
 
     def describe(self) -> list[str]:
-        """A line for each source: its size, its share, and what a resumed run finds again."""
+        """A line for each source: its size, its share of the tokens and, if streamed, what resuming costs."""
         lines = []
         for source, weight in zip(self.sources, self.weights, strict=True):
             share = (
@@ -76,7 +81,7 @@ class Mixture:
             if isinstance(source, TokenizedShards):
                 size = f"{source.num_shards} shards, streamed"
                 share += (
-                    "; its position is kept exactly, as shard and row: resuming reads again the rows before it in each open shard"
+                    "; its position is kept exactly, as shard and row: resuming rereads the rows before it in each open shard"
                 )
             else:
                 size = f"{len(source)} documents"
@@ -85,45 +90,45 @@ class Mixture:
 
 
 def _reverse_bits(number: int) -> int:
-    """The 64 bits of a number in reverse, as a fraction of 2^64: van der Corput's sequence."""
+    """The 64 bits of a number in reverse order. As a fraction of 2^64, this is van der Corput's sequence."""
     return int(f"{number:064b}"[::-1], 2)
 
 
-def open_mixture(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixture:
-    """Open everything that is trained on.
+def open_mixture(job: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixture:
+    """Open the sources of training.
 
     Raises:
-        UserError: a source cannot be opened, or is too small for the run's streams or for holding documents out.
+        UserError: a source cannot be opened, or is too small for the run's streams or for holding out documents.
     """
-    corpora = config.corpora
-    sources = tuple(open_documents(corpus, section, tokenizer, config.generators) for section, corpus in corpora.items())
-    training = config.training
+    kinds = [build_kind(corpus, section, job.get) for section, corpus in job.corpora.items()]
+    sources = tuple(open_documents(kind, tokenizer) for kind in kinds)
+    training = job.training
     separator = find_separator(tokenizer, training.answer_separator) if training.loss_on == "answer" else None
-    weights = tuple(corpus.weight for corpus in corpora.values())
-    mixture = Mixture(sources, weights, Part(config.validation.holdout_every), separator)
+    weights = tuple(corpus.weight for corpus in job.corpora.values())
+    user_files = tuple(dict.fromkeys(kind.user_file for kind in kinds if kind.user_file))
+    mixture = Mixture(sources, weights, Subset(job.validation.holdout_every), separator, user_files)
     for source in sources:
-        _check_size(source, mixture.part, config)
+        _check_size(source, mixture.subset, training.num_streams)
     return mixture
 
 
-def open_held_out(config: JobConfig, tokenizer: PreTrainedTokenizerFast, trained: Mixture) -> Mixture:
-    """Open what the run is validated on: a corpus of its own, or the documents held out from each source of training."""
-    if not config.validation.dataset:
-        return replace(trained, part=Part(config.validation.holdout_every, is_held_out=True))
-    source = open_documents(config.validation, "validation", tokenizer, config.generators)
-    return replace(trained, sources=(source,), weights=(1.0,), part=WHOLE)
+def open_held_out(job: JobConfig, tokenizer: PreTrainedTokenizerFast, trained: Mixture) -> Mixture:
+    """Open the sources of validation: its own dataset, or the documents held out from each source of training."""
+    if not job.validation.dataset:
+        return replace(trained, subset=Subset(job.validation.holdout_every, is_held_out=True))
+    source = open_documents(build_kind(job.validation, "validation", job.get), tokenizer)
+    return replace(trained, sources=(source,), weights=(1.0,), subset=WHOLE)
 
 
-def _check_size(source: Documents | TokenizedShards, part: Part, config: JobConfig) -> None:
+def _check_size(source: Documents | TokenizedShards, subset: Subset, num_streams: int) -> None:
     if isinstance(source, TokenizedShards):
-        if source.num_shards < config.training.num_streams:
+        if source.num_shards < num_streams:
             raise UserError(
-                f"{source.option} has {source.num_shards} shards, fewer than training.num_streams = "
-                f"{config.training.num_streams}, and while streaming each stream reads its own: lower num_streams "
-                "(in a new run), or set streaming = false"
+                f"{source.option} has {source.num_shards} shards, fewer than training.num_streams = {num_streams}, and while "
+                "streaming each stream reads its own: lower num_streams (in a new run), or set streaming = false"
             )
-    elif part.count(len(source)) == 0:
+    elif subset.count(len(source)) == 0:
         raise UserError(
-            f"{source.option} has {len(source)} documents, and validation.holdout_every = {part.every} leaves none to train on: "
-            "raise it, or set validation.dataset"
+            f"{source.option} has {len(source)} documents, and validation.holdout_every = {subset.every} leaves none to train "
+            "on: raise it, or set validation.dataset"
         )

@@ -1,4 +1,4 @@
-"""A seeded order of the documents that needs no memory, however many there are."""
+"""A seeded random order of the documents, in constant memory. Step 3 in the life of a batch (`flame.data.loader`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ ROUNDS = 8
 
 
 def shuffled_index(position: int, n: int, seed: int, epoch: int) -> int:
-    """Return the document that comes at `position` in the order of this seed and epoch.
+    """Return the document at `position` in the order of this seed and epoch.
 
-    For fixed `n`, `seed` and `epoch` this is a bijection of [0, n), computed in constant memory: a Feistel network over a grid
-    of barely more than `n` cells. A cell outside [0, n) is sent through again, which leads back inside since the network
-    permutes the grid.
+    For fixed `n`, `seed` and `epoch` this is a bijection of [0, n), computed in constant memory. It is a Feistel network over a
+    grid of slightly more than `n` cells. A result outside [0, n) is sent through the network again. The network permutes the
+    grid, so this ends inside [0, n).
     """
     assert 0 <= position < n
     rows = math.isqrt(n - 1) + 1

@@ -1,4 +1,4 @@
-"""Text to tokens, by processes that work ahead: what fills a folder of tokens."""
+"""Tokenizes text with worker processes, for flame-preprocess."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from multiprocessing import connection
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from flame.components.preemption import signals_blocked
-from flame.data.sources import Source
-from flame.data.token_folder import TOKEN_DTYPES, TokenDtype
-from flame.data.tokenizer import encode_documents
+from flame.data.encoding import encode_documents
+from flame.data.sources.base import TextRows, WithUserCode
+from flame.data.sources.tokens import TOKEN_DTYPES, TokenDtype
 from flame.errors import UserError
+from flame.runtime.signals import signals_blocked
 
 LONGEST_SPAN = 256  # rows
-CHARACTERS_AT_ONCE = 1 << 18  # through the tokenizer, which needs about 100 bytes for each
-SPANS_AHEAD = 3  # of each worker
+CHARACTERS_AT_ONCE = 1 << 18  # per call of the tokenizer, which needs about 100 bytes of memory for each
+SPANS_AHEAD = 3  # queued for each worker
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSpan:
-    """The documents of a span, end to end."""
+    """The tokens of a span's documents, end to end."""
 
     tokens: np.ndarray
     """uint16 or uint32 [n]"""
@@ -46,16 +46,23 @@ class EncodedSpan:
 
 
 def plan_spans(done: int, rows: int, num_workers: int) -> Iterator[Span]:
-    """Cut the rows from `done` on into spans, short enough that all workers have several."""
+    """Cut the rows from `done` on into spans, short enough that every worker gets several."""
     length = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
     return (Span(start, min(start + length, rows)) for start in range(done, rows, length))
 
 
-class SpanEncoder:
-    """Reads and tokenizes spans of a source. Pickled into each worker."""
+class SpanEncoder(WithUserCode):
+    """Reads and tokenizes spans of a source. It is pickled into each worker.
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int):
-        self._source, self._tokenizer = source, tokenizer
+    Args:
+        user_file: the user's file that defines the source; empty for a built-in source.
+    """
+
+    def __init__(
+        self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int, user_file: str = ""
+    ):
+        self._rows, self._tokenizer = rows, tokenizer
+        self.user_files = (user_file,) if user_file else ()
         self._dtype, self._vocabulary_size = TOKEN_DTYPES[dtype], vocabulary_size
 
     def encode(self, span: Span) -> EncodedSpan:
@@ -63,7 +70,7 @@ class SpanEncoder:
         bad_rows = 0
         texts: list[str] = []
         characters = 0
-        for text in map(self._source.read, range(span.start, span.stop)):
+        for text in map(self._rows.read, range(span.start, span.stop)):
             if text is None:
                 bad_rows += 1
                 continue
@@ -85,10 +92,10 @@ class SpanEncoder:
 def encode_in_order(
     encoder: SpanEncoder, spans: Iterable[Span], num_workers: int
 ) -> Generator[tuple[Span, EncodedSpan], None, None]:
-    """Yield each span with its documents, encoded ahead by `num_workers` processes, or here when 0.
+    """Yield each span with its documents, in order. `num_workers` processes encode them ahead; with 0, this process does.
 
     Raises:
-        UserError: a worker process died. The pool may also wait for it forever (CPython gh-94777); killed, a restart goes on.
+        UserError: a worker process died. The process pool may instead wait forever (CPython gh-94777); then kill and restart.
     """
     if not num_workers:
         for span in spans:
@@ -100,7 +107,7 @@ def encode_in_order(
     pending: deque[tuple[Span, Future[EncodedSpan]]] = deque()
     try:
         for span in spans:
-            with signals_blocked():  # which starts workers as needed
+            with signals_blocked():  # `submit` starts workers as needed, which inherit the blocked signals
                 pending.append((span, pool.submit(_encode_in_worker, span)))
             if len(pending) == SPANS_AHEAD * num_workers:
                 first, future = pending.popleft()
@@ -115,7 +122,7 @@ def encode_in_order(
         ) from error
     except BaseException:
         for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()  # its work is not wanted any more
+            worker.kill()  # its work is no longer needed
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -132,7 +139,7 @@ def _start_worker(encoder: SpanEncoder) -> None:
     assert parent is not None
     sentinel = parent.sentinel
 
-    def end_with_parent() -> None:  # killed, it cannot say so, and the pool's queue would wait for it forever
+    def end_with_parent() -> None:  # if the parent was killed, the pool's queue would wait for it forever
         connection.wait([sentinel])
         os._exit(1)
 

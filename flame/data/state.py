@@ -1,4 +1,7 @@
-"""The position in the data of a whole run: a few integers per stream, whatever the number of ranks and workers."""
+"""The position of a run in its data: a few integers per stream, independent of the number of ranks and workers.
+
+Step 9 in the life of a batch (`flame.data.loader`).
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flame.data.batch import PackedBatch
-from flame.data.lines import Cursor
+from flame.data.document_streams import Cursor
 from flame.errors import UserError
 
 
 @dataclass
 class DataState:
-    """What has been consumed. Streams without a cursor are at their beginning."""
+    """What has been consumed. A stream without a cursor is at its beginning."""
 
     num_streams: int
     seed: int
     next_sequence: int = 0
     """First global sequence that no rank has consumed."""
     cursors: dict[str, dict[int, Cursor]] = field(default_factory=dict)
-    """Next token of each stream advanced so far, by source and stream."""
+    """Next token of each stream that has been read, by source and stream."""
     num_units: dict[str, int] = field(default_factory=dict)
-    """Documents (shards, of a streaming source) in each source."""
+    """Documents in each source; shards, if the source is streamed."""
 
     def advance(self, batches: Iterable[PackedBatch], dp_world: int) -> None:
-        """Note that this rank has consumed its next batches, and each other rank as many."""
+        """Record that this rank has consumed these batches, and every other rank equally many."""
         for batch in batches:
             assert 0 <= batch.sequence_index - self.next_sequence < dp_world
             assert batch.stream == batch.sequence_index % self.num_streams
@@ -33,7 +36,7 @@ class DataState:
             self.next_sequence += dp_world
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON: integers, and a list (epoch, position, row, offset) per source and stream name."""
+        """Return the state as JSON: integers, and for each source and stream a list (epoch, position, row, offset)."""
         return {
             "num_streams": self.num_streams,
             "seed": self.seed,
@@ -48,10 +51,10 @@ class DataState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved position.
+        """Restore a saved position.
 
         Raises:
-            UserError: the run has another number of streams or another seed than the saved one.
+            UserError: the number of streams or the seed differs from the saved one.
         """
         for key in ("num_streams", "seed"):
             if state[key] != getattr(self, key):
@@ -68,10 +71,10 @@ class DataState:
         }
 
     def check_units(self, num_units: dict[str, int]) -> None:
-        """Note the sizes of the sources, or check that they are still the same.
+        """Record the sizes of the sources. Sizes that are already known must not have changed.
 
         Raises:
-            UserError: one is not, so that the saved position means other documents.
+            UserError: a size has changed, so that the saved position would mean other documents.
         """
         changed = [
             f'source "{name}" has {count} documents or shards, but the checkpoint was made with {self.num_units[name]}: '
@@ -85,9 +88,10 @@ class DataState:
 
 
 def merge_states(states: list[DataState]) -> DataState:
-    """Join the states of all ranks, taken at the end of the same optimizer step, into the state of the run.
+    """Merge the states of all ranks at the end of an optimizer step into the state of the run.
 
-    Each rank advances its own streams; of the others it holds what the last checkpoint said. The furthest cursor is the true one.
+    Each rank advances only its own streams. For other streams it holds the cursors of the last checkpoint. So the furthest cursor
+    of each stream is the current one.
     """
     first = states[0]
     assert all(state.next_sequence == first.next_sequence for state in states), (

@@ -1,7 +1,6 @@
-"""The writer of the folders that `flame.data.token_folder` reads.
+"""Writes the folders that `flame.data.sources.tokens` reads.
 
-Interrupted in any way, it goes on where it stopped and writes the same bytes: `progress.json` says how much of the files is
-safely on disk.
+After any interruption it resumes and writes the same bytes. `progress.json` records how much of the files is safely on disk.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from flame.config import STRICT
-from flame.data.span_encoder import EncodedSpan, Span
-from flame.data.token_folder import (
+from flame.config.types import STRICT
+from flame.data.sources.tokens import (
     MANIFEST_FILE,
     OFFSET_DTYPE,
     OFFSETS_FILE,
@@ -30,6 +28,7 @@ from flame.data.token_folder import (
     TokenDtype,
     read_manifest,
 )
+from flame.data.span_encoder import EncodedSpan, Span
 from flame.errors import UserError
 
 PROGRESS_FILE = "progress.json"
@@ -38,7 +37,7 @@ SECONDS_BETWEEN_COMMITS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the bytes of the folder. A restart must have the same."""
+    """Everything that decides the bytes of the folder. A restart must have the same recipe."""
 
     __pydantic_config__ = STRICT
 
@@ -53,7 +52,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How much is safely on disk: the result of the first `rows` rows."""
+    """What is safely on disk: the documents of the first `rows` rows."""
 
     __pydantic_config__ = STRICT
 
@@ -66,10 +65,10 @@ class Progress:
 
 
 def read_finished(out: Path, recipe: Recipe) -> Manifest | None:
-    """Return the manifest of a folder if it is complete, else None. Progress that a crash has left beside it is removed.
+    """Return the manifest of a complete folder, else None. A `progress.json` that a crash left in a complete folder is removed.
 
     Raises:
-        UserError: it was made with another recipe, or is damaged.
+        UserError: the folder was made with another recipe, or is damaged.
     """
     if not (out / MANIFEST_FILE).exists():
         return None
@@ -82,15 +81,15 @@ def read_finished(out: Path, recipe: Recipe) -> Manifest | None:
 
 
 class TokenFolderWriter:
-    """Appends to a folder of tokens, begun anew or gone on with.
+    """Appends to a folder of tokens, which is new or unfinished.
 
-    `offsets.bin` holds the starts of the documents until `finish` adds the end of the last.
+    `offsets.bin` holds the starts of the documents. `finish` adds the end of the last document.
     """
 
     def __init__(self, out: Path, beginning: Progress, dtype: TokenDtype):
         """
         Raises:
-            UserError: the folder was begun with another recipe, is being written, or is not one of ours.
+            UserError: the folder was started with another recipe, is being written, or was not made by flame-preprocess.
         """
         self._out = out
         with self._name_write_errors():
@@ -112,7 +111,7 @@ class TokenFolderWriter:
         self._committed_at = time.monotonic()
 
     def append(self, span: Span, encoded: EncodedSpan) -> None:
-        """Write the next span. It is safe once committed, which happens about once a second."""
+        """Write the next span. It is safe after the next commit; commits are about a second apart."""
         progress = self.progress
         assert span.start == progress.rows
         ends = progress.tokens + np.cumsum(encoded.lengths)
@@ -130,7 +129,7 @@ class TokenFolderWriter:
                 self._commit()
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the folder: from here on it can be trained on."""
+        """Complete the folder, so that it can be trained on."""
         with self._name_write_errors():
             self._commit()
             self._write(np.empty(0), np.array([manifest.tokens], dtype=OFFSET_DTYPE))
@@ -139,7 +138,7 @@ class TokenFolderWriter:
             (self._out / PROGRESS_FILE).unlink()
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove all files that were written."""
         for file in (TOKENS_FILE, OFFSETS_FILE, PROGRESS_FILE):
             (self._out / file).unlink(missing_ok=True)
 
@@ -156,7 +155,7 @@ class TokenFolderWriter:
             return  # a file system without locks
 
     def _cut(self, *sizes: int) -> None:
-        """Bring the files to the sizes of the last commit."""
+        """Truncate the files to their sizes at the last commit."""
         for file, name, size in zip(self._files, (TOKENS_FILE, OFFSETS_FILE), sizes, strict=True):
             if os.fstat(file).st_size < size:
                 raise UserError(
@@ -186,7 +185,7 @@ class TokenFolderWriter:
             yield
         except OSError as error:
             raise UserError(
-                f'cannot write to --out "{self._out}" ({error.strerror}): when that is put right, the same command goes on '
+                f'cannot write to --out "{self._out}" ({error.strerror}): fix that, then run the same command again to go on '
                 "where this one stopped"
             ) from error
 
@@ -196,7 +195,7 @@ def _to_json(content: Progress | Manifest) -> str:
 
 
 def _replace_file(path: Path, content: str) -> None:
-    """Write a file so that after a crash of the machine the old or the new content is there, whole."""
+    """Replace a file atomically: after a crash of the machine it has either the whole old or the whole new content."""
     new = path.with_name(path.name + ".tmp")
     with open(new, "w") as file:
         file.write(content)

@@ -1,8 +1,9 @@
-"""A causal language model from Hugging Face, as this trainer needs it: built on meta, sharded, then initialised."""
+"""Builds a causal language model of Hugging Face for this trainer: on the meta device, then sharded, then initialised."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,21 +12,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from flame.config import JobConfig
+from flame.attention.backends import IMPLEMENTATIONS, Attention, is_recurrent
+from flame.attention.families import find_unsupported_layers
+from flame.attention.fla_families import find_unsupported_fla, init_weights, register_fla_family
 from flame.errors import UserError
-from flame.models import varlen_attention
 from flame.models.config_keys import find_misspelt_keys, show_value
-from flame.models.families import find_unsupported_layers
-from flame.models.fla_families import find_unsupported_fla, init_weights, register_fla_family
-from flame.models.future_encoder import Attention, is_recurrent
 
 
 def load_model_config(path: str, trust_remote_code: bool = False, option: str = "model.config") -> PretrainedConfig:
     """Read a Hugging Face configuration from a JSON file, a folder or the Hub.
 
     Args:
-        trust_remote_code: run the Python code that comes with it. The returned `auto_map` names such code only then.
-        option: which key or flag gave the path, for messages.
+        trust_remote_code: run the Python code that comes with it. Without it, the returned configuration has no `auto_map`.
+        option: name of the option that gave the path, for messages.
 
     Raises:
         UserError: it cannot be read, or the model cannot be trained with a future loss yet.
@@ -37,7 +36,7 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
         if not ("auto_map" in settings and trust_remote_code):
             register_fla_family(settings.get("model_type"))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a missing file, an unknown model_type, a bad value, no network: the library has no common type
+    except Exception as error:  # transformers raises many types: missing file, unknown model_type, bad value, no network
         reason = _find_reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
@@ -63,9 +62,22 @@ def _has_own_code(config: PretrainedConfig) -> bool:
 
 def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[str]:
     """Reasons why this trainer would silently compute something else than the model, or the keys given for it, mean."""
-    faults = []
     if type(config) not in AutoModelForCausalLM._model_mapping and not _has_own_code(config):
         return [f'model_type "{config.model_type}" is no causal language model known to transformers']
+    if foreign := _find_foreign(config):
+        return foreign
+    faults = find_unsupported_passes(config)
+    faults += [f"{key} is not supported: the loss is taken from plain logits" for key in find_logit_changes(config)]
+    for key, value in config.to_dict().items():
+        unused = key.startswith(("classifier", "summary"))  # heads of other tasks
+        is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
+        if is_random and not unused and isinstance(value, int | float) and value != 0:
+            faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
+    return faults + find_misspelt_keys(config, given)
+
+
+def _find_foreign(config: PretrainedConfig) -> list[str]:
+    """A reason why the configuration cannot be examined further, if there is one."""
     if config.sub_configs:
         return [f'model_type "{config.model_type}" is not supported: it has a configuration for each of several parts']
     if getattr(config, "is_heterogeneous", False):
@@ -80,95 +92,79 @@ def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[s
             return [f'model_type "{config.model_type}" is not supported: its configuration has no {key}']
     if not is_recurrent(config) and not isinstance(getattr(config, "num_attention_heads", None), int):
         return [f'model_type "{config.model_type}" is not supported: its configuration has no num_attention_heads']
-    settings = config.to_dict()
+    return []
+
+
+def find_unsupported_passes(config: PretrainedConfig) -> list[str]:
+    """Reasons why the passes of `flame.attention.backends` would not compute the model's own hidden states."""
+    if foreign := _find_foreign(config):
+        return foreign
+    settings, faults = config.to_dict(), []
     heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
     if heads and groups and heads % groups:
         faults.append(f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}")
-    faults += find_unsupported_fla(config) if is_recurrent(config) else find_unsupported_layers(config)
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            faults.append(f"{key} = {getattr(config, key)} is not supported: the loss is taken from plain logits")
-    for key, value in settings.items():
-        unused = key.startswith(("classifier", "summary"))  # heads of other tasks
-        is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
-        if is_random and not unused and isinstance(value, int | float) and value != 0:
-            faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
-    return faults + find_misspelt_keys(config, given)
+    return faults + (find_unsupported_fla(config) if is_recurrent(config) else find_unsupported_layers(config))
 
 
-def check_fits_run(config: PretrainedConfig, tokenizer_size: int, job: JobConfig) -> None:
-    """Refuse token ids and positions that the model has no embedding for, and objectives that it cannot be trained with.
+def find_logit_changes(config: PretrainedConfig) -> list[str]:
+    """Keys, with values, that change logits beyond the product of hidden states and output embedding."""
+    keys = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    return [f"{key} = {getattr(config, key)}" for key in keys if getattr(config, key, None) not in (None, 1, 1.0)]
 
-    Raises:
-        UserError: naming what does not fit.
+
+def find_model_conflicts(config: PretrainedConfig, tokenizer_size: int, context_len: int, *, exports: bool) -> Iterator[str]:
+    """Yield a line for each conflict: token ids or positions without an embedding, and code that cannot be exported.
+
+    Args:
+        context_len: `training.context_len`.
+        exports: the run writes a Hugging Face folder.
     """
-    context_len, future = job.training.context_len, job.future_encoder
-    faults = []
     if tokenizer_size > config.vocab_size:
-        faults.append(
+        yield (
             f"model.tokenizer_path has {tokenizer_size} entries but the model's vocab_size is {config.vocab_size}: "
             "use the model's own tokenizer, raise vocab_size in its configuration or, with checkpoint.initial_load_path, set "
             "model.resize_embeddings = true"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and context_len > positions:
-        faults.append(
+        yield (
             f"training.context_len = {context_len} is more than the model's max_position_embeddings = {positions}: "
             "lower the one or raise the other"
         )
-    switch = _find_position_switch(config)
+    switch = find_position_switch(config)
     if switch and context_len > switch:
-        faults.append(
+        yield (
             f"training.context_len = {context_len} is more than the original_max_position_embeddings = {switch} of the model's "
             "longrope: beyond it, one document would change the position encoding of all others in its packed sequence; lower it"
         )
-    if job.checkpoint.enable_checkpoint and job.checkpoint.export_hf and hasattr(config, "auto_map"):
-        faults.append(
+    if exports and hasattr(config, "auto_map"):
+        yield (
             "checkpoint.export_hf = true, but a model that comes with Python code of its own (model.trust_remote_code = true) "
             "cannot be exported: set it to false"
         )
-    if future.projection_dim and future.projection_dim >= config.hidden_size:
-        faults.append(
-            f"future_encoder.projection_dim = {future.projection_dim} is no less than the model's hidden_size = "
-            f"{config.hidden_size}: set it to 0 to compare in the model's width"
-        )
-    if job.uses_future and is_recurrent(config):
-        what = f'model_type "{config.model_type}" reads reversed documents'
-        if future.target_shift == 0:
-            faults.append(f"future_encoder.target_shift = 0: {what}, whose summaries hold their own token: set it to 1 or more")
-        if future.future_k:
-            faults.append(f"future_encoder.future_k = {future.future_k}: {what} and has no window: set it to 0")
-    if job.objective_name in ("mtp", "fsp_bow") and is_recurrent(config):
-        faults.append(
-            f'objective.name = "{job.objective_name}" is not supported with model_type "{config.model_type}": the recurrences of '
-            'flash-linear-attention are not run on hidden states; use "top", which needs no further layer, or another model'
-        )
-    if faults:
-        raise UserError(*faults)
 
 
-def _find_position_switch(config: PretrainedConfig) -> int:
-    """The longest text of the first of longrope's two sets of frequencies; 0 for a model that has one set."""
+def find_position_switch(config: PretrainedConfig) -> int:
+    """Length at which longrope switches between its two sets of frequencies; 0 for a model with one set."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("original_max_position_embeddings") or 0 if rope.get("rope_type") == "longrope" else 0
 
 
 def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attention) -> PreTrainedModel:
-    """The model without storage, in float32.
+    """Build the model in float32 on the meta device, without storage.
 
     Raises:
         UserError: the architecture cannot be built, cannot run with a given mask, or its head is not one plain matrix.
     """
     if is_recurrent(config) and device_type != "cuda":
         raise UserError(f'model_type "{config.model_type}" runs on GPUs only, and this machine has none')
-    names = {"varlen": varlen_attention.IMPLEMENTATION, "flex": "flex_attention", "sdpa": "sdpa"}
-    implementation = {} if attention == "none" else {"attn_implementation": names[attention]}
+    implementation = {} if attention == "none" else {"attn_implementation": IMPLEMENTATIONS[attention]}
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=_has_own_code(config), **implementation
             )
-    except Exception as error:  # whatever a bad value in the configuration leads to, or a kernel that is missing here
+    except Exception as error:  # a bad value in the configuration, or a missing kernel, may raise anything
         raise UserError(
             f'model.config: model_type "{config.model_type}" cannot be built on this machine with these values '
             f"({type(error).__name__}: {_find_reason(error)}): check its configuration"
@@ -185,7 +181,11 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers, whatever the family calls it."""
+    """The model's list of decoder layers: the `ModuleList` of `num_hidden_layers` modules.
+
+    Raises:
+        UserError: the model has no such list.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module
@@ -195,9 +195,9 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 class _DrawUnsharded(TorchDispatchMode):
-    """In-place random draws on a DTensor draw the whole tensor on every rank and keep the local shard.
+    """Makes in-place random draws on a DTensor draw the whole tensor on every rank and keep the local shard.
 
-    Plain DTensor draws depend on the number of ranks, and on CPU give every rank the same shard.
+    Plain DTensor draws depend on the number of ranks, and on CPUs give every rank the same shard.
     """
 
     DRAWS = frozenset(
@@ -210,7 +210,7 @@ class _DrawUnsharded(TorchDispatchMode):
         if func not in self.DRAWS or not isinstance(args[0], DTensor):
             return func(*args, **kwargs)
         target, *rest = args
-        # On the mesh's device even where the shards are offloaded: the same draws either way.
+        # Draw on the mesh's device even if shards are offloaded, so that offloading does not change the draws.
         whole = torch.empty(target.shape, dtype=target.dtype, device=target.device_mesh.device_type)
         func(whole, *rest, **kwargs)
         shards = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
@@ -220,18 +220,18 @@ class _DrawUnsharded(TorchDispatchMode):
 
 @torch.no_grad()
 def initialize(module: nn.Module, device: torch.device, seed: int) -> None:
-    """Give a module built on meta (and perhaps sharded since) storage and its own initial weights.
+    """Give a module on the meta device storage and initial weights. It may be sharded.
 
-    The result depends on the seed alone, not on the number of ranks. `module.init_weights()` must set every parameter and
-    buffer: all are poisoned with NaN first, so that a forgotten one cannot pass.
+    The weights depend on the seed alone, not on the number of ranks. `module.init_weights()` must set every parameter and buffer.
+    All are filled with NaN first, to detect those that it does not set.
 
     Args:
         module: has `init_weights()`; parameters may be DTensors.
         device: where to put the storage.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
 
     Raises:
-        UserError: a parameter or buffer was not initialised by the architecture.
+        UserError: `init_weights()` leaves a parameter or buffer unset.
     """
     module.to_empty(device=device)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -249,7 +249,7 @@ def initialize(module: nn.Module, device: torch.device, seed: int) -> None:
 
 
 def _clear_padding_rows(module: nn.Module) -> None:
-    """Zero each embedding's padding row: the library's own slice assignment is lost on a sharded weight."""
+    """Zero each embedding's padding row. The library's own slice assignment has no effect on a sharded weight."""
     for embedding in module.modules():
         if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
             weight, keep = embedding.weight.data, torch.ones(embedding.num_embeddings, 1)

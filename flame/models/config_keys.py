@@ -1,4 +1,4 @@
-"""Keys of a model's configuration that its class does not have: transformers keeps any as an attribute, which nothing reads."""
+"""Finds unknown keys in a model's configuration. transformers keeps them as attributes that nothing reads."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 CLOSENESS = 0.85
-"""From here on a key is another one, misspelt. What configurations on the Hub carry beside a family's own keys, such as those of
-other families, is less like any that they leave out."""
+"""Similarity from which an unknown key counts as misspelt. Other unknown keys on the Hub, such as those of other families, are
+less similar to any key that is left out."""
 OLDER_NAMES = ("rope_theta", "rope_scaling", "torch_dtype")
-"""What the library takes in place of attributes of other names."""
+"""Older keys that transformers still reads in place of renamed attributes."""
 READ_BY_FAMILY = {
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "phi3": ("partial_rotary_factor",),
 }
-"""Likewise, where a family's class reads them by itself."""
+"""Older keys that only a family's own class reads."""
 LONGEST_SHOWN_VALUE = 100
 
 
 def list_unknown_keys(config: PretrainedConfig) -> list[str]:
-    """Attributes of a configuration that others of its class are without."""
-    plain, of_generation = _build_plain(config), vars(GenerationConfig())  # which older files hold too
+    """Attributes of a configuration that its class does not have."""
+    plain, of_generation = _build_plain(config), vars(GenerationConfig())  # older files also hold generation settings
     known = {*READ_BY_FAMILY.get(config.model_type, ()), *of_generation}
     return sorted(key for key in vars(config) if _is_public(key) and key not in known and not hasattr(plain, key))
 
 
 def find_misspelt_keys(config: PretrainedConfig, settings: dict[str, Any]) -> list[str]:
-    """One line for each unknown key that is close to one of the class which the settings leave out.
+    """One line for each unknown key that is similar to a known key which the settings leave out.
 
     Args:
-        settings: what the configuration was read from.
+        settings: the keys and values that the configuration was read from.
     """
     names, faults = config.attribute_map, []
     given = {names.get(key, key) for key in settings}
@@ -50,15 +50,15 @@ def find_misspelt_keys(config: PretrainedConfig, settings: dict[str, Any]) -> li
 
 
 def show_value(value: Any) -> str:
-    """A value as JSON has it, cut where it is long."""
+    """A value as JSON, shortened if it is long."""
     return shorten(json.dumps(value), LONGEST_SHOWN_VALUE, placeholder=" ...")
 
 
 def _build_plain(config: PretrainedConfig) -> PretrainedConfig:
-    """Another configuration of the same class; the same one where the class, of the user's own, has no defaults."""
+    """A default configuration of the same class; the given one if a user's class has no defaults."""
     try:
         return type(config)()
-    except Exception:  # whatever code that comes with a model raises
+    except Exception:  # a model's own code may raise anything
         return config
 
 

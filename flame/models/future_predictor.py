@@ -1,4 +1,4 @@
-"""The head that guesses, from a causal hidden state, the summary of that position's future."""
+"""The head that predicts the summary of a position's future from its causal hidden state."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class FuturePredictorHead(nn.Module):
         hidden_size: width d of hidden states and summaries.
         head_type: "linear" (norm, linear), "mlp" (norm, linear, GELU, linear) or "gated" (norm, SwiGLU, linear).
         dropout: probability, before the last linear layer.
-        output_size: width of the guesses; 0 is hidden_size.
+        output_size: width of the predictions; 0 is hidden_size.
 
     Raises:
-        ValueError: for another head_type.
+        ValueError: unknown head_type.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class FuturePredictorHead(nn.Module):
         self.out = nn.Linear(hidden_size, output_size or hidden_size)
 
     def init_weights(self) -> None:
-        """Draw the weights anew; needed after building on the meta device."""
+        """Draw all weights; needed after building on the meta device."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., output_size], each vector of Euclidean norm 1."""
-        guess = self.out(self.dropout(self.body(self.norm(hidden_states))))
-        return F.normalize(guess, dim=-1)
+        prediction = self.out(self.dropout(self.body(self.norm(hidden_states))))
+        return F.normalize(prediction, dim=-1)

@@ -1,98 +1,142 @@
-"""Does a model obey the boundaries of documents and the direction of a pass? Is its head the plain product that the loss takes?
+"""Checks that a model respects document boundaries and the direction of a pass, and that its head is a plain product.
 
-Asked of families that no test vouches for.
+It runs for model families that the tests do not cover.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from flame.attention.backends import is_recurrent
+from flame.attention.families import find_family
+from flame.attention.fla_families import is_tested_fla
 from flame.data.batch import PackedBatch, build_batch
-from flame.data.lines import Cursor
-from flame.data.streams import PackedSequence
+from flame.data.document_streams import Cursor
+from flame.data.packing import PackedSequence
 from flame.errors import UserError
-from flame.models.families import find_family
-from flame.models.fla_families import is_tested_fla
-from flame.models.future_encoder import is_recurrent
-from flame.models.future_lm import FutureLM
+from flame.models.wrapper import TrainingModel
+
+T = TypeVar("T")
 
 LENGTHS = (7, 1, *7 * (17,), 7)
-"""Of the documents of the pack: 134 tokens, since compiled FlexAttention needs 128 (`future_lm.SHORTEST_FLEX`), in short
-documents, since a model may know few positions. The first and the last are the same text."""
+"""Lengths of the documents. They have 134 tokens in all, since FlexAttention needs 128 (`backends.SHORTEST_FLEX`). They are
+short, since a model may have few positions. The first and the last document are the same text."""
 PERTURBED = (0, 4, 7, 8, 16, 24, 133)
-"""Tokens that are changed, one at a time: first, inner and last ones, in four of the documents."""
+"""Positions whose token is changed, one at a time: first, inner and last tokens of four documents."""
 SEED = 0
 SPREAD = 0.02
-"""Of the numbers that stand in for weights that start at zero."""
+"""Standard deviation of the random numbers that replace weights that are all zero."""
 WIDEST_SHIFTS = {torch.float32: 0.01, torch.bfloat16: 0.2}
-"""How much the states of the same text may differ, relative, between two places of the pack, by the dtype of the products:
-rounding is far below."""
+"""Largest relative difference between the states of the same text at two positions of the packed sequence, by compute dtype.
+Rounding is far below."""
 ENLARGED = 1000.0
-"""Factor of hidden states, so that a cap on logits shows, which the first ones, near zero, do not reach."""
+"""Factor on hidden states that makes a cap on logits visible: initial logits are near zero and do not reach it."""
 LARGEST_LOGIT_ERROR = 0.05
-"""Of all logits together, relative: rounding is below."""
+"""Largest relative error over all logits; rounding is below."""
+
+
+class TwoPassModel(Protocol):
+    """The interface of a model that can be checked, sharded or not."""
+
+    @property
+    def lm(self) -> PreTrainedModel: ...
+    @property
+    def output_embedding(self) -> Tensor: ...
+    def encode_past(self, batch: PackedBatch) -> Tensor: ...
+    def encode_future(self, batch: PackedBatch, window_k: int) -> Tensor: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def eval(self) -> Any: ...
+    def __call__(self, step: Callable[..., T], *args: Any) -> T:
+        """Run `step(self, *args)` in the forward of the root module, where FSDP has gathered its weights."""
+        ...
+
+
+class Finding(NamedTuple):
+    """Outcome of one test of one pass."""
+
+    direction: str
+    """"causal" or "future"."""
+    test: str
+    """What must not happen."""
+    fault: str
+    """What is wrong; empty if nothing is."""
+    change: float
+    """Largest change of states that should not change, relative to the largest state."""
+
+
+OTHER_DOCUMENTS = "tokens change states of other documents"
+OTHER_DIRECTION = "tokens change states on the wrong side of them"
+OTHER_PLACE = "a document's states depend on its place"
 
 
 def needs_leak_check(config: PretrainedConfig) -> bool:
-    """Whether the family is none whose passes the tests check: a custom model, code from the Hub, a family not tried."""
+    """Whether the tests do not cover the family: a custom model, code from the Hub, or an untested family."""
     return not is_tested_fla(config) if is_recurrent(config) else find_family(config) is None
 
 
-def check_no_leak(model: FutureLM, device: torch.device, with_future: bool, window_k: int = 0) -> None:
-    """Change single tokens of a small random pack and see whose hidden states change.
+def check_no_leak(
+    model: TrainingModel,
+    device: torch.device,
+    with_future: bool,
+    window_k: int = 0,
+    network: PreTrainedModel | None = None,
+) -> None:
+    """Change single tokens of a small random packed sequence and see which hidden states change.
 
-    In the causal pass only later tokens of the same document may (and the token itself), in the anti-causal one only earlier.
-    And the same text must give the same states wherever in the pack it lies. The model's own logits must be its hidden states
-    times its output embedding. All ranks must call this together. Weights that
-    are all zero, which would hide what stands behind them, are random meanwhile. Weights, gradients, random generators and the
-    modes of all modules are as before at the end.
+    In the causal pass, only states of the token itself and later ones of its document may change; in the anti-causal pass, only
+    those of the token itself and earlier ones. The same text must give the same states anywhere in the packed sequence. The
+    model's logits must be its hidden states times its output embedding.
+
+    All ranks must call it together. Weights that are all zero could hide a leak, so they are random during the check. Afterwards,
+    weights, gradients, random generators and module modes are as before.
 
     Args:
         model: with storage and initial weights, sharded or not.
-        with_future: check the anti-causal pass too.
-        window_k: its window.
+        with_future: also check the anti-causal pass.
+        window_k: window of the anti-causal pass.
+        network: what runs it; None is the language model.
 
     Raises:
-        UserError: the model reads what it must not, or its logits are others.
+        UserError: the model leaks, or its logits are not that product.
     """
-    vocab_size = model.lm.config.vocab_size
-    tokens = _draw_tokens(vocab_size)
-    packs = [tokens] + [_change(tokens, place, vocab_size) for place in PERTURBED]
+    packs = build_packs(model.lm.config.vocab_size)
 
-    def run(root: FutureLM) -> tuple[dict[str, tuple[Tensor, ...]], bool, torch.dtype]:
-        def encode(tokens: np.ndarray, direction: str) -> Tensor:
-            batch = _build_pack(tokens).to(device)
-            states = root.encode_past(batch) if direction == "causal" else root.encode_future(batch, window_k)
+    def run(root: TrainingModel) -> tuple[dict[str, tuple[Tensor, ...]], bool, torch.dtype]:
+        def encode(batch: PackedBatch, direction: str) -> Tensor:
+            batch = batch.to(device)
+            states = root.encode_past(batch) if direction == "causal" else root.encode_future(batch, window_k, network)
             return states.float().cpu()
 
         directions = ("causal", "future") if with_future else ("causal",)
-        found = {d: (encode(tokens, d), *(encode(pack, d) for pack in packs)) for d in directions}
-        return found, _is_head_plain(root, _build_pack(tokens).to(device)), root.output_embedding.dtype
+        found = {d: tuple(encode(pack, d) for pack in packs) for d in directions}
+        return found, is_head_plain(root, packs[0].to(device)), root.output_embedding.dtype
 
     name = f'model_type "{model.lm.config.model_type}"'
-    with _left_as_it_was(model, device), torch.no_grad():
+    with left_as_it_was(model, device), torch.no_grad():
         try:
-            found, is_head_plain, dtype = model(run)
-        except Exception as error:  # whatever code that nobody has tried does
+            found, has_plain_head, dtype = model(run)
+        except Exception as error:  # untested model code may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"{name} cannot run on packed documents: its base model is called with input_ids, position_ids and a "
                 f"four-dimensional attention_mask ({reason})"
             ) from error
     faults = []
-    for direction, (again, base, *changed) in found.items():
-        faults += _find_leaks(direction, base, again, changed) or _find_shifts(direction, base, WIDEST_SHIFTS[dtype])
-    if not is_head_plain:
+    for direction, states in found.items():
+        findings = judge_pass(direction, states, WIDEST_SHIFTS[dtype])
+        faults += [finding.fault for finding in findings if finding.fault][:1]
+    if not has_plain_head:
         faults.append(
             "is not supported: its logits are not its base model's last hidden states times its output embedding, from which the "
             "loss is taken"
@@ -101,15 +145,32 @@ def check_no_leak(model: FutureLM, device: torch.device, with_future: bool, wind
         raise UserError(*(f"{name} {fault}; it cannot be trained here" for fault in faults))
 
 
+def build_packs(vocab_size: int) -> list[PackedBatch]:
+    """The packed sequences to run: the original twice, since kernels may vary from run to run, then one for each change of
+    `PERTURBED`."""
+    tokens = _draw_tokens(vocab_size)
+    return [_build_pack(pack) for pack in [tokens, tokens] + [_change(tokens, position, vocab_size) for position in PERTURBED]]
+
+
+def judge_pass(direction: str, states: Sequence[Tensor], widest_shift: float) -> list[Finding]:
+    """Findings of one pass.
+
+    Args:
+        states: [T, d], float on the CPU, for each packed sequence of `build_packs`.
+    """
+    again, base, *changed = states
+    return [*_find_leaks(direction, base, again, changed), _find_shift(direction, base, widest_shift)]
+
+
 def _draw_tokens(vocab_size: int) -> np.ndarray:
     tokens = np.random.default_rng(SEED).integers(0, vocab_size, sum(LENGTHS))
     tokens[-LENGTHS[-1] :] = tokens[: LENGTHS[0]]
     return tokens
 
 
-def _change(tokens: np.ndarray, place: int, vocab_size: int) -> np.ndarray:
+def _change(tokens: np.ndarray, position: int, vocab_size: int) -> np.ndarray:
     tokens = tokens.copy()
-    tokens[place] = (tokens[place] + 1 + vocab_size // 2) % vocab_size
+    tokens[position] = (tokens[position] + 1 + vocab_size // 2) % vocab_size
     return tokens
 
 
@@ -118,49 +179,57 @@ def _build_pack(tokens: np.ndarray) -> PackedBatch:
     return build_batch(PackedSequence(tokens, cu_seqlens, "", 0, Cursor(0, 0, 0, 0), [], 0), sequence_index=0)
 
 
-def _find_leaks(direction: str, base: Tensor, again: Tensor, changed: list[Tensor]) -> list[str]:
-    """What a pass reads and must not: [] or one fault.
+def _find_leaks(direction: str, base: Tensor, again: Tensor, changed: list[Tensor]) -> list[Finding]:
+    """Leaks of a pass from other documents, and from the wrong side of its own.
 
-    base and again, of the same tokens, tell by how much kernels vary by themselves.
+    Args:
+        base, again: states of the same tokens. Their difference is the noise of the kernels.
+        changed: states after each change of `PERTURBED`.
     """
-    noise = 4 * (base - again).abs().max()
+    noise, largest = 4 * (base - again).abs().max(), base.abs().max()
     edges = np.cumsum([0, *LENGTHS])
-    for place, states in zip(PERTURBED, changed, strict=True):
+    elsewhere, astray = [0.0], [0.0]
+    leaks = [False, False]
+    for position, states in zip(PERTURBED, changed, strict=True):
+        moved = ((states - base).abs() / largest).amax(-1)
         touched = ((states - base).abs() > noise).any(-1) | (states.isfinite().all(-1) != base.isfinite().all(-1))
-        document = int(np.searchsorted(edges, place, side="right")) - 1
+        document = int(np.searchsorted(edges, position, side="right")) - 1
         start, end = int(edges[document]), int(edges[document + 1])
-        if touched[:start].any() or touched[end:].any():
-            return [
-                f"reads across documents: in its {_name(direction)} pass, a token of one document changes the states of another "
-                "one in the same packed sequence. It must attend as the attention_mask (bool [1, 1, T, T] or BlockMask) allows"
-            ]
-        wrong = touched[start:place] if direction == "causal" else touched[place + 1 : end]
-        if wrong.any():
-            what = "its causal pass sees the future" if direction == "causal" else "its anti-causal pass sees the past"
-            return [
-                f"takes no mask: {what} of the document. It must attend as the attention_mask allows and add no mask of its own"
-            ]
-    return []
-
-
-def _find_shifts(direction: str, base: Tensor, widest: float) -> list[str]:
-    """The first and the last document are the same: [] or one fault if their states are not."""
-    first, last = base[: LENGTHS[0]], base[-LENGTHS[-1] :]
-    if (first - last).norm() <= widest * first.norm():
-        return []
+        wrong = slice(start, position) if direction == "causal" else slice(position + 1, end)
+        leaks[0] |= bool(touched[:start].any() or touched[end:].any())
+        leaks[1] |= bool(touched[wrong].any())
+        elsewhere += [*moved[:start].tolist(), *moved[end:].tolist()]
+        astray += moved[wrong].tolist()
+    across = (
+        f"reads across documents: in its {_name(direction)} pass, a token of one document changes the states of another "
+        "one in the same packed sequence. It must attend as the attention_mask (bool [1, 1, T, T] or BlockMask) allows"
+    )
+    what = "its causal pass sees the future" if direction == "causal" else "its anti-causal pass sees the past"
+    unmasked = f"takes no mask: {what} of the document. It must attend as the attention_mask allows and add no mask of its own"
     return [
-        f"gives a document other states at another place of the packed sequence, in its {_name(direction)} pass: it must take "
-        "positions from position_ids, which begin at 0 in each document"
+        Finding(direction, OTHER_DOCUMENTS, across if leaks[0] else "", max(elsewhere)),
+        Finding(direction, OTHER_DIRECTION, unmasked if leaks[1] else "", max(astray)),
     ]
 
 
-def _is_head_plain(root: FutureLM, batch: PackedBatch) -> bool:
-    """Whether the logits are the base model's last hidden states times the output embedding, also of large states.
+def _find_shift(direction: str, base: Tensor, widest: float) -> Finding:
+    """The first and the last document are the same text, so their states must be equal."""
+    first, last = base[: LENGTHS[0]], base[-LENGTHS[-1] :]
+    change = (first - last).norm() / first.norm()
+    fault = (
+        f"gives a document other states at another place of the packed sequence, in its {_name(direction)} pass: it must take "
+        "positions from position_ids, which begin at 0 in each document"
+    )
+    return Finding(direction, OTHER_PLACE, "" if change <= widest else fault, float(change))
 
-    Asked of the first document, whose logits are the same where the whole model takes neither mask nor positions.
+
+def is_head_plain(root: TwoPassModel, batch: PackedBatch) -> bool:
+    """Whether the logits are the base model's last hidden states times the output embedding, also for large states.
+
+    Only the first document is compared: its logits are right even if the whole model takes neither mask nor positions.
     """
     inputs: dict[str, Any] = {}
-    factors = [1.0]  # a model may use the head's weight without calling the head
+    factors = [1.0]  # stays so if the model uses the head's weight without calling the head
 
     def enlarge(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         factors.append(ENLARGED)
@@ -177,7 +246,7 @@ def _is_head_plain(root: FutureLM, batch: PackedBatch) -> bool:
 
 
 def _select_taken(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Of the base model's arguments those that the whole model takes too."""
+    """Those of the base model's arguments that the whole model also takes."""
     parameters = inspect.signature(module.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return inputs
@@ -189,11 +258,10 @@ def _name(direction: str) -> str:
 
 
 @contextmanager
-def _left_as_it_was(model: FutureLM, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no zero weights; afterwards everything as before."""
+def left_as_it_was(model: TwoPassModel, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without all-zero weights. Everything is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    networks = [network for network in (model.lm, model.teacher) if network is not None]
-    zeros = [local for network in networks for local in map(_get_local, network.parameters()) if not local.any()]
+    zeros = [local for local in map(_get_local, model.parameters()) if not local.any()]
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
         torch.manual_seed(SEED)
@@ -210,7 +278,7 @@ def _left_as_it_was(model: FutureLM, device: torch.device) -> Iterator[None]:
                 module.training = mode
             for module in model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # the weights gathered now are not those of the first step
+                    module.reshard()  # drop the gathered weights: they still hold the random replacements
 
 
 def _get_local(parameter: nn.Parameter) -> Tensor:

@@ -1,15 +1,16 @@
-"""Lower bounds on the mutual information between a guess and its future, used as losses.
+"""Lower bounds on the mutual information between a prediction and its future, used as losses.
 
 InfoNCE (van den Oord et al. 2018, arXiv:1807.03748, eq. 4): with N anchors x_i, K candidates y_j, of which y_o(i) belongs to x_i,
 a score s and a temperature t,
 
     loss = -1/N sum_i log( exp(s(x_i, y_o(i)) / t) / sum_j exp(s(x_i, y_j) / t) ),      I(x; y) >= ln K - loss.
 
-The bound holds for candidates that are drawn independently of the anchor. Those here are of the same pack (N = K), or also of
-other packs, and some may be left out, so it is nearly one. They are labels, so only the gradient of x (and
-of the parameters of the score) is ever needed, and what arrives from above is a scalar. It is therefore formed in the forward,
-one chunk of rows after another: 4 N K d FLOPs in two matrix products, and one pass of `softmax_rows_` over the chunk's scores,
-with O(chunk x K) memory.
+The bound holds for candidates drawn independently of the anchor. Candidates here come from the same packed sequence (N = K) or
+from several, and some may be excluded, so the bound is approximate.
+
+Candidates are labels, so only x and the parameters of the score need a gradient, and the incoming gradient is a scalar. The
+forward therefore computes the gradient itself, in chunks of rows. This costs two matrix products (4 N K d FLOPs), one pass of
+`softmax_rows_` over the scores of each chunk, and O(chunk x K) memory.
 
 Shape legend: N anchors, K candidates, d width, c rows of a chunk.
 """
@@ -17,23 +18,24 @@ Shape legend: N anchors, K candidates, d width, c rows of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flame.models.estimator import Candidates, Contrast, Estimator, at_least_float32, average_others, sum_valid
-from flame.models.gradient_guard import guard_gradient
-from flame.models.regression import CosineEstimator, SmoothL1Estimator
-from flame.models.softmax_rows import count_chunk_rows, softmax_rows_
-from flame.objective_config import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
+from flame.kernels.gradient_guard import guard_gradient
+from flame.kernels.softmax_rows import count_chunk_rows, softmax_rows_
+from flame.models.aux_loss import AuxLoss
+from flame.models.estimator import Candidates, Estimator, at_least_float32, average_others, sum_valid
+from flame.models.estimators import ESTIMATORS, HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
+from flame.runtime.measures import Mean, Measures
 
 __all__ = [
+    "AuxLoss",
     "BilinearEstimator",
     "Candidates",
-    "Contrast",
     "Estimator",
     "InfoNCEEstimator",
     "build_mi_estimator",
@@ -42,28 +44,32 @@ __all__ = [
 
 
 class _Columns(NamedTuple):
-    """Which candidate is in which column: only valid ones, in their order, then arbitrary ones to fill up K."""
+    """The candidate in each column of the scores: the valid ones in order, then arbitrary ones as padding up to K."""
 
     order: Tensor
     """int64 [K]: candidate of each column."""
     own: Tensor
     """int64 [N]: column of each row's own candidate; -1 for rows that are not valid."""
     total: Tensor
-    """int64 0-d: columns that count."""
+    """int64 0-d: number of columns that count."""
     excluded: tuple[Tensor, Tensor] | None
     """int64 [N] and [N]: first and last column that do not count for a row."""
     keys: tuple[Tensor, Tensor] | None
-    """int32 [K] and [N]: key of each column, and of each row's own one."""
+    """int32 [K] and [N]: key of each column, and of each row's own column."""
 
 
 def _arrange_columns(valid: Tensor, candidates: Candidates) -> _Columns:
-    """Columns for rows valid: bool [N]. Never waits for the device."""
+    """Arrange the columns. Does not wait for the device.
+
+    Args:
+        valid: bool [N], which rows are anchors.
+    """
     total = candidates.is_valid.numel()
-    before = torch.cat([valid.new_zeros(1, dtype=torch.long), candidates.is_valid.cumsum(0)])  # valid ones before each
+    before = torch.cat([valid.new_zeros(1, dtype=torch.long), candidates.is_valid.cumsum(0)])  # valid candidates before each
     order = before.new_zeros(total + 1)
     order.scatter_(0, torch.where(candidates.is_valid, before[:-1], total), torch.arange(total, device=valid.device))
     order = order[:total]
-    # An anchor whose own candidate does not count is a caller's error, and gets a column that makes its loss NaN.
+    # An anchor whose own candidate is not valid is the caller's error. Its column is out of range, which makes its loss NaN.
     own = torch.where(candidates.is_valid[candidates.own], before[candidates.own], total)
     excluded, keys = None, None
     if candidates.excluded is not None:
@@ -76,7 +82,7 @@ def _arrange_columns(valid: Tensor, candidates: Candidates) -> _Columns:
 
 
 def _number_keys(keys: Tensor) -> Tensor:
-    """int64 [K] -> int32 [K], equal where the keys are: half as much to read for each row of scores."""
+    """int64 [K] -> int32 [K], equal if and only if the keys are. This halves what is read for each row of scores."""
     ascending, order = keys.sort()
     is_new = torch.cat([ascending.new_zeros(1), (ascending[1:] != ascending[:-1]).long()])
     return torch.empty_like(keys).scatter_(0, order, is_new.cumsum(0)).int()
@@ -99,11 +105,11 @@ class _InfoNCESum(torch.autograd.Function):
             keys = None if columns.keys is None else (columns.keys[0], columns.keys[1][chunk])
             row = softmax_rows_(scores, columns.own[chunk], scale, columns.total, excluded, keys)
             torch.mm(scores, candidates, out=grad_x[chunk])
-            is_correct = row.is_best * (row.counted > 1)  # alone among its candidates it is no answer
+            is_correct = row.is_best * (row.counted > 1)  # without any negative, it does not count as correct
             log_counted = row.counted.clamp(min=1).log()
             sums.append(torch.stack([part.sum() for part in (row.loss, row.own_score, is_correct, row.grad_scale, log_counted)]))
-        numbers = torch.stack(sums).sum(dim=0)
-        # Candidates that do not count have weight 0, but 0 times what is not finite is not 0.
+        numbers = torch.stack(sums).sum(dim=0) if sums else x.new_zeros(5, dtype=at_least_float32(x))
+        # Candidates that do not count have weight 0, but 0 times NaN or infinity is NaN.
         is_finite = numbers.isfinite().all() & grad_x.isfinite().all() & (scale > 0)
         grad_x.masked_fill_(~is_finite, 0.0)
         # Cloned, since views must not leave an FSDP module.
@@ -148,19 +154,25 @@ class InfoNCEEstimator(Estimator):
             return torch.full((), self.initial_temperature, dtype=dtype, device=like.device)
         return self.log_temperature.to(dtype).exp().squeeze()
 
+    @classmethod
+    def build(cls, hidden_size: int, temperature: float, learnable_temperature: bool, projection_dim: int) -> Estimator:
+        return cls(hidden_size, temperature, learnable_temperature, projection_dim)
+
+    def count_flops(self, anchors: int, candidates: int) -> int:
+        """4 N K d."""
+        return 4 * anchors * candidates * self.width
+
     @torch.no_grad()
     def limit_temperature(self) -> None:
-        """Keep the learned temperature between `LOWEST_LEARNED_TEMPERATURE` (the bound of CLIP, Radford et al. 2021,
-        arXiv:2103.00020, section 2.5) and `HIGHEST_LEARNED_TEMPERATURE`, where no score can be more than e^2 times as likely as
-        another and the loss has little left to say; call after each optimizer step.
+        """Clamp the learned temperature to the bounds of `flame.models.estimators`. Call it after each optimizer step.
 
-        Limiting the parameter and not its use leaves it a gradient to come back with.
+        The parameter is clamped, not its use in the loss: then it keeps a gradient at a bound and can move back.
         """
         if self.log_temperature is not None:
             self.log_temperature.clamp_(math.log(LOWEST_LEARNED_TEMPERATURE), math.log(HIGHEST_LEARNED_TEMPERATURE))
 
-    def contrast_among(self, x: Tensor, valid: Tensor, candidates: Candidates) -> Contrast:
-        """As `Estimator.contrast_among`."""
+    def compare_with(self, x: Tensor, valid: Tensor, candidates: Candidates) -> AuxLoss:
+        """As `Estimator.compare_with`."""
         x, y = self.normalize(x), candidates.summaries
         columns = _arrange_columns(valid, candidates)
         loss_sum, positive, correct, log_counted, is_finite = _InfoNCESum.apply(x, y, columns, 1.0 / self.temperature(like=x))
@@ -168,26 +180,25 @@ class InfoNCEEstimator(Estimator):
             all_pairs = (sum_valid(x, valid) * sum_valid(y, candidates.is_valid)).sum()
             negative = torch.where(is_finite, average_others(all_pairs, positive, columns.total), 0.0)
             outcome = _summarize(loss_sum, correct, log_counted, is_finite, valid)
-            count = outcome.num_anchors
+            count = outcome.num_items
         return outcome._replace(
-            measures=outcome.measures | {"positive_cosine": (positive, count), "negative_cosine": (negative, count)}
+            measures={**outcome.measures, "positive_cosine": Mean(positive, count), "negative_cosine": Mean(negative, count)}
         )
 
 
 class BilinearEstimator(Estimator):
-    """InfoNCE with the score x^T W y (CPC, arXiv:1807.03748, eq. 3), W a learned [width, width] matrix.
+    """InfoNCE with the score x^T W y (CPC, arXiv:1807.03748, eq. 3), where W is a learned [width, width] matrix.
 
-    x and y have unit length, and nothing behind W does. CPC itself normalises nothing; here the length of a summary is what the
-    last norm of the network makes of it, without gradient, and would favour some candidates with every anchor alike, which no
-    guess could answer. With unit vectors the largest singular value of W bounds the scores. Normalising x^T W as well
-    would give back what W is for, how sharply to tell directions apart. W starts as I / temperature, which is InfoNCE with
-    cosines; the temperature as a factor beside W would make each step of Adam 1 / temperature times as large.
+    x and y have unit length; x^T W is not normalised. CPC normalises nothing. Here, the length of a summary comes from the
+    network's last norm. It would favour some candidates for every anchor, and no prediction could change that. With unit vectors,
+    the largest singular value of W bounds the scores. Normalising x^T W would take from W how sharply it separates directions.
 
-    6 N d^2 FLOPs more: x W is an ordinary product, of which autograd gives x and W their gradients.
+    W starts as I / temperature, which is InfoNCE with cosines. A separate factor 1 / temperature beside W would make each step of
+    Adam larger by that factor. The product x W costs 6 N d^2 FLOPs more, and autograd differentiates it.
 
     Args:
         hidden_size, projection_dim: as `Estimator`.
-        temperature: of the start.
+        temperature: sets the initial W.
     """
 
     def __init__(self, hidden_size: int, temperature: float = 0.1, projection_dim: int = 0):
@@ -207,10 +218,17 @@ class BilinearEstimator(Estimator):
             weight = weight.to_local()
         weight.copy_(start)
 
-    def contrast_among(self, x: Tensor, valid: Tensor, candidates: Candidates) -> Contrast:
-        """As `Estimator.contrast_among`. Guesses and candidates are compared in another space than that of the cosines, which
-        are not measured."""
-        x, weight = guard_gradient(x), guard_gradient(self.weight)  # 0 times what is not finite is not 0
+    @classmethod
+    def build(cls, hidden_size: int, temperature: float, learnable_temperature: bool, projection_dim: int) -> Estimator:
+        return cls(hidden_size, temperature, projection_dim)
+
+    def count_flops(self, anchors: int, candidates: int) -> int:
+        """4 N K d + 6 N d^2."""
+        return 4 * anchors * candidates * self.width + 6 * anchors * self.width**2
+
+    def compare_with(self, x: Tensor, valid: Tensor, candidates: Candidates) -> AuxLoss:
+        """As `Estimator.compare_with`, but without the cosine measures: W maps predictions to another space."""
+        x, weight = guard_gradient(x), guard_gradient(self.weight)  # 0 times NaN or infinity is NaN
         x = self.normalize(x) @ weight.to(x.dtype)
         one = torch.ones((), dtype=at_least_float32(x), device=x.device)
         columns = _arrange_columns(valid, candidates)
@@ -219,22 +237,25 @@ class BilinearEstimator(Estimator):
             return _summarize(loss_sum, correct, log_counted, is_finite, valid)
 
 
-def _summarize(loss_sum: Tensor, correct: Tensor, log_counted: Tensor, is_finite: Tensor, valid: Tensor) -> Contrast:
+def _summarize(loss_sum: Tensor, correct: Tensor, log_counted: Tensor, is_finite: Tensor, valid: Tensor) -> AuxLoss:
     count = torch.where(is_finite, valid.sum(), 0).to(loss_sum.dtype)
-    measures = {"mi_lower_bound": (log_counted - loss_sum.detach(), count), "infonce_accuracy": (correct, count)}
-    return Contrast(loss_sum, count, 1.0 - is_finite.to(loss_sum.dtype), measures)
+    measures: Measures = {
+        "mi_lower_bound": Mean(log_counted - loss_sum.detach(), count),
+        "infonce_accuracy": Mean(correct, count),
+    }
+    return AuxLoss(loss_sum, count, 1.0 - is_finite.to(loss_sum.dtype), measures)
 
 
 @torch.no_grad()
 def read_temperature(estimator: Estimator, compute_dtype: torch.dtype) -> Tensor | float | None:
-    """What divides the cosines, outside a forward: there FSDP holds a learned one in shards. A collective call.
+    """The temperature that divides the cosines. Works outside a forward, where FSDP shards a learned one. A collective call.
 
     Args:
-        compute_dtype: to which FSDP rounds the parameter, the logarithm, in a forward. bfloat16 makes steps of 1.6 % of the
-            temperature from 0.018 to 0.135.
+        compute_dtype: dtype to which FSDP rounds the parameter (the logarithm) in a forward. bfloat16 makes steps of 1.6 % for
+            temperatures from 0.018 to 0.135.
 
     Returns:
-        the learned temperature, 0-d; the fixed one; None for an estimator that has none.
+        the learned temperature, 0-d; or the fixed one; or None if the estimator has no temperature.
     """
     parameter = estimator.log_temperature
     if parameter is None:
@@ -250,20 +271,21 @@ def build_mi_estimator(
     learnable_temperature: bool = False,
     projection_dim: int = 0,
 ) -> Estimator:
-    """The estimator of a name: "infonce", "bilinear" (starts at the temperature), or, without negatives and temperature, "cosine"
-    and "smooth_l1".
+    """Build an estimator by name.
+
+    Args:
+        estimator_type: "infonce" or "bilinear"; without negatives and temperature, "cosine" or "smooth_l1".
+        hidden_size, projection_dim: as `Estimator`.
+        temperature: of "infonce"; sets the initial matrix of "bilinear".
+        learnable_temperature: learn the temperature of "infonce".
 
     Raises:
-        ValueError: for an unknown name, or a learnable temperature with another than "infonce".
+        ValueError: unknown estimator_type, or a learnable temperature with another estimator than "infonce".
     """
-    builders: dict[str, Callable[[], Estimator]] = {
-        "infonce": lambda: InfoNCEEstimator(hidden_size, temperature, learnable_temperature, projection_dim),
-        "bilinear": lambda: BilinearEstimator(hidden_size, temperature, projection_dim),
-        "cosine": lambda: CosineEstimator(hidden_size, projection_dim),
-        "smooth_l1": lambda: SmoothL1Estimator(hidden_size, projection_dim),
-    }
-    if estimator_type not in builders:
-        raise ValueError(f'estimator_type = "{estimator_type}": allowed are ' + ", ".join(f'"{name}"' for name in builders))
-    if learnable_temperature and estimator_type != "infonce":
-        raise ValueError(f'learnable_temperature = True is for estimator_type = "infonce", not "{estimator_type}"')
-    return builders[estimator_type]()
+    if estimator_type not in ESTIMATORS:
+        raise ValueError(f'estimator_type = "{estimator_type}": allowed are ' + ", ".join(f'"{name}"' for name in ESTIMATORS))
+    entry = ESTIMATORS[estimator_type]
+    if learnable_temperature and not entry.can_learn_temperature:
+        raise ValueError(f'learnable_temperature = True has no meaning for estimator_type = "{estimator_type}"')
+    kind: type[Estimator] = getattr(import_module(f"flame.models.{entry.module}"), entry.class_name)
+    return kind.build(hidden_size, temperature, learnable_temperature, projection_dim)

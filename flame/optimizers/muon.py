@@ -1,7 +1,7 @@
-"""Muon: a step along the momentum of a matrix after its singular values have been made about equal.
+"""Muon: a step along the momentum of a matrix, with all singular values made about equal.
 
-Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), with steps of the size of AdamW's as in Liu et al. 2025
-(arXiv:2502.16982), so that learning rate and weight decay mean the same to both.
+From Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). As in Liu et al. 2025 (arXiv:2502.16982), steps are about
+as large as those of AdamW, so learning rate and weight decay mean the same for both.
 """
 
 from __future__ import annotations
@@ -16,39 +16,38 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from flame.optimizers.random_rounding import find_shard_axis, get_local, get_shard, round_into
+from flame.optimizers.random_rounding import find_shard_axis, get_local, get_shard, name_draws, round_into
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 STEP_SIZE = 0.2
-"""Root mean square of an update at learning rate 1, about that of AdamW's."""
+"""Root mean square of an update at learning rate 1; about that of AdamW."""
 
 
 class _Update(NamedTuple):
     parameter: Tensor
     direction: Tensor
-    """This rank's part of it."""
+    """This rank's shard of the update, before it is made orthogonal."""
 
 
 class Muon(Optimizer):
-    """Momentum, made orthogonal, and decoupled weight decay.
+    """Orthogonalized momentum with decoupled weight decay.
 
-    A parameter [n, m] is one matrix; [E, n, m] are E of them, the experts of a layer. What an architecture fuses into one matrix
-    (queries, keys and values, say) is treated as one.
+    A parameter [n, m] is one matrix. [E, n, m] is a stack of E matrices, the experts of a layer. Weights that an architecture
+    fuses into one matrix, such as queries, keys and values, are treated as one.
 
-    A part of a matrix cannot be made orthogonal by itself. The ranks that share the matrices do it in rounds, each with a whole
-    matrix of its own: shards go to the owner, and come back. So each element is sent twice a step, in bfloat16 on GPUs, no rank
-    works on more than its share of the matrices, and the result does not depend on the number of ranks. Experts are sharded as
-    whole matrices and stay where they are. The products are float32 on CPUs and bfloat16 on GPUs, which take them also of weights
-    kept in host memory.
+    A shard of a matrix cannot be orthogonalized by itself. So the ranks that share matrices work in rounds. In a round, each
+    rank receives all shards of one matrix, orthogonalizes it, and sends the shards back. Each element is sent twice per step, in
+    bfloat16 on GPUs. The work is spread evenly over ranks, and the result does not depend on their number. Experts are sharded
+    as whole matrices and are not sent. Products are float32 on CPUs and bfloat16 on GPUs, also with weights in host memory.
 
     Args:
         params: groups of float32 parameters, sharded over their first dimension or not at all; each group has `param_names`, `lr`
             and `weight_decay`.
         state_dtype: of the momentum; bfloat16 is rounded at random.
-        seed: of that rounding.
+        seed: of the random rounding.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], state_dtype: torch.dtype, seed: int):
@@ -56,14 +55,14 @@ class Muon(Optimizer):
         self._state_dtype, self._seed = state_dtype, seed
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures have no user
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         for group in self.param_groups:
             trained = [
                 (name, parameter)
                 for name, parameter in zip(group["param_names"], group["params"], strict=True)
                 if parameter.grad is not None
             ]
-            # The matrices of a round should take equally long.
+            # Sorted, so that the matrices of a round take about the same time.
             trained.sort(key=lambda named: (named[1].ndim, named[1].numel(), named[1].shape))
             while trained:
                 shard_group = _find_shard_group(trained[-1][1])
@@ -77,7 +76,7 @@ class Muon(Optimizer):
                     weights.add_(direction.to(weights), alpha=-group["lr"] * scale)
 
     def _advance(self, name: str, parameter: Tensor) -> _Update:
-        """Take the gradient into the momentum, and look one step ahead (Nesterov)."""
+        """Update the momentum by the gradient, and return the Nesterov direction."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -85,17 +84,17 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=self._state_dtype)
         state["step"] += 1
         gradient, kept = get_local(parameter.grad), get_local(state["momentum_buffer"])
-        momentum = kept.float()  # itself, if it is float32
+        momentum = kept.float()  # no copy if it is float32
         momentum.lerp_(gradient, 1 - MOMENTUM)
         direction = gradient.lerp(momentum, MOMENTUM)
         if kept.dtype == torch.bfloat16:
-            round_into(kept, momentum, self._seed, int(state["step"]), name, get_shard(parameter))
+            round_into(kept, momentum, self._seed, int(state["step"]), name_draws(name), get_shard(parameter))
         device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else direction.device.type
         return _Update(parameter, direction.to(device, torch.bfloat16 if device == "cuda" else torch.float32))
 
 
 def select_matrices(layers: nn.ModuleList) -> list[nn.Parameter]:
-    """The parameters of decoder layers that are matrices: weights of linear maps, and stacks of them, one for each expert."""
+    """The matrices among the parameters of decoder layers: weights of linear maps, and stacks of them, one per expert."""
     return [
         parameter
         for module in layers.modules()
@@ -106,10 +105,10 @@ def select_matrices(layers: nn.ModuleList) -> list[nn.Parameter]:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values near one (0.7 to 1.2), by the published number of Newton-Schulz iterations.
+    """Bring all singular values near one (0.7 to 1.2) by Newton-Schulz iterations, as many as in Jordan et al. 2024.
 
     Args:
-        matrices: [..., n, m], of any size; zeros stay zeros.
+        matrices: [..., n, m], of any size. Zero matrices stay zero.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -123,7 +122,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _find_shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The ranks among which a matrix is split; None where each rank holds whole ones."""
+    """The ranks over which a matrix is sharded. None if each rank holds whole matrices."""
     axis = find_shard_axis(parameter)
     if axis is None or not isinstance(parameter, DTensor) or parameter.ndim > 2 or parameter.device_mesh.size(axis) == 1:
         return None
@@ -131,7 +130,7 @@ def _find_shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
 
 
 def _take_alike(trained: list[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:
-    """Remove up to `count` from the end, the largest, all matrices or all stacks."""
+    """Remove and return up to `count` of the largest from the end of the list: only matrices, or only stacks."""
     taken = [trained.pop()]
     while trained and len(taken) < count and trained[-1][1].ndim == taken[0][1].ndim:
         taken.append(trained.pop())
@@ -143,7 +142,7 @@ def _orthogonalize_whole(updates: list[_Update]) -> list[Tensor]:
 
 
 def _orthogonalize_shards(updates: list[_Update], group: dist.ProcessGroup) -> list[Tensor]:
-    """Rank r of the group makes the r-th matrix orthogonal. Returns this rank's shard of each."""
+    """Orthogonalize the r-th matrix on rank r of the group. Returns this rank's shard of each matrix."""
     rank, size = group.rank(), group.size()
     shards = [update.direction for update in updates]
     sent = [shard.numel() for shard in shards] + [0] * (size - len(shards))
@@ -153,11 +152,11 @@ def _orthogonalize_shards(updates: list[_Update], group: dist.ProcessGroup) -> l
     if rank < len(updates):
         own = orthogonalize(own.view(shape)).flatten()
     returned = _exchange(own, received, sent, group).split(sent)
-    return [part.view_as(shard) for part, shard in zip(returned, shards, strict=False)]  # the rest is of length 0
+    return [part.view_as(shard) for part, shard in zip(returned, shards, strict=False)]  # further parts are empty
 
 
 def _split_rows(rows: int, ranks: int) -> list[int]:
-    """Rows of each rank's shard, as FSDP cuts them: equal ones first, then what is left, then none."""
+    """Rows of each rank's shard, as FSDP splits them: equal shards, then a smaller one, then empty ones."""
     most = math.ceil(rows / ranks)
     return [max(0, min(most, rows - rank * most)) for rank in range(ranks)]
 

@@ -9,18 +9,18 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from flame.optimizers.random_rounding import get_local, get_shard, round_into
+from flame.optimizers.random_rounding import get_local, get_shard, name_draws, round_into
 
 
 class RoundedAdamW(Optimizer):
-    """The library's AdamW in float32, one parameter at a time; between steps the moments are bfloat16, rounded at random.
+    """PyTorch's AdamW in float32, with moments that are stored in bfloat16 between steps, rounded at random.
 
-    They take half the memory, and a step for a moment the float32 moments of one parameter's shard. The draws depend on the seed,
-    the parameter's count of steps, its name and its shard: a resumed run repeats them.
+    This halves the memory of the moments. During a step, one parameter's shard at a time has float32 moments. The random
+    rounding depends on the seed and on the parameter's step count, name and shard, so a resumed run repeats it.
 
     Args:
         params: groups of float32 parameters, each with `param_names`, `lr`, `betas`, `eps` and `weight_decay`.
-        seed: of the draws.
+        seed: of the random rounding.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], seed: int):
@@ -28,7 +28,7 @@ class RoundedAdamW(Optimizer):
         self._seed = seed
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures have no user
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None:
@@ -38,7 +38,7 @@ class RoundedAdamW(Optimizer):
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # on the CPU, where reading it waits for nothing
+            state["step"] = torch.zeros(())  # on the CPU, so that reading it does not wait for the GPU
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         weights, gradient = get_local(parameter), get_local(parameter.grad)
@@ -61,4 +61,5 @@ class RoundedAdamW(Optimizer):
         )
         state["step"] += 1
         for moment, values in moments.items():
-            round_into(get_local(state[moment]), values, self._seed, int(state["step"]), name, moment, get_shard(parameter))
+            key = (self._seed, int(state["step"]), name_draws(name), moment, get_shard(parameter))
+            round_into(get_local(state[moment]), values, *key)

@@ -1,4 +1,4 @@
-"""When a run exports its model."""
+"""Exports of a run while it trains."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from flame.checkpoints.checkpoint import SLOWEST_SAVE, Checkpointer
-from flame.checkpoints.checkpoint_agreement import run_on_main
-from flame.config import JobConfig
-from flame.weights.hf_export import convert
+from flame.checkpoints.manager import SLOWEST_SAVE, Checkpointer
+from flame.config.run import Checkpoint
+from flame.runtime.agreement import run_on_main
+from flame.weights.export import convert
 
 
 class Exporter:
-    """Exports of one run while it trains, from its committed checkpoints. All ranks call it at the same point of the run."""
+    """Exports committed checkpoints of one run while it trains. All ranks call it at the same point of the run.
 
-    def __init__(self, config: JobConfig, checkpointer: Checkpointer):
-        self._config = config
+    Args:
+        folder: of the run.
+        total_steps: `training.steps`.
+    """
+
+    def __init__(self, options: Checkpoint, folder: Path, total_steps: int, checkpointer: Checkpointer):
+        self._options, self._folder, self._total_steps = options, folder, total_steps
         self._checkpointer = checkpointer
-        self._folder = Path(config.job.dump_folder)
-        # Its own group: a slow disk is no dead rank.
+        # A separate group with a long timeout, since the disk may be slow.
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
 
     def is_due(self, step: int) -> bool:
-        """Every `checkpoint.export_interval` steps, but not at the last step, which is exported to `hf/`."""
-        interval = self._config.checkpoint.export_interval
-        return bool(interval) and 0 < step < self._config.training.steps and step % interval == 0
+        """Whether to export: every `checkpoint.export_interval` steps, except the last step, which is exported to `hf/`."""
+        options = self._options
+        interval = options.export_interval if options.enable_checkpoint and options.export_hf else 0
+        return bool(interval) and 0 < step < self._total_steps and step % interval == 0
 
     def export_when_due(self, step: int, *, again: bool = True) -> None:
-        """Write `hf-step-N/` if it is due. Rank 0 does, while the others wait.
+        """Write `hf-step-N/` if it is due. Rank 0 writes, the others wait.
 
         Args:
-            again: replace what is there. False after a resume: only what a run that was cut short owes.
+            again: replace an existing export. False after a resume, which only makes an export that was interrupted.
 
         Raises:
             UserError, RankFailure: it could not be written.
@@ -44,4 +49,4 @@ class Exporter:
     def _export(self, step: int, again: bool) -> None:
         out = self._folder / f"hf-step-{step}"
         if again or not out.exists():
-            convert(self._checkpointer.folder / f"step-{step}", out, self._config.checkpoint.export_dtype)
+            convert(self._checkpointer.folder / f"step-{step}", out, self._options.export_dtype)

@@ -1,0 +1,46 @@
+"""An objective in one file: predict the token some steps ahead by a linear map and the model's own head."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from flame.config.types import PositiveInt, option
+from flame.data.batch import NO_LABEL
+from flame.kernels.cross_entropy import linear_cross_entropy
+from flame.objectives.base import AuxLoss, Objective, ObjectiveOptions, Setup
+from flame.runtime.measures import Mean
+
+
+@dataclass(kw_only=True)
+class SkipTokenOptions(ObjectiveOptions):
+    """Predict the token some steps ahead."""
+
+    section: ClassVar[str] = "skip_token"
+    distance: PositiveInt = option(2, fixed=True)
+    """Tokens ahead. 1 is the next token."""
+
+
+class SkipToken(Objective):
+    name = "skip_token"
+    Options = SkipTokenOptions
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        width = setup.lm.config.hidden_size
+        self.map = nn.Linear(width, width, bias=False)
+
+    def count(self, batch):
+        return int((batch.chunk_labels - (self.setup.options.distance - 1)).clip(min=0).sum())
+
+    def loss(self, backbone, hidden_states, batch, prepared, *, with_sample=False):
+        distance, tokens, documents = self.setup.options.distance, batch.input_ids[0], batch.segment_ids[0]
+        is_labelled = (batch.labels[0, :-distance] != NO_LABEL) & (documents[distance:] == documents[:-distance])
+        labels = torch.full_like(tokens, NO_LABEL)
+        labels[:-distance] = torch.where(is_labelled, tokens[distance:], NO_LABEL)
+        states = self.map(hidden_states)
+        loss_sum = linear_cross_entropy(states, backbone.output_embedding, labels)
+        count = is_labelled.sum().to(loss_sum.dtype)
+        norm = Mean(torch.where(is_labelled, states.detach().float().norm(dim=-1)[:-distance], 0.0).sum(), count)
+        return AuxLoss(loss_sum, count, torch.zeros_like(count), {"skip_token_norm": norm})

@@ -1,0 +1,313 @@
+"""The attention backends: how a network reads a packed batch in either direction.
+
+`VarlenBackend`: softmax attention in half precision on GPUs, by flash kernels that skip other documents. The anti-causal pass
+reads the packed sequence backwards, under strictly causal attention.
+`MaskedBackend`: softmax attention elsewhere. The anti-causal pass is the same forward under an anti-causal mask. On CPUs, each
+document becomes a row of its own if padding costs less than attention across the packed sequence.
+`RecurrentBackend`: recurrent layers (linear attention, state-space models). The anti-causal pass reverses each document, runs
+the forward, and reverses the result back. Such a summary always includes its own token.
+
+In every case, summary t depends only on tokens t .. end of its document.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flame.attention import flash as flash_kernels
+from flame.attention.families import find_family, find_limits, tighten
+from flame.attention.fla_families import TAKES_ROWS
+from flame.attention.kernel_masks import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
+from flame.attention.varlen import IMPLEMENTATION, WIDEST_HEAD, DocumentLayout
+from flame.errors import UserError
+
+KEYS_PER_WIDTH = 6
+"""Attention over 6 d keys takes as much arithmetic as the matrix products of a token in a layer of width d. A typical layer has
+12 d^2 weights; scores and weighted sums over L keys take 2 d L products. Wide heads and experts change this by up to 2x."""
+MAX_POSITIONS_PER_TOKEN = 4
+"""Limit on positions in rows, padding included, per token. The memory that a layer keeps for the backward grows with them."""
+
+
+class PackedTokens(Protocol):
+    """The fields of a packed batch that the passes read; shapes as in `flame.data.batch.PackedBatch`."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def segment_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+
+class AttentionBackend(Protocol):
+    """Runs a model over a packed batch of T tokens in either direction. Computes no logits."""
+
+    def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
+        """Final hidden states [T, d] of the causal forward. Embeddings [T, d], if given, replace those of the tokens."""
+        ...
+
+    def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
+        """Final hidden states [T, d] of the anti-causal forward; window_k is `future_encoder.future_k`."""
+        ...
+
+    def describe(self) -> str:
+        """Name of the attention kernel, for the log."""
+        ...
+
+
+class VarlenBackend:
+    """Softmax attention by `flame.attention.varlen`.
+
+    Args:
+        max_length: upper bound of the document lengths in all batches.
+        head_dim: width of the heads.
+    """
+
+    def __init__(self, max_length: int, head_dim: int):
+        self._max_length = max_length
+        self._head_dim = head_dim
+
+    def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
+        layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
+        return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch.position_ids, layout)
+
+    def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
+        backwards = batch.input_ids.shape[1] - batch.cu_seqlens.flip(0)
+        if len(backwards) == 2:  # torch.compile would specialize its graph to one document: put an empty one before it
+            backwards = F.pad(backwards, (1, 0))
+        layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
+        return self._run(model, {"input_ids": batch.input_ids.flip(1)}, batch.position_ids.flip(1), layout).flip(0)
+
+    def describe(self) -> str:
+        return flash_kernels.describe(self._head_dim)
+
+    def _lay_out(self, cu_seqlens: Tensor, is_strict: bool, window_k: int) -> DocumentLayout:
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # the number of documents changes from batch to batch
+        return DocumentLayout(cu_seqlens, self._max_length, is_strict, window_k)
+
+    def _run(self, model: PreTrainedModel, inputs: dict[str, Tensor], position_ids: Tensor, layout: DocumentLayout) -> Tensor:
+        outputs = model.base_model(**inputs, position_ids=position_ids, documents=layout, use_cache=False)
+        return outputs.last_hidden_state[0]
+
+
+class MaskedBackend:
+    """Softmax attention by FlexAttention or SDPA, under the masks of `flame.attention.kernel_masks`.
+
+    Args:
+        by_blocks: use FlexAttention with BlockMasks, instead of SDPA.
+        limits: of the layers' own windows, from `find_limits`.
+        row_width: width d of the model. If given, SDPA on CPUs gets one document per row where that `is_cheaper_in_rows`. None
+            for models that are only tested with masks over one row.
+        is_compiled: the layers are compiled, once per shape. Rows are then used only if they need no padding. Otherwise each
+            packed sequence would have its own shape.
+    """
+
+    def __init__(self, by_blocks: bool, limits: int | dict[str, int], row_width: int | None = None, is_compiled: bool = False):
+        self._by_blocks = by_blocks
+        self._limits = limits
+        self._row_width = None if by_blocks else row_width
+        self._is_compiled = is_compiled
+
+    def describe(self) -> str:
+        return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
+
+    def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
+        return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch, "causal", window_k=0)
+
+    def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
+        return self._run(model, {"input_ids": batch.input_ids}, batch, "future", window_k)
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], batch: PackedTokens, direction: Direction, window_k: int
+    ) -> Tensor:
+        inputs = {**inputs, "position_ids": batch.position_ids}
+        rows = self._choose_rows(batch)
+        masks = self._build_masks(batch.segment_ids[0], direction, window_k, rows)
+        if rows is None:
+            return model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state[0]
+        inputs = {name: rows.lay_out(values[0]) for name, values in inputs.items()}
+        return rows.collect(model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state)
+
+    def _choose_rows(self, batch: PackedTokens) -> DocumentRows | None:
+        """One row per document, or None for a single row. On GPUs always None, since reading the lengths would synchronize."""
+        if self._row_width is None or batch.cu_seqlens.is_cuda:
+            return None
+        rows = DocumentRows(batch.cu_seqlens, batch.input_ids.shape[1])
+        if self._is_compiled and rows.num_places > rows.total:
+            return None
+        return rows if is_cheaper_in_rows(rows, self._row_width) else None
+
+    def _build_masks(
+        self, segment_ids: Tensor, direction: Direction, window_k: int, rows: DocumentRows | None = None
+    ) -> AttentionMask | dict[str, AttentionMask]:
+        def build(limit: int) -> AttentionMask:
+            limit = tighten(limit, window_k)
+            if rows is not None:
+                return build_row_mask(rows.lengths, rows.longest, direction, limit)
+            build_mask = build_block_mask if self._by_blocks else build_boolean_mask
+            return build_mask(segment_ids, direction, limit)
+
+        if isinstance(self._limits, dict):
+            return {kind: build(limit) for kind, limit in self._limits.items()}
+        return build(self._limits)
+
+
+class DocumentRows:
+    """A packed sequence of S documents as S rows, zero-padded on the right to the longest. Waits for the device.
+
+    Args:
+        cu_seqlens: int32 [S+1].
+        total: T.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, total: int):
+        cu = cu_seqlens.long()
+        self.lengths = cu.diff()
+        """int64 [S]"""
+        self.longest = int(self.lengths.max())
+        self.total = total
+        self.num_places = len(self.lengths) * self.longest
+        """Positions in all rows, padding included."""
+        self._starts = cu[:-1]
+
+    def lay_out(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [S, longest, ...]."""
+        flat = values.new_zeros(self.num_places, *values.shape[1:])
+        return flat.index_copy(0, self._positions, values).unflatten(0, (len(self.lengths), self.longest))
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """[S, longest, ...] -> [T, ...]."""
+        return rows.flatten(0, 1).index_select(0, self._positions)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """int64 [T]: index of each token in the flattened rows."""
+        token = torch.arange(self.total, device=self.lengths.device)
+        row_starts = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
+        return token + torch.repeat_interleave(row_starts - self._starts, self.lengths, output_size=self.total)
+
+
+def is_cheaper_in_rows(rows: DocumentRows, width: int) -> bool:
+    """Whether one document per row likely takes less arithmetic than one T x T mask, within `MAX_POSITIONS_PER_TOKEN`."""
+    in_rows, as_one = estimate_work(rows, width)
+    return in_rows <= as_one and rows.num_places <= MAX_POSITIONS_PER_TOKEN * rows.total
+
+
+def estimate_work(rows: DocumentRows, width: int) -> tuple[int, int]:
+    """Arithmetic of a layer, in query-key pairs: with one document per row, padding included, and with one row of T tokens under
+    a T x T mask. CPUs compute masked pairs too."""
+    others = KEYS_PER_WIDTH * width
+    return rows.num_places * (others + rows.longest), rows.total * (others + rows.total)
+
+
+class RecurrentBackend:
+    """Recurrent layers of flash-linear-attention. They reset their state at `cu_seqlens`, or get one document per row."""
+
+    def describe(self) -> str:
+        return "flash-linear-attention"
+
+    def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
+        assert embeddings is None, "objectives that run the model on embeddings are rejected for these families"
+        return self._run(model, batch.input_ids, batch.cu_seqlens)
+
+    def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
+        assert not window_k, "a recurrence has no window"
+        order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
+        return self._run(model, batch.input_ids[:, order], batch.cu_seqlens)[order]
+
+    def _run(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if model.config.model_type in TAKES_ROWS:
+            rows = DocumentRows(cu_seqlens, input_ids.shape[1])  # padding on the right cannot reach the tokens
+            outputs = model.base_model(input_ids=rows.lay_out(input_ids[0]), use_cache=False)
+            return rows.collect(outputs.last_hidden_state)
+        return model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state[0]
+
+
+def _choose_inputs(input_ids: Tensor, embeddings: Tensor | None) -> dict[str, Tensor]:
+    return {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings[None]}
+
+
+def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Index that reverses each document where it is. It is its own inverse.
+
+    Args:
+        cu_seqlens: int32 [S+1].
+        total: T. Passed in, since reading it from `cu_seqlens` would wait for the device.
+
+    Returns:
+        int64 [T]: token t of a document [a, b) goes to a + b - 1 - t.
+    """
+    cu = cu_seqlens.long()
+    starts_plus_ends = torch.repeat_interleave(cu[:-1] + cu[1:], cu[1:] - cu[:-1], output_size=total)
+    return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
+
+
+Attention = Literal["varlen", "flex", "sdpa", "none"]
+IMPLEMENTATIONS = {"varlen": IMPLEMENTATION, "flex": "flex_attention", "sdpa": "sdpa"}
+"""Names in transformers (`attn_implementation`)."""
+
+
+def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dtype) -> Attention:
+    """Choose the attention kernel by family, device and dtype of the activations. "none": flash-linear-attention's own layers.
+
+    The flash kernels support bfloat16 and heads of up to `WIDEST_HEAD`, for families whose code passes on the document
+    boundaries. FlexAttention needs heads of `NARROWEST_FLEX_HEAD` or more.
+    """
+    if is_recurrent(config):
+        return "none"
+    if device_type != "cuda":
+        return "sdpa"
+    head_dim, family = find_head_dim(config), find_family(config)
+    fits = dtype == torch.bfloat16 and head_dim <= WIDEST_HEAD and head_dim % 8 == 0
+    if family is not None and fits and flash_kernels.is_supported():
+        return "varlen"
+    takes_flex = (family is None or family.takes_flex) and head_dim >= NARROWEST_FLEX_HEAD
+    return "flex" if takes_flex else "sdpa"
+
+
+NARROWEST_FLEX_HEAD = 16
+"""Width of a head. Torch's FlexAttention compiles for none that is narrower (torch 2.11)."""
+SHORTEST_FLEX = 128
+"""Tokens. Torch has another kernel for shorter queries ("flex_decoding"), which under our masks in compiled layers gave wrong
+results on 64 tokens, and on 127, compiled or not, none, but a traceback (torch 2.11; tests marked gpu)."""
+
+
+def check_attention(attention: Attention, seq_len: int) -> None:
+    """Refuse packed sequences that FlexAttention computes wrongly.
+
+    Raises:
+        UserError: they are too short.
+    """
+    if attention == "flex" and seq_len < SHORTEST_FLEX:
+        raise UserError(
+            f"training.seq_len = {seq_len}: this model attends by FlexAttention, which is right only on packed sequences of "
+            f"{SHORTEST_FLEX} tokens or more: raise it"
+        )
+
+
+def find_head_dim(config: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def build_backend(attention: Attention, config: PretrainedConfig, max_length: int, is_compiled: bool = False) -> AttentionBackend:
+    """Build the backend for a result of `choose_attention`. See the backends for `max_length` and `is_compiled`."""
+    if attention == "varlen":
+        return VarlenBackend(max_length, find_head_dim(config))
+    if attention == "none":
+        return RecurrentBackend()
+    row_width = config.hidden_size if find_family(config) else None
+    return MaskedBackend(attention == "flex", find_limits(config), row_width, is_compiled)
+
+
+def is_recurrent(config: PretrainedConfig) -> bool:
+    """Whether the family is from flash-linear-attention. Those models take `cu_seqlens` instead of a mask."""
+    return type(config).__module__.startswith("fla.")

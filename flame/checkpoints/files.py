@@ -1,0 +1,169 @@
+"""Files and folders of checkpoints: listing them, checking free disk space, and changes that survive a power cut."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from flame.checkpoints.storage import METADATA_FILE
+from flame.errors import UserError
+
+logger = logging.getLogger("flame")
+
+TRAINER_FILE = "trainer.json"
+GIB = 2**30
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """All folders with the name of a checkpoint, oldest first, including damaged ones."""
+    steps = {int(match[1]): path for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return [path for path in list_folders(folder) if not find_missing(path)]
+
+
+def find_missing(checkpoint: Path) -> list[str]:
+    """Names of the required files that a checkpoint lacks; empty if it is complete."""
+    return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).exists()]
+
+
+def check_written(partial: Path, metadata: Metadata) -> None:
+    """Check that all files in the index exist. Files of other machines are missing if the folder is not shared.
+
+    Raises:
+        OSError: a file is missing or too short.
+    """
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        if not (partial / name).exists() or (partial / name).stat().st_size < end:
+            raise OSError(f"{name} is missing or too short: is {partial.parent} one folder for all machines?")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that cannot be used to `step-N.damaged`, without deleting it. Returns the new path."""
+    renamed = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(checkpoint, renamed)
+    return renamed
+
+
+def commit(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    """Add `trainer.json` to a folder and rename it to its final name. After a power cut, all of it is there or nothing.
+
+    Args:
+        partial: the folder; its tensors are on the disk already.
+        final: the final path; an existing checkpoint there is replaced.
+        state: JSON-serializable. The sizes of all files, in bytes, are added as `files`.
+    """
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    write_durably(partial / TRAINER_FILE, json.dumps(state | {"files": files}, indent=1).encode())
+    for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        sync_to_disk(folder)
+    if final.exists():
+        remove(final)
+    os.replace(partial, final)
+    sync_to_disk(final.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file, create its folder if needed, and wait until the file is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    sync_to_disk(path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that an interrupted deletion leaves nothing that looks complete."""
+    renamed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(checkpoint, renamed)
+    shutil.rmtree(renamed)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what interrupted saves and deletions have left."""
+    for leftover in folder.glob("step-*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def purge_before(newest: Path, keep_latest_k: int) -> None:
+    """Delete the oldest checkpoints, so that `keep_latest_k` up to and including `newest` remain; 0 keeps all.
+
+    Later checkpoints, which the run has skipped as damaged, do not count.
+    """
+    if not keep_latest_k:
+        return
+    complete = list_checkpoints(newest.parent)
+    for old in complete[: max(complete.index(newest) + 1 - keep_latest_k, 0)]:
+        try:
+            remove(old)
+        except OSError as error:  # not fatal: the new checkpoint is complete
+            logger.warning("old checkpoint %s cannot be removed: %s", old, error)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read `trainer.json`, and check that every file it lists exists with the listed size.
+
+    Raises:
+        OSError: a file is missing or has another size.
+        ValueError: `trainer.json` is truncated, or lacks a required key.
+    """
+    try:
+        state = json.loads((checkpoint / TRAINER_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{TRAINER_FILE}: {error}") from error
+    if not isinstance(state, dict) or not {"config", "files", "world_size"} <= state.keys():
+        raise ValueError(f"{TRAINER_FILE} lacks the configuration, the number of ranks or the list of files")
+    for name, size in state["files"].items():
+        found = (checkpoint / name).stat().st_size
+        if found != size:
+            raise OSError(f"{name} has {found} bytes instead of {size}")
+    return state
+
+
+def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:
+    """Check that the next checkpoint fits on the disk.
+
+    Args:
+        needed: bytes.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    total, _, free = shutil.disk_usage(existing)
+    if total and free < needed:  # some file systems report a total of 0
+        raise UserError(
+            f'job.dump_folder: "{folder}" needs {needed / GIB:.2f} GiB for the next checkpoint, but {free / GIB:.2f} GiB are '
+            f"free: {advise_on_full_disk(keep_latest_k)}"
+        )
+
+
+def advise_on_full_disk(keep_latest_k: int) -> str:
+    """Advice on a full disk, for error lines."""
+    if keep_latest_k == 0:
+        lower = ", or set checkpoint.keep_latest_k = 0, which keeps all, to a number"
+    else:
+        lower = f", or lower checkpoint.keep_latest_k = {keep_latest_k}" if keep_latest_k > 1 else ""
+    return f"free space (older step-N folders may go){lower}; the newest checkpoint is untouched"

@@ -1,0 +1,130 @@
+"""When a run saves a checkpoint, and how it resumes from one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+
+from flame.checkpoints.manager import Checkpointer, list_checkpoints
+from flame.checkpoints.resume import (
+    FORMAT,
+    check_made_by_run,
+    check_model,
+    check_resumable,
+    check_sources,
+    check_tokenizer,
+    list_changes,
+    list_used_sections,
+)
+from flame.checkpoints.state import RunState
+from flame.config.run import NEXT_TOKEN
+from flame.config.schema import JobConfig
+from flame.errors import UserError
+from flame.objectives.step import get_objective
+from flame.runtime.agreement import run_on_main
+
+logger = logging.getLogger("flame")
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, by the options in `[checkpoint]`. All ranks call each method at the same point of the run.
+
+    Args:
+        state: saved with the tensors of `checkpointer`, and loaded in place.
+        fingerprint: of the tokenizer.
+        source_names: names of the mixture's sources, in order.
+    """
+
+    def __init__(self, config: JobConfig, checkpointer: Checkpointer, state: RunState, fingerprint: str, source_names: list[str]):
+        self._config, self._checkpointer, self._state = config, checkpointer, state
+        self._fingerprint, self._source_names = fingerprint, source_names
+        self._model_config = checkpointer.model.lm.config
+        self._objective = get_objective(checkpointer.model)
+        self.saved_step = 0
+        """Step of the newest checkpoint, even if it is still being written; 0 if there is none."""
+
+    def is_due(self) -> bool:
+        """Whether to save after this step: every `checkpoint.interval` steps, and at the last step."""
+        checkpoint, step = self._config.checkpoint, self._state.step
+        return checkpoint.enable_checkpoint and (step % checkpoint.interval == 0 or step == self._config.training.steps)
+
+    def is_owed(self) -> bool:
+        """Whether there are steps that no checkpoint has yet."""
+        return self._config.checkpoint.enable_checkpoint and self._state.step > self.saved_step
+
+    def save(self) -> None:
+        """Write a checkpoint; see `Checkpointer.save`."""
+        objective = self._objective
+        identity = {
+            "format": FORMAT,
+            "config": self._config.to_dict(),
+            "model_config": self._model_config.to_dict(),
+            "tokenizer_fingerprint": self._fingerprint,
+            "objective": None
+            if objective is None
+            else {
+                "name": objective.name,
+                "exported": list(objective.list_exported()),
+                "description": objective.describe_training(),
+                "modules": objective.describe_modules(),
+            },
+        }
+        self._checkpointer.save(self._state.step, self._state.gather() | identity)
+        self.saved_step = self._state.step
+
+    def resume(self) -> bool:
+        """Resume from the newest readable checkpoint. Returns False if there is none.
+
+        Raises:
+            UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
+        """
+        config, folder = self._config, self._config.job.dump_folder
+        saved = self._checkpointer.load_latest(self._check) if config.checkpoint.enable_checkpoint else None
+        if saved is None:
+            run_on_main(self._refuse_to_start_over)
+            return False
+        if saved["step"] > config.training.steps:
+            raise UserError(
+                f"training.steps = {config.training.steps}, but the run in {folder} is at step {saved['step']} already: "
+                "raise it, or start a new run in another job.dump_folder"
+            )
+        self._state.load(saved)
+        self.saved_step = self._state.step
+        if dist.get_rank() == 0:
+            for change in self._list_changes(saved):
+                logger.warning("changed since the checkpoint: %s", change)
+        return True
+
+    def _refuse_to_start_over(self) -> None:
+        """Reject a start without checkpoints in a folder that has some: it would overwrite the records of that run."""
+        folder = self._config.job.dump_folder
+        if not self._config.checkpoint.enable_checkpoint and list_checkpoints(self._checkpointer.folder):
+            raise UserError(
+                f'job.dump_folder = "{folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false would '
+                "start over in it: set that back, or choose another job.dump_folder"
+            )
+
+    def prepare(self) -> None:
+        """Check that checkpoints can be written; see `Checkpointer.prepare`."""
+        if self._config.checkpoint.enable_checkpoint and self._state.step < self._config.training.steps:
+            self._checkpointer.prepare()
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        check_made_by_run(saved, self._checkpointer.folder)
+        saved_objective = saved["objective"]["name"] if saved["objective"] else NEXT_TOKEN
+        own = self._objective.name if self._objective is not None else NEXT_TOKEN
+        check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config))
+        check_model(saved["model_config"], self._model_config.to_dict())
+        check_tokenizer(saved["tokenizer_fingerprint"], self._fingerprint)
+        check_sources(list(saved["data"]["sources"]), self._source_names)
+
+    def _list_changes(self, saved: dict[str, Any]) -> list[str]:
+        changes = list_changes(saved["config"], self._config)
+        new = [name for name in self._source_names if name not in saved["counters"]["tokens_by_source"]]
+        changes += [f'source "{name}" is new and begins at its first document' for name in new]
+        world_size = dist.get_world_size()
+        if saved["world_size"] != world_size:
+            changes.append(f"ranks: {saved['world_size']} -> {world_size}")
+        return changes

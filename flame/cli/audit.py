@@ -1,0 +1,156 @@
+"""Check that a run with `training.audit = true` was trained on each token of each document exactly once per epoch.
+
+    python -m flame.cli.audit exp/run
+
+The exit code is 0 if so, 1 if not or if some steps were not audited, and 2 if there is no audit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoints.files import list_checkpoints, read_state
+from flame.config.run import CHECKPOINT_FOLDER
+from flame.data.audit import read_audit
+from flame.errors import UserError
+
+Ranges = list[tuple[int, int]]
+
+
+@dataclass
+class TokenCount:
+    """Counts of one source in one epoch."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    """Tokens trained on, including repeated ones."""
+    repeated: int = 0
+    """Tokens trained on again in the same epoch."""
+    missing: int = 0
+    """Tokens in gaps: neither trained on nor skipped, but before the last seen token of their document."""
+    unfinished: int = 0
+    """Documents whose end was not seen. Should be 0 after the epoch."""
+    left_out: int = 0
+    """Tokens of skipped steps."""
+    unseen: int | None = None
+    """Documents without any seen token: bad rows, or lost ones. None during the epoch, and for streamed sources."""
+
+    @property
+    def is_faulty(self) -> bool:
+        """Whether a token was repeated or lost."""
+        return bool(self.repeated or self.missing or (self.unseen is not None and self.unfinished))
+
+
+def count_tokens(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, int], TokenCount]:
+    """Sum up the lines of an audit by source and epoch."""
+    trained: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
+    skipped: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
+    finished: dict[tuple[str, int], set[int | str]] = defaultdict(set)
+    token_counts: dict[tuple[str, int], TokenCount] = defaultdict(TokenCount)
+    for line in lines:
+        for key in {(line["source"], epoch) for _, _, _, epoch, _ in line["pieces"]}:
+            token_counts[key].sequences += 1
+        for document, start, end, epoch, is_last in line["pieces"]:
+            (trained if line["trained"] else skipped)[line["source"], epoch][document].append((start, end))
+            if is_last:
+                finished[line["source"], epoch].add(document)
+    for key, token_count in token_counts.items():
+        token_count.left_out = sum(end - start for ranges in skipped[key].values() for start, end in ranges)
+        token_count.documents = len(trained[key].keys() | skipped[key].keys())
+        token_count.unfinished = token_count.documents - len(finished[key])
+        for document in trained[key].keys() | skipped[key].keys():
+            tokens, repeated, missing = _walk(trained[key].get(document, []), skipped[key].get(document, []))
+            token_count.tokens += tokens
+            token_count.repeated += repeated
+            token_count.missing += missing
+    return dict(sorted(token_counts.items()))
+
+
+def _walk(trained: Ranges, skipped: Ranges) -> tuple[int, int, int]:
+    """Trained tokens, repeated tokens, and tokens in gaps of one document."""
+    reached = tokens = repeated = missing = 0
+    for start, end, counts in sorted([(*r, True) for r in trained] + [(*r, False) for r in skipped]):
+        missing += max(0, start - reached)
+        if counts:
+            tokens += end - start
+            repeated += max(0, min(reached, end) - start)
+        reached = max(reached, end)
+    return tokens, repeated, missing
+
+
+def count_unseen(token_counts: dict[tuple[str, int], TokenCount], data_state: dict[str, Any]) -> None:
+    """Fill in `TokenCount.unseen` for epochs that all streams have finished, from the data position in a checkpoint."""
+    for source, saved in data_state["sources"].items():
+        begun = [cursor[0] for cursor in saved["cursors"].values()]
+        is_all = len(begun) == data_state["num_streams"]
+        for (name, epoch), token_count in token_counts.items():
+            if name == source and is_all and epoch < min(begun) and saved["num_units"] is not None:
+                is_streamed = any(row for _, _, row, _ in saved["cursors"].values())
+                token_count.unseen = None if is_streamed else saved["num_units"] - token_count.documents
+
+
+def note_steps(lines: Iterable[dict[str, Any]], steps: set[int]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of an audit, and add their steps to a set."""
+    for line in lines:
+        steps.add(line["step"])
+        yield line
+
+
+def list_gaps(steps: set[int], last: int) -> list[str]:
+    """Steps from 1 to `last` that are not in `steps`, as ranges such as "3-4" and "7"."""
+    edges = [0, *sorted(steps), last + 1]
+    gaps = [(before + 1, after - 1) for before, after in pairwise(edges) if after - before > 1]
+    return [str(first) if first == end else f"{first}-{end}" for first, end in gaps]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Check that a run was trained on each token exactly once per epoch.", allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="folder of a run with training.audit = true (job.dump_folder)")
+    folder = parser.parse_args(argv).folder
+    steps: set[int] = set()
+    try:
+        token_counts = count_tokens(note_steps(read_audit(folder), steps))
+        if not token_counts:
+            raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.EXIT_CODE
+    bad_rows = None
+    last = max(steps)
+    for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:
+        state = read_state(checkpoint)
+        count_unseen(token_counts, state["data"])
+        bad_rows = state["counters"]["bad_rows"]
+        last = max(last, state["step"])
+    _print_table(token_counts)
+    unseen_in_all = sum(token_count.unseen or 0 for token_count in token_counts.values())
+    if bad_rows is not None:
+        print(f"{unseen_in_all} documents not seen in finished epochs; {bad_rows} bad rows passed over in all")
+    gaps = list_gaps(steps, last)
+    if gaps:
+        print(f"steps not audited: {', '.join(gaps)} (they ran without training.audit = true, or their lines are lost)")
+    is_lost = bad_rows is not None and unseen_in_all > bad_rows
+    return int(is_lost or bool(gaps) or any(token_count.is_faulty for token_count in token_counts.values()))
+
+
+def _print_table(token_counts: dict[tuple[str, int], TokenCount]) -> None:
+    print("| source | epoch | documents | tokens | repeated | missing | left out | unfinished | documents not seen |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (source, epoch), a in token_counts.items():
+        unseen = "-" if a.unseen is None else a.unseen
+        cells = (source, epoch, a.documents, a.tokens, a.repeated, a.missing, a.left_out, a.unfinished, unseen)
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

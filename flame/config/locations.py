@@ -1,0 +1,95 @@
+"""Where a run's model configuration, tokenizer and first weights come from."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKPOINT_MARKS = (".metadata", "trainer.json")
+TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+
+
+def find_beside_weights(weights: str) -> str:
+    """Where configuration and tokenizer of `checkpoint.initial_load_path` are; empty where that is."""
+    return os.path.join(weights, "hf") if weights and is_checkpoint(Path(os.path.expanduser(weights))) else weights
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a `step-N` folder of this trainer, complete or not, and no Hugging Face folder."""
+    return any(os.path.exists(folder / name) for name in CHECKPOINT_MARKS)
+
+
+def looks_like_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; all else can only be meant as a path."""
+    return name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def find_model_conflicts(config: str, tokenizer_path: str, weights: str) -> Iterator[str]:
+    """One line for each of model, tokenizer and first weights that is missing or cannot be what the options say.
+
+    Args:
+        config: `model.config`. tokenizer_path: `model.tokenizer_path`. weights: `checkpoint.initial_load_path`.
+    """
+    if looks_like_path(weights) and not os.path.isdir(os.path.expanduser(weights)):
+        yield f'checkpoint.initial_load_path = "{weights}": no such folder'
+        return
+    if newest := _find_checkpoint_in(weights):
+        yield f'checkpoint.initial_load_path = "{weights}" is a folder of checkpoints: name one of them, such as "{newest}"'
+        return
+    beside = find_beside_weights(weights)
+    yield from _find_config_conflicts(config, weights, beside)
+    if not (tokenizer_path or beside):
+        yield 'model.tokenizer_path is not set: give a folder, a Hub name, or "bytes" for the built-in tokenizer'
+    elif not tokenizer_path and _lacks(weights, beside, TOKENIZER_FILES):
+        yield f'checkpoint.initial_load_path = "{weights}" comes without a tokenizer: name the model\'s in model.tokenizer_path'
+    elif tokenizer_path.endswith(".py"):
+        return  # of a data source of the user's own, which answers for it
+    elif looks_like_path(tokenizer_path) and not os.path.isdir(os.path.expanduser(tokenizer_path)):
+        yield f'model.tokenizer_path = "{tokenizer_path}": no such folder'
+
+
+def _find_config_conflicts(config: str, weights: str, beside: str) -> Iterator[str]:
+    source = config or beside
+    if not source:
+        yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
+    elif not config and _lacks(weights, source, ("config.json",)):
+        yield f'checkpoint.initial_load_path = "{weights}" comes without a config.json: name the model\'s in model.config'
+    elif os.path.exists(os.path.expanduser(source)):
+        yield from _find_json_faults(source, "model.config" if config else "checkpoint.initial_load_path")
+    elif looks_like_path(config):
+        yield f'model.config = "{config}": no such file or folder'
+
+
+def _find_checkpoint_in(weights: str) -> str:
+    """The newest checkpoint in a folder that is none itself, but a run's or its checkpoints'."""
+    folder = os.path.expanduser(weights)
+    if not os.path.isdir(folder) or is_checkpoint(Path(folder)) or os.path.exists(os.path.join(folder, "config.json")):
+        return ""
+    marks = [
+        mark for depth in ((), ("*",)) for mark in glob.glob(os.path.join(glob.escape(folder), *depth, "step-*", "trainer.json"))
+    ]
+    steps = (os.path.dirname(mark) for mark in marks)
+    found = {int(match[1]): step for step in steps if (match := re.search(r"step-(\d+)$", step))}
+    return found[max(found)] if found else ""
+
+
+def _lacks(weights: str, beside: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the weights are a folder here, and what comes with them holds no file of these names."""
+    is_local = os.path.isdir(os.path.expanduser(weights))
+    return is_local and not any(glob.glob(os.path.join(glob.escape(os.path.expanduser(beside)), name)) for name in patterns)
+
+
+def _find_json_faults(config: str, key: str) -> Iterator[str]:
+    path = Path(os.path.expanduser(config))
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        yield f'{key} = "{config}": {path.name} cannot be read as JSON ({error})'
+        return
+    if not isinstance(content, dict) or "model_type" not in content:
+        yield f'{key} = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'

@@ -1,0 +1,219 @@
+"""Read a run's options from a TOML file and the command line, and name every mistake at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from flame.config.renamed import explain_absence
+from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig
+from flame.config.table import OptionTable, format_toml, list_types, name_table
+from flame.config.types import Section
+from flame.errors import UserError
+
+COMMAND_LINE = "command line"
+CONFIG_FILE = "job.config_file"
+LONGEST_SHOWN_VALUE = 100
+
+
+FindExtensions = Callable[[Mapping[str, Any]], tuple[dict[str, type[Section]], list[str]]]
+"""(values as typed, by key) -> the sections of objectives and data sources, by name, and a line for each fault."""
+FindConflicts = Callable[[JobConfig], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One option as the user gave it: dotted key, value, the value as typed, and where it stands."""
+
+    key: str
+    value: Any
+    shown: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.key or json.dumps(self.key)} = {self.shown} ({self.source})"
+
+
+def parse_config(
+    argv: list[str], world_size: int, find_extensions: FindExtensions, find_conflicts: FindConflicts
+) -> tuple[JobConfig, OptionTable]:
+    """Resolve the options of a run: defaults < TOML file (`--job.config_file`) < command line, where the last one wins.
+
+    Args:
+        argv: command line without the program's name.
+        world_size: processes of the run over all machines.
+        find_extensions: says which sections there are beside the ones that every run has.
+        find_conflicts: yields one line for each rule that is broken.
+
+    Raises:
+        UserError: one line for each mistake in the file, on the command line and between options.
+    """
+    words, strays = _split_words(argv)
+    filed, faults = _read_named_file(words)
+    file_is_read = not faults
+    extensions, extension_faults = find_extensions({setting.key: setting.value for setting in [*filed, *words]})
+    table = OptionTable(extensions)
+    faults += extension_faults
+    faults += [f"{_show_text(word)} ({COMMAND_LINE}): stray argument{table.suggest(*advice)}" for word, advice in strays]
+
+    job = JobConfig(world_size=world_size)
+    is_valid: dict[str, bool] = {}
+    for setting in [*filed, *(_convert(word, table) for word in words)]:
+        fault = _apply(job, setting, table)
+        is_valid[setting.key] = fault is None
+        if fault:
+            faults.append(fault)
+    faults.extend(_find_unnamed_sources(job, is_valid))
+    if file_is_read and is_valid.get(CONFIG_FILE, True):
+        wrong_keys = [key for key, valid in is_valid.items() if not valid]
+        faults.extend(line for line in find_conflicts(job) if not any(_mentions(line, key) for key in wrong_keys))
+    if faults:
+        raise UserError(*dict.fromkeys(faults))  # a file that cannot be loaded is met twice
+    return job, table
+
+
+def list_typed(argv: list[str]) -> dict[str, Any]:
+    """What the file and the command line set, right or wrong, by key."""
+    words, _ = _split_words(argv)
+    return {setting.key: setting.value for setting in [*_read_named_file(words)[0], *words]}
+
+
+def _split_words(argv: list[str]) -> tuple[list[_Setting], list[tuple[str, tuple[str, str]]]]:
+    """The settings on a command line, of each key the last, as text (None for a flag without a value); and all that is none, with
+    the arguments of `OptionTable.suggest`."""
+    settings: dict[str, _Setting] = {}
+    strays = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if not token.startswith("--") or token == "--":
+            strays.append((token, (token.partition("=")[0], ", options are written --section.key value")))
+            continue
+        key, equals, text = token.removeprefix("--").partition("=")
+        given: str | None = text if equals else None
+        # A value may begin with one dash (-1), an option begins with two.
+        if given is None and position < len(argv) and not argv[position].startswith("--"):
+            given = argv[position]
+            position += 1
+        settings.pop(key, None)
+        settings[key] = _Setting(key, given, "" if given is None else _show_text(given), COMMAND_LINE)
+    return list(settings.values()), strays
+
+
+def _convert(word: _Setting, table: OptionTable) -> _Setting:
+    """A setting from the command line with a value of the option's type. What is not of that type stays text, to be refused."""
+    schema = table.find(word.key)
+    if schema is None:
+        return word
+    types = list_types(schema)
+    if word.value is None:
+        # No option takes a tuple, so a missing value is refused like any wrong one.
+        value, shown = (True, "true") if types == {"boolean"} else ((), "(value missing)")
+        return _Setting(word.key, value, shown, COMMAND_LINE)
+    return _Setting(word.key, _convert_text(word.value, types), word.shown, COMMAND_LINE)
+
+
+def _convert_text(text: str, types: set[str]) -> Any:
+    if "null" in types and text == "none":
+        return None
+    try:
+        if "integer" in types:
+            return int(text)
+        if "number" in types:
+            return float(text)
+    except ValueError:
+        return text
+    return {"true": True, "false": False}.get(text, text) if "boolean" in types else text
+
+
+def _read_named_file(words: list[_Setting]) -> tuple[list[_Setting], list[str]]:
+    """The settings of the TOML file that the command line names, or the line that says why it cannot be read."""
+    for word in words:
+        if word.key == CONFIG_FILE and word.value:
+            try:
+                return _read_file(word.value), []
+            except (OSError, ValueError, RecursionError) as error:
+                return [], [f"{word}: not a readable TOML file: {getattr(error, 'strerror', None) or error}"]
+    return [], []
+
+
+def _read_file(path: str) -> list[_Setting]:
+    """List the settings of a TOML file.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file cannot be read as TOML; the message names the line where there is one.
+    """
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode()
+        tree = tomli.loads(text)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"not UTF-8 (at line {line})") from None
+    except tomli.TOMLDecodeError as error:
+        line = text.count("\n") + 1
+        raise ValueError(str(error).replace("at end of document", f"at line {line}, the end")) from None
+    tables = [(_show_key(section), options) for section, options in tree.items() if section != SOURCES]
+    sources = tree.get(SOURCES, {})
+    if isinstance(sources, dict):
+        tables += [(f"{SOURCES}.{_show_key(name)}", options) for name, options in sources.items()]
+    else:
+        tables.append((SOURCES, sources))
+    settings: list[_Setting] = []
+    for section, options in tables:
+        if isinstance(options, dict) and options:
+            named = {f"{section}.{_show_key(key)}": value for key, value in options.items()}
+        else:
+            named = {section: options}
+        settings.extend(_Setting(key, value, _shorten(format_toml(value)), path) for key, value in named.items())
+    return settings
+
+
+def _apply(job: JobConfig, setting: _Setting, table: OptionTable) -> str | None:
+    """Set the option in `job` and return None, or leave it as it is and return the line that says why."""
+    if setting.value == {} and name_table(setting.key) in table.sections:
+        is_source = name_table(setting.key) == ANY_SOURCE
+        return f"{setting}: an empty source, give at least its dataset" if is_source else None
+    if table.find(setting.key) is None:
+        shown = setting if setting.shown else f"{_show_text(setting.key)} ({setting.source})"
+        return f"{shown}: {explain_absence(setting.key) or 'no such option' + table.suggest(setting.key)}"
+    if setting.key == CONFIG_FILE and setting.source != COMMAND_LINE:
+        return f"{setting}: allowed only on the command line"
+    allowed = table.set(job, setting.key, setting.value)
+    return None if allowed is None else f"{setting}: allowed is {allowed}"
+
+
+def _find_unnamed_sources(job: JobConfig, given: Mapping[str, bool]) -> Iterator[str]:
+    """A source whose corpus nobody has named is a slip of the pen in another one's name."""
+    for name in job.sources:
+        if f"{SOURCES}.{name}.dataset" not in given:
+            others = difflib.get_close_matches(name, [other for other in job.sources if other != name], n=1)
+            advice = f"did you mean {SOURCES}.{others[0]}?" if others else "name the corpus of this source"
+            yield f"{SOURCES}.{name}.dataset is not set: {advice}"
+
+
+def _mentions(line: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w])", line) is not None
+
+
+def _show_text(text: str) -> str:
+    """A word from the command line, quoted where it would not stand out as one."""
+    is_plain = text.isprintable() and text and " " not in text
+    return _shorten(text if is_plain else json.dumps(text))
+
+
+def _show_key(key: str) -> str:
+    """A key as TOML writes it: a quoted `"a.b"` is not section a, key b."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN_VALUE else f"{text[:LONGEST_SHOWN_VALUE]}..."

@@ -1,0 +1,121 @@
+"""All options of a run: one dataclass for each table of the TOML file.
+
+Precedence: the defaults of the sections < the TOML file (`--job.config_file`) < the command line (`--section.key value`). What
+an option needs stands beside it: its type and range, whether a resume may change it, when it has an effect (`types.option`), and
+what must hold between it and others (`Section.find_conflicts`). `flame.config.parse` reads, `flame.config.check` applies the
+rules, `flame.config.help` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from flame.config.data import Corpus, Source, Validation
+from flame.config.locations import find_beside_weights
+from flame.config.run import CHECKPOINT_FOLDER, Checkpoint, Comm, Job, Metrics, Model, ObjectiveChoice
+from flame.config.training import ActivationCheckpoint, Experimental, LRScheduler, Optimizer, Training
+from flame.config.types import Section
+
+S = TypeVar("S", bound=Section)
+
+SOURCES = "sources"
+ANY_SOURCE = f"{SOURCES}.NAME"
+"""Stands for each table `[sources.*]` in help and suggestions."""
+
+
+@dataclass(kw_only=True)
+class JobConfig:
+    """All options of a run."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    sources: dict[str, Source] = field(default_factory=dict)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
+    experimental: Experimental = field(default_factory=Experimental)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    comm: Comm = field(default_factory=Comm)
+    extensions: dict[str, Section] = field(default_factory=dict)
+    """Sections of objectives and data sources, by name."""
+    world_size: int = 1
+    """Processes of the run over all machines. No option: the launcher says it."""
+
+    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size")
+
+    def get(self, kind: type[S]) -> S:
+        """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""
+        found = self.extensions.setdefault(kind.section, kind())
+        assert isinstance(found, kind), f"two sections are called {kind.section}"
+        return found
+
+    @property
+    def corpora(self) -> dict[str, Source]:
+        """What is trained on, by option section ("training", or "sources.NAME" in the order of names)."""
+        if self.sources:
+            return {f"{SOURCES}.{name}": self.sources[name] for name in sorted(self.sources)}
+        chosen = {each.name: getattr(self.training, each.name) for each in fields(Corpus)}
+        return {"training": Source(**chosen)}
+
+    @property
+    def read_corpora(self) -> dict[str, Corpus]:
+        """What is read: `corpora`, and the validation's own."""
+        own: dict[str, Corpus] = {"validation": self.validation} if self.validation.dataset and self.validation.interval else {}
+        return {**self.corpora, **own}
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return Path(self.job.dump_folder) / CHECKPOINT_FOLDER
+
+    @property
+    def model_source(self) -> str:
+        """What `model.config` names or, where that is empty, what comes with the first weights; empty without those."""
+        return self.model.config or find_beside_weights(self.checkpoint.initial_load_path)
+
+    @property
+    def model_key(self) -> str:
+        """The option that `model_source` goes by."""
+        return "model.config" if self.model.config else "checkpoint.initial_load_path"
+
+    @property
+    def tokenizer_source(self) -> str:
+        """As `model_source`, for `model.tokenizer_path`."""
+        return self.model.tokenizer_path or find_beside_weights(self.checkpoint.initial_load_path)
+
+    def list_sections(self) -> Iterator[tuple[str, Section]]:
+        """Each table by name, in the order of the file."""
+        for each in fields(self):
+            if each.name == SOURCES:
+                yield from ((f"{SOURCES}.{name}", source) for name, source in self.sources.items())
+            elif each.name not in self.NO_SECTIONS:
+                yield each.name, getattr(self, each.name)
+        yield from self.extensions.items()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values: by section, and by source within "sources"."""
+        plain: dict[str, Any] = {}
+        for name, section in self.list_sections():
+            head, _, source = name.partition(".")
+            if source:
+                plain.setdefault(head, {})[source] = asdict(section)  # type: ignore[call-overload]  # every section is a dataclass
+            else:
+                plain[name] = asdict(section)  # type: ignore[call-overload]
+        return plain
+
+
+def list_core_sections() -> dict[str, type[Section]]:
+    """The sections that every run has, by name; `ANY_SOURCE` for those of a mixture."""
+    hints = get_type_hints(JobConfig)
+    return {
+        ANY_SOURCE if name == SOURCES else name: Source if name == SOURCES else kind
+        for name, kind in hints.items()
+        if name == SOURCES or (isinstance(kind, type) and issubclass(kind, Section))
+    }

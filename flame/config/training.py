@@ -1,0 +1,183 @@
+"""Options of the training loop, its arithmetic and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from flame.config.data import Corpus
+from flame.config.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    Seed,
+    When,
+    option,
+)
+
+if TYPE_CHECKING:
+    from flame.config.schema import JobConfig
+
+DEFAULT_SEPARATOR = "="
+FLOAT8_SIZE_STEP = 16
+"""Each size of an 8-bit matrix product must be a multiple of this."""
+
+
+@dataclass(kw_only=True)
+class Training(Corpus):
+    """The training loop, and its corpus unless there are `[sources.NAME]`."""
+
+    num_streams: PositiveInt = option(192, fixed=True)
+    """Logical streams that each corpus is dealt into. Must be a multiple of ranks x training.num_workers, and is fixed for the
+    life of a run: the order of the data depends on it and on the seed, not on the number of ranks or workers."""
+    num_workers: NonNegativeInt = 1
+    """Processes per rank that read, tokenize and pack. 0 does it in the training process."""
+
+    seq_len: PositiveInt = 8192
+    """Tokens in one packed sequence: the batch of one rank in one micro-step."""
+    context_len: PositiveInt = 4096
+    """Longest chunk of a document, in tokens. Longer documents are cut into chunks; none is dropped. At most training.seq_len."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Packed sequences per rank in one optimizer step."""
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    loss_on: Literal["all", "answer"] = option("all", fixed=True)
+    """Tokens that both losses count: all, or only those after the first training.answer_separator of their document. A chunk
+    that does not begin its document has lost its prompt and counts for nothing."""
+    answer_separator: str = option(DEFAULT_SEPARATOR, fixed=True, applies=When("loss_on", ("answer",)))
+    """Text of the one token that ends the prompt."""
+    max_norm: Annotated[float, Field(ge=0, json_schema_extra={"allows_infinity": True})] = 1.0
+    """Clip gradients to this global norm. 0 or inf does not clip."""
+    max_skipped_steps: PositiveInt = 10
+    """Stop after this many steps in a row whose loss or gradient norm is not finite. Such steps are skipped; 1 stops at the
+    first."""
+    deterministic: bool = False
+    """Use only deterministic GPU kernels: a resumed run then repeats to the bit. Slower. CPU runs always do."""
+    audit: bool = False
+    """Write which tokens of which documents were trained on to audit/ in job.dump_folder. flame-audit checks it."""
+    seed: Seed = option(42, fixed=True)
+    """Decides the initial weights, the order of the data and dropout."""
+
+    compile: bool = False
+    """Compile each decoder layer with torch.compile. Worth it on GPUs."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of parameters and activations in forward and backward on GPUs. Master weights and the reduction of gradients over
+    ranks are float32. CPUs use float32 throughout."""
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Groups of ranks that each hold a full sharded copy of the weights (HSDP). 1 is plain FSDP."""
+    data_parallel_shard_degree: Annotated[int, Field(ge=-1)] = -1
+    """Ranks over which the weights are sharded. -1 takes all that training.data_parallel_replicate_degree leaves."""
+    fsdp_reshard_after_forward: bool = True
+    """Free each layer's gathered weights after each of its two forwards. False gathers once a step for both forwards and the
+    backward, for two more bytes a parameter. One GPU, which holds all weights anyway, always does the latter."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and moments in host memory, and update them there. Slow; for models that do not fit."""
+    float8: bool = False
+    """Training matrix products of the decoder layers in 8-bit floats, forward and backward (torchao, row-wise scales). Needs
+    a GPU of compute capability 8.9 or above, and training.compile to be fast."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        if self.context_len > self.seq_len:
+            yield (
+                f"training.context_len = {self.context_len} is more than training.seq_len = {self.seq_len}: a chunk of a "
+                "document must fit in a packed sequence; lower the one or raise the other"
+            )
+        readers = job.world_size * max(1, self.num_workers)
+        if self.num_streams % readers:
+            yield (
+                f"training.num_streams = {self.num_streams} is not a multiple of ranks x workers = {job.world_size} x "
+                f"{max(1, self.num_workers)}: change training.num_workers or, for a new run, set num_streams to a multiple of "
+                f"{readers}"
+            )
+        yield from self._find_float8_conflicts()
+        yield from self._find_parallel_conflicts(job.world_size)
+
+    def _find_float8_conflicts(self) -> Iterator[str]:
+        if self.float8 and self.mixed_precision_param != "bfloat16":
+            yield (
+                f'training.float8 = true beside training.mixed_precision_param = "{self.mixed_precision_param}": set the one to '
+                'false or the other to "bfloat16"'
+            )
+        if self.float8 and self.seq_len % FLOAT8_SIZE_STEP:
+            yield (
+                f"training.float8 = true: training.seq_len = {self.seq_len} is not a multiple of {FLOAT8_SIZE_STEP}, which the "
+                "weights' gradients need: change it, or set float8 to false"
+            )
+
+    def _find_parallel_conflicts(self, world_size: int) -> Iterator[str]:
+        replicate, shard = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
+        if shard == 0:
+            yield "training.data_parallel_shard_degree = 0: allowed are -1 (all remaining ranks) and 1 or more"
+        elif shard > 0 and replicate * shard != world_size:
+            yield (
+                f"training.data_parallel_replicate_degree x data_parallel_shard_degree = {replicate} x {shard} is not the number "
+                f"of ranks, {world_size}: set shard to -1 to take all remaining ranks"
+            )
+        elif shard < 0 and world_size % replicate:
+            yield f"training.data_parallel_replicate_degree = {replicate} does not divide the number of ranks, {world_size}"
+
+
+@dataclass(kw_only=True)
+class Optimizer(Section):
+    """What updates the weights."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW."""
+    beta1: Probability = 0.9
+    """Decay of the first moment."""
+    beta2: Probability = 0.95
+    """Decay of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices. Norms, biases and embeddings have none."""
+    name: Literal["AdamW", "Muon"] = option("AdamW", fixed=True)
+    """"Muon" takes the matrices of the decoder layers, at the same learning rate (its updates are scaled to AdamW's size); all
+    else stays with AdamW."""
+    state_dtype: Literal["float32", "bfloat16"] = option("float32", fixed=True)
+    """Dtype of the optimizer's moments. "bfloat16" halves their memory, with stochastic rounding, so that small changes count."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        if self.name == "Muon" and job.experimental.freeze_lm_for_infonce:
+            yield (
+                'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true: Muon trains the decoder layers alone, '
+                'which are frozen; set it to "AdamW"'
+            )
+
+
+@dataclass(kw_only=True)
+class LRScheduler(Section):
+    """The learning rate over the run."""
+
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up. Shortened, with a warning, in a run of fewer steps."""
+    decay_ratio: Fraction | None = None
+    """Share of the steps, at the end, over which the rate decays. Unset: decay begins right after warm-up."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
+    """Shape of the decay."""
+    lr_min: Fraction = 0.1
+    """Learning rate at the end of the decay, which is one step after the last, as a fraction of optimizer.lr."""
+
+
+@dataclass(kw_only=True)
+class ActivationCheckpoint(Section):
+    """Less memory for more arithmetic."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing, the cheap half of each layer, or whole layers."""
+
+
+@dataclass(kw_only=True)
+class Experimental(Section):
+    """Options that may still change."""
+
+    freeze_lm_for_infonce: bool = option(False, fixed=True)
+    """Train the objective's own modules alone: the language model gets no gradient and no cross entropy is computed."""
+    custom_model_path: str = ""
+    """Python package (a folder with __init__.py) or module (a .py file) to import before the model is built. It registers its
+    architecture with transformers' AutoConfig and AutoModelForCausalLM."""

@@ -1,0 +1,235 @@
+"""Softmax cross entropy of rows of scores, and its gradient in place of the scores. Used by cross entropy and by InfoNCE.
+
+A row of scores z_j has one positive column o, its own: the label of a token, or the summary that belongs to an anchor. The
+columns in A count: the first `count`, without an excluded range and without columns whose key equals that of o. Column o
+always counts. With scale s,
+
+    loss = ln sum_{j in A} exp(s z_j) - s z_o,      d loss / d (s z_j) = exp(s z_j) / sum_{k in A} exp(s z_k) - [j = o].
+
+On CUDA a Triton kernel reads each row twice, the second time mostly from the L2 cache, and writes the gradient over the scores.
+Elsewhere plain PyTorch does the same out of place. Tests compare the kernel with it.
+
+Shape legend: c rows, n columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK_BYTES = 2**31
+ROW_TILE = 128  # rows of a tile in a matrix product
+
+
+class RowSums(NamedTuple):
+    """Results per row [c], float32 or wider; 0 in rows without own column."""
+
+    loss: Tensor
+    own_score: Tensor
+    """z_o"""
+    is_best: Tensor
+    """1 where z_o is strictly above every other allowed score."""
+    grad_scale: Tensor
+    """d loss / d s"""
+    counted: Tensor
+    """Size of A, including the own column."""
+
+
+def softmax_rows_(
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> RowSums:
+    """Replace scores by the gradient of each row's loss with respect to `scale * scores`, in the dtype of the scores.
+
+    Args:
+        scores: [c, n], each row contiguous. All arithmetic is in float32 or wider.
+        own: int64 [c], own column of each row. A negative one excludes the row: its loss and gradient are 0. An own column >=
+            `count` or >= n makes the loss NaN.
+        scale: 0-d, s.
+        count: 0-d integer, number of leading columns that count; None means all. Own columns must be among them.
+        excluded: int64 [c] and [c], first and last column of a range that does not count for a row, except its own column. An
+            empty range has last < first. None excludes nothing.
+        keys: integers [n] and [c] of the same dtype: key of each column, and of each row's own column. Other columns with that
+            key do not count for the row. A narrow dtype saves memory traffic. None excludes nothing.
+    """
+    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded, keys)
+
+
+def _define(
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> RowSums:
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    columns = torch.arange(scores.shape[1], device=scores.device)[None, :]
+    limit = scores.shape[1] if count is None else count
+    has_own = (own >= 0) & (own < limit)
+    is_own = columns == own[:, None]
+    counts = torch.ones_like(is_own) if count is None else (columns < count).expand_as(is_own)
+    if excluded is not None:
+        first, last = excluded
+        counts = counts & ((columns < first[:, None]) | (columns > last[:, None]) | is_own)
+    if keys is not None:
+        column_keys, own_keys = keys
+        counts = counts & ((column_keys[None, :] != own_keys[:, None]) | is_own)
+
+    logits = torch.where(counts, wide * scale, -torch.inf)
+    own_score = torch.where(is_own, wide, 0.0).sum(dim=-1)
+    lse = logits.logsumexp(dim=-1)
+    best_other = torch.where(is_own, -torch.inf, logits).amax(dim=-1)
+    grad = torch.where(has_own[:, None], torch.exp(logits - lse[:, None]) - is_own.to(wide.dtype), 0.0)
+    grad_scale = (grad * torch.where(counts, wide, 0.0)).sum(dim=-1)
+    scores.copy_(grad)
+    is_best = own_score * scale > best_other
+    loss = torch.where(has_own, lse - own_score * scale, torch.where(own < 0, 0.0, torch.nan))
+    counted = counts.sum(dim=-1).to(wide.dtype)
+    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in (own_score, is_best, grad_scale, counted)))
+
+
+@triton.jit
+def _add_block(best, total, score, log2_scale):
+    """Add a block of scores to a row's running maximum and its sum of exp2(log2_scale * (score - maximum))."""
+    new_best = tl.maximum(best, tl.max(score, axis=0))
+    block_total = tl.sum(tl.exp2((score - new_best) * log2_scale), axis=0)
+    return new_best, total * tl.exp2((best - new_best) * log2_scale) + block_total
+
+
+@triton.jit
+def _softmax_rows_kernel(
+    scores_ptr, row_stride, own_ptr, scale_ptr, count_ptr, first_ptr, last_ptr, keys_ptr, own_keys_ptr, sums_ptr, rows, columns,
+    HAS_COUNT: tl.constexpr, HAS_EXCLUDED: tl.constexpr, HAS_KEYS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per row. sums [5, c] float32: loss, own score, is best, gradient by the scale, columns counted.
+
+    Full blocks are loaded without a mask, since a mask prevents wide loads. The last, partial block is loaded separately. The
+    own score is overwritten by one that never counts, so that the loops need no test for it.
+    """
+    row = tl.program_id(0)
+    row_ptr = scores_ptr + row.to(tl.int64) * row_stride
+    own = tl.load(own_ptr + row)
+    offsets = tl.arange(0, BLOCK)
+    nothing: tl.constexpr = -1e30  # its exponential is 0; finite, since 0 * infinity would be NaN
+
+    limit = columns
+    if HAS_COUNT:
+        limit = tl.load(count_ptr).to(tl.int32)
+    has_own = (own >= 0) & (own < limit)
+    fault = tl.where(own < 0, 0.0, float("nan"))  # loss of a row without own column, or with one that does not count
+    limit = tl.where(has_own, limit, 0)
+    whole = limit // BLOCK * BLOCK
+
+    log2_scale = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
+    own_score = tl.load(row_ptr + own, mask=has_own, other=0.0).to(tl.float32)
+    first = own
+    last = own
+    if HAS_EXCLUDED:
+        first = tl.load(first_ptr + row)
+        last = tl.load(last_ptr + row)
+    if HAS_KEYS:
+        own_key = tl.load(own_keys_ptr + row)
+        shown = tl.zeros([BLOCK], tl.int32)
+    else:
+        left_out = tl.maximum(tl.minimum(last, limit - 1) - tl.maximum(first, 0) + 1, 0)
+        counted = limit - left_out + tl.where((own >= first) & (own <= last), 1, 0)
+        tl.store(sums_ptr + 4 * rows + row, tl.where(has_own, counted, 0).to(tl.float32))
+    tl.debug_barrier()
+    tl.store(row_ptr + own, nothing, mask=has_own)
+    tl.debug_barrier()
+
+    best = own_score * 0.0 + nothing  # of the other columns
+    total = own_score * 0.0
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        column = start + offsets
+        score = tl.load(row_ptr + column).to(tl.float32)
+        if HAS_EXCLUDED:
+            score = tl.where((column >= first) & (column <= last), nothing, score)
+        if HAS_KEYS:
+            score = tl.where(tl.load(keys_ptr + column) == own_key, nothing, score)
+            shown += (score > 0.5 * nothing).to(tl.int32)
+        best, total = _add_block(best, total, score, log2_scale)
+    tail = whole + offsets
+    tail_score = tl.load(row_ptr + tail, mask=tail < limit, other=nothing).to(tl.float32)
+    if HAS_EXCLUDED:
+        tail_score = tl.where((tail >= first) & (tail <= last), nothing, tail_score)
+    if HAS_KEYS:
+        tail_score = tl.where(tl.load(keys_ptr + tail, mask=tail < limit, other=0) == own_key, nothing, tail_score)
+        shown += (tail_score > 0.5 * nothing).to(tl.int32)
+    best, total = _add_block(best, total, tail_score, log2_scale)
+    if HAS_KEYS:
+        tl.store(sums_ptr + 4 * rows + row, tl.where(has_own, tl.sum(shown, axis=0) + 1, 0).to(tl.float32))
+
+    top = tl.maximum(best, own_score)
+    total = total * tl.exp2((best - top) * log2_scale) + tl.exp2((own_score - top) * log2_scale)
+    log2_total = tl.log2(total)
+    own_prob = tl.exp2((own_score - top) * log2_scale - log2_total)
+    shift = top * log2_scale + log2_total
+
+    # In reverse order, since the blocks read last are still in the cache.
+    tail_prob = tl.where(tail < limit, tl.exp2(tail_score * log2_scale - shift), 0.0)
+    grad_scale = tail_prob * tail_score
+    tl.store(row_ptr + tail, tail_prob.to(scores_ptr.dtype.element_ty), mask=tail < columns)
+    for block in tl.range(0, whole // BLOCK, num_stages=STAGES):
+        column = whole - (block + 1) * BLOCK + offsets
+        score = tl.load(row_ptr + column).to(tl.float32)
+        if HAS_EXCLUDED:
+            score = tl.where((column >= first) & (column <= last), nothing, score)
+        if HAS_KEYS:
+            score = tl.where(tl.load(keys_ptr + column) == own_key, nothing, score)
+        prob = tl.exp2(score * log2_scale - shift)
+        grad_scale += prob * score
+        tl.store(row_ptr + column, prob.to(scores_ptr.dtype.element_ty))
+    for start in tl.range(whole + BLOCK, columns, BLOCK):
+        column = start + offsets
+        tl.store(row_ptr + column, tl.zeros([BLOCK], scores_ptr.dtype.element_ty), mask=column < columns)
+
+    tl.debug_barrier()
+    tl.store(row_ptr + own, (own_prob - 1.0).to(scores_ptr.dtype.element_ty), mask=has_own)
+    loss = (log2_total - (own_score - top) * log2_scale) * 0.6931471805599453
+    tl.store(sums_ptr + row, tl.where(has_own, loss, fault))
+    tl.store(sums_ptr + rows + row, own_score)
+    tl.store(sums_ptr + 2 * rows + row, tl.where(has_own & (own_score > best), 1.0, 0.0))
+    by_scale = tl.sum(grad_scale, axis=0) + (own_prob - 1.0) * own_score
+    tl.store(sums_ptr + 3 * rows + row, tl.where(has_own, by_scale, 0.0))
+
+
+BLOCK = 2048
+NUM_WARPS = 4
+STAGES = 3
+
+
+def _launch(
+    scores: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    count: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> RowSums:
+    rows, columns = scores.shape
+    assert scores.stride(1) == 1
+    sums = torch.empty(5, rows, dtype=torch.float32, device=scores.device)
+    first, last = excluded if excluded is not None else (own, own)
+    column_keys, own_keys = keys if keys is not None else (own, own)
+    _softmax_rows_kernel[(rows,)](
+        scores, scores.stride(0), own, scale, own if count is None else count, first, last, column_keys, own_keys, sums,
+        rows, columns, HAS_COUNT=count is not None, HAS_EXCLUDED=excluded is not None, HAS_KEYS=keys is not None,
+        BLOCK=BLOCK, STAGES=STAGES, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return RowSums(*sums)
+
+
+def count_chunk_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk whose scores take about `CHUNK_BYTES`: a multiple of `ROW_TILE`. Only the last chunk may have fewer."""
+    chunks = -(-rows * columns * dtype.itemsize // CHUNK_BYTES)
+    return -(-max(rows, 1) // (max(chunks, 1) * ROW_TILE)) * ROW_TILE

@@ -1,0 +1,1 @@
+"""The method for a model that is already loaded: `from flame import ...`, described in docs/library.md."""

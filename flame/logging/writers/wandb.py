@@ -1,0 +1,81 @@
+"""Writes to Weights & Biases. A resumed run keeps its identity, so that its curves continue."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+from flame.errors import UserError
+from flame.logging.writers.base import MetricWriter, RunIdentity
+from flame.runtime.signals import signals_blocked
+
+WANDB_ID_FILE = "wandb_id.txt"
+
+
+class WandbWriter(MetricWriter):
+    """Enabled by `metrics.enable_wandb`. Follows WANDB_PROJECT, WANDB_RUN_NAME and WANDB_MODE in the environment."""
+
+    name: ClassVar[str] = "wandb"
+
+    def __init__(self, run: RunIdentity):
+        self._id = _keep_id(run.folder, run.service_id)
+        self._run = _start(run, self._id)
+
+    @property
+    def service_id(self) -> str:
+        return self._id
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Finish writing. Waits for the upload if online."""
+        self._run.finish()
+
+
+def _start(identity: RunIdentity, wandb_id: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"metrics.enable_wandb = true: {error}; pip install wandb, or set metrics.enable_wandb = false"
+        ) from error
+    # An empty stdin, since wandb would ask for a login on a terminal while the other ranks wait.
+    stdin = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            with signals_blocked():  # wandb's process must survive a request to stop that is sent to all processes
+                run = wandb.init(
+                    id=wandb_id,
+                    resume="allow",
+                    project=os.environ.get("WANDB_PROJECT") or "flame",
+                    name=os.environ.get("WANDB_RUN_NAME") or identity.folder.resolve().name,
+                    notes=identity.description or None,
+                    config=identity.options,
+                    dir=str(identity.folder),
+                    settings=wandb.Settings(silent=True, console="off"),
+                )
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"metrics.enable_wandb = true: wandb does not start ({reason}); "
+                "set WANDB_MODE=offline in the environment, or metrics.enable_wandb = false"
+            ) from error
+        finally:
+            sys.stdin = stdin
+    # wandb's own step count cannot go back, but a resumed run repeats steps. So "step" is a metric.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _keep_id(folder: Path, saved: str | None) -> str:
+    """Identity of the run: from its folder, else from the checkpoint, else a new one. Stored in the folder."""
+    path = folder / WANDB_ID_FILE
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        known = saved or uuid.uuid4().hex[:12]
+        path.write_text(known + "\n")
+    return known

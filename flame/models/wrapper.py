@@ -1,0 +1,68 @@
+"""The module that is trained: a causal language model together with the objective that uses its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flame.attention.backends import AttentionBackend
+from flame.data.batch import PackedBatch
+
+T = TypeVar("T")
+
+
+class TrainingModel(nn.Module):
+    """Owns every parameter. It is the root module of FSDP.
+
+    Args:
+        lm: the language model.
+        backend: runs the family's layers on packed sequences.
+        objective: a `flame.objectives.base.Objective`; None for next-token prediction alone.
+    """
+
+    def __init__(self, lm: PreTrainedModel, backend: AttentionBackend, objective: nn.Module | None = None):
+        super().__init__()
+        self.lm = lm
+        self.objective = objective
+        self._backend = backend
+
+    def forward(self, step: Callable[..., T], *args: Any) -> T:
+        """Run `step(self, *args)` with the root's weights gathered.
+
+        FSDP gathers weights when a module's forward is entered. A step reads the output embedding and may run the network
+        twice, so all of it has to happen inside this one forward.
+        """
+        return step(self, *args)
+
+    def encode_past(self, batch: PackedBatch) -> Tensor:
+        """Causal forward: final hidden states [T, d]."""
+        return self._backend.encode_past(self.lm, batch)
+
+    def encode_future(self, batch: PackedBatch, window_k: int = 0, network: PreTrainedModel | None = None) -> Tensor:
+        """Anti-causal forward: summaries [T, d] of each position's future.
+
+        Args:
+            window_k: tokens that each layer attends ahead; 0 is up to the end of the document.
+            network: network of the same family that runs the pass; None is the language model.
+        """
+        return self._backend.encode_future(self.lm if network is None else network, batch, window_k)
+
+    def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
+        """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""
+        return self._backend.encode_past(part, batch, embeddings)
+
+    def embed_tokens(self, batch: PackedBatch) -> Tensor:
+        """Input embeddings [T, d]."""
+        return self.lm.get_input_embeddings()(batch.input_ids)[0]
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """[V, d]."""
+        return self.lm.get_output_embeddings().weight
+
+    def describe_attention(self) -> str:
+        """Name of the attention backend, for the log."""
+        return self._backend.describe()

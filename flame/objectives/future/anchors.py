@@ -1,0 +1,72 @@
+"""Anchors: the positions of a packed sequence that predict a summary, and the positions of their targets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flame.attention.masks import count_anchors, draw_anchors, find_anchors, find_neighbors, round_up_to_bucket
+from flame.data.batch import NO_LABEL, PackedBatch
+from flame.objectives.future.options import FutureOptions
+from flame.runtime.seeds import derive_seed
+
+
+class Anchors(NamedTuple):
+    """n positions of a packed sequence of T tokens. Those that are not valid are padding."""
+
+    positions: Tensor | None
+    """int64 [n], ascending; None is all T."""
+    is_valid: Tensor
+    """bool [n]"""
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """[T, ...] -> [n, ...], the rows at the anchors."""
+        return rows if self.positions is None else rows[self.positions]
+
+    def pick_ahead(self, rows: Tensor, shift: int) -> Tensor:
+        """[T, ...] -> [n, ...], the rows `shift` after the anchors; arbitrary rows for padding."""
+        if self.positions is None:
+            return torch.cat([rows[shift:], rows[:shift]])
+        return rows[(self.positions + shift) % len(rows)]
+
+
+def select_anchors(batch: PackedBatch, options: FutureOptions, bucket: int, seed: int) -> Anchors:
+    """Select the positions that have a target. If only answers count, the next token must also be part of an answer.
+
+    Args:
+        bucket: n, at least `find_anchor_bucket`.
+        seed: the run's; used to draw n if there are more.
+    """
+    is_valid = find_anchors(batch.segment_ids[0], options.target_shift)
+    if batch.answers_only:
+        is_valid = is_valid & (batch.labels[0] != NO_LABEL)
+    if bucket == len(is_valid):
+        return Anchors(None, is_valid)
+    return Anchors(*draw_anchors(is_valid, bucket, derive_seed(seed, batch.sequence_index)))
+
+
+def find_anchor_bucket(batch: PackedBatch, options: FutureOptions) -> int:
+    """Padded number of anchors: T, or a smaller bucket if only some tokens can be anchors. Does not wait for the device."""
+    total = batch.input_ids.shape[1]
+    bucket = min(options.max_anchors or total, total)
+    if batch.answers_only:
+        count = count_anchors(batch.cu_seqlens, options.target_shift, bucket, batch.chunk_labels)
+        bucket = round_up_to_bucket(count, bucket)
+    return bucket
+
+
+def find_excluded(batch: PackedBatch, anchors: Anchors, distance: int) -> tuple[Tensor, Tensor] | None:
+    """For each anchor, the range of anchors that are excluded from its negatives: those at most `distance` away in its document.
+
+    Returns:
+        first and last excluded anchor, int64 [n] each; None for a distance of 0.
+    """
+    if not distance:
+        return None
+    first, last = find_neighbors(batch.segment_ids[0], distance)
+    if anchors.positions is None:
+        return first, last
+    first, last = anchors.pick(first), anchors.pick(last)
+    return torch.searchsorted(anchors.positions, first), torch.searchsorted(anchors.positions, last, side="right") - 1

@@ -1,0 +1,284 @@
+"""The future loss: every position predicts a summary of its own future.
+
+    F = anti-causal forward, strictly-future attention inside each document, without gradient      (labels)
+    h = causal forward                                                                             (with gradient)
+    loss_t = InfoNCE( predictor(h_t), F_{t+s}; negatives: the summaries of other anchors )          s = target_shift
+
+`prepare` makes the summaries, `loss` compares predictions with them. Summaries are labels and carry no gradient. The language
+model learns through the causal forward alone, predictor and estimator through the loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flame.attention.backends import is_recurrent
+from flame.attention.masks import count_anchors
+from flame.data.batch import PackedBatch
+from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
+from flame.models.causal_lm import build_on_meta, find_decoder_layers
+from flame.models.estimators import ESTIMATORS
+from flame.models.flops import ModelFlops, count_matrix_weights, measure_lengths, measure_suffixes
+from flame.models.future_predictor import FuturePredictorHead
+from flame.models.mi_estimator import build_mi_estimator, read_temperature
+from flame.models.wrapper import TrainingModel
+from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup
+from flame.objectives.future.anchors import Anchors, find_anchor_bucket, find_excluded, select_anchors
+from flame.objectives.future.duplicates import hash_futures
+from flame.objectives.future.negatives import GlobalCandidates, LocalCandidates, agree_on_size, gather_candidates
+from flame.objectives.future.options import TAUGHT, FutureOptions, PredictorOptions
+from flame.objectives.future.representations import ProbeSample, measure_representations
+from flame.objectives.future.summaries import find_horizon, shuffle_valid, summarize
+from flame.runtime.measures import Last, Mean, Measures
+from flame.runtime.seeds import derive_seed
+
+CARD_OPTIONS = (
+    "loss_weight",
+    "target",
+    "target_shift",
+    "future_k",
+    "temperature",
+    "learnable_temperature",
+)
+"""Options that the model card shows."""
+PREDICTOR_DRAW, ESTIMATOR_DRAW, TEACHER_DRAW = 1, 2, 4
+"""Numbers of the random draws of its modules: each has its own seed, so its weights do not depend on the others."""
+
+
+class Prepared(NamedTuple):
+    """The anchors of one packed sequence, and the candidates that their predictions are compared with."""
+
+    anchors: Anchors
+    candidates: LocalCandidates | GlobalCandidates
+
+
+class FutureObjective(Objective):
+    """Predictor, estimator and, if the language model does not make the summaries itself, the network that does."""
+
+    name: ClassVar[str] = "future"
+    Options: ClassVar[type[FutureOptions]] = FutureOptions
+    count_metric: ClassVar[str | None] = "anchors"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        assert isinstance(setup.options, FutureOptions)
+        self.options = options = setup.options
+        self.predictor_options = head = setup.get(PredictorOptions)
+        config = setup.lm.config
+        teacher = None
+        if options.target in TAUGHT:
+            teacher = build_on_meta(config, setup.device_type, setup.attention).requires_grad_(False)
+        self._fp8: Fp8Switch | None = None
+        if options.precision == "fp8" and options.target not in ("mean_embedding", "causal"):
+            check_fp8(setup.device_type)
+            self._fp8 = install_fp8(find_decoder_layers(setup.lm if teacher is None else teacher))
+        with torch.device("meta"):
+            size = options.projection_dim or config.hidden_size
+            self.predictor = FuturePredictorHead(config.hidden_size, head.head_type, head.dropout, size)
+            self.estimator = build_mi_estimator(
+                options.estimator_type,
+                config.hidden_size,
+                options.temperature,
+                options.learns_temperature,
+                options.projection_dim,
+            )
+        self.teacher = teacher
+
+    # ---------------------------------------------------------------- at the start
+
+    @classmethod
+    def find_model_conflicts(cls, options: FutureOptions, config: PretrainedConfig) -> Iterator[str]:  # type: ignore[override]
+        if options.projection_dim and options.projection_dim >= config.hidden_size:
+            yield (
+                f"future_encoder.projection_dim = {options.projection_dim} is no less than the model's hidden_size = "
+                f"{config.hidden_size}: set it to 0 to compare in the model's width"
+            )
+        if is_recurrent(config):
+            what = f'model_type "{config.model_type}" reads reversed documents'
+            if options.target_shift == 0:
+                yield f"future_encoder.target_shift = 0: {what}, whose summaries hold their own token: set it to 1 or more"
+            if options.future_k:
+                yield f"future_encoder.future_k = {options.future_k}: {what} and has no window: set it to 0"
+
+    def initialize(self, draw: Callable[[nn.Module, int], None]) -> None:
+        draw(self.predictor, PREDICTOR_DRAW)
+        draw(self.estimator, ESTIMATOR_DRAW)
+        if self.teacher is not None:
+            draw(self.teacher, TEACHER_DRAW)
+
+    def load_teacher(self, backbone: TrainingModel) -> None:
+        self._move_average(backbone, decay=0.0)
+
+    def list_parameter_groups(self) -> Sequence[ParameterGroup]:
+        scale, decay = self.predictor_options.lr_scale, self.predictor_options.weight_decay
+        return [ParameterGroup("predictor.", scale, decay), ParameterGroup("estimator.", scale, decay)]
+
+    def list_layer_stacks(self) -> Sequence[LayerStack]:
+        return [] if self.teacher is None else [LayerStack(find_decoder_layers(self.teacher), is_trained=False)]
+
+    def list_compiled(self) -> Sequence[nn.Module]:
+        return [self.predictor]
+
+    def find_future_pass(self) -> FuturePass | None:
+        if self.options.target in ("mean_embedding", "causal"):
+            return None
+        return FuturePass(self.options.future_k, self.teacher)
+
+    # ---------------------------------------------------------------- in a step
+
+    def count(self, batch: PackedBatch) -> int:
+        return count_anchors(batch.cu_seqlens, self.options.target_shift, self.options.max_anchors, batch.chunk_labels)
+
+    def prepare_step(
+        self, backbone: TrainingModel, batches: Sequence[PackedBatch]
+    ) -> Sequence[GlobalCandidates] | Sequence[None]:
+        """The candidates of the whole step, for each packed sequence; None if only the sequence's own are used."""
+        if self.options.negatives == "local" or not ESTIMATORS[self.options.estimator_type].has_negatives:
+            return [None] * len(batches)
+        bucket = max(find_anchor_bucket(batch, self.options) for batch in batches)
+        if batches[0].answers_only:
+            bucket = agree_on_size(bucket, batches[0].input_ids.device)
+        return gather_candidates([backbone(self._collect_candidates, batch, self._select(batch, bucket)) for batch in batches])
+
+    def prepare(self, backbone: TrainingModel, batch: PackedBatch, prepared: GlobalCandidates | None) -> Prepared:
+        bucket = find_anchor_bucket(batch, self.options) if prepared is None else prepared.size
+        anchors = self._select(batch, bucket)
+        return Prepared(anchors, prepared or self._collect_candidates(backbone, batch, anchors))
+
+    def loss(
+        self,
+        backbone: TrainingModel,
+        hidden_states: Tensor,
+        batch: PackedBatch,
+        prepared: Prepared,
+        *,
+        with_sample: bool = False,
+    ) -> AuxLoss:
+        anchors = prepared.anchors
+        if self.predictor_options.input == "embedding":
+            hidden_states = backbone.embed_tokens(batch).detach()
+        inputs = anchors.pick(hidden_states)
+        predictions = self.predictor(inputs)
+        excluded = find_excluded(batch, anchors, self.options.exclude_neighbors)
+        candidates = prepared.candidates.list_candidates(excluded)
+        aux = self.estimator.compare_with(predictions, anchors.is_valid, candidates)
+        if not with_sample:
+            return aux
+        positions = torch.arange(len(inputs), device=inputs.device) if anchors.positions is None else anchors.positions
+        targets = candidates.summaries[candidates.own]
+        return aux._replace(sample=ProbeSample(inputs.detach(), predictions.detach(), targets, positions, anchors.is_valid))
+
+    def after_step(self, backbone: TrainingModel) -> None:
+        self.estimator.limit_temperature()
+        self._move_average(backbone, self.options.ema_decay)
+
+    def _select(self, batch: PackedBatch, bucket: int) -> Anchors:
+        return select_anchors(batch, self.options, bucket, self.setup.seed)
+
+    @torch.no_grad()
+    def summarize(self, backbone: TrainingModel, batch: PackedBatch) -> Tensor:
+        """Summaries [T, d], detached. Where only answers count, those in prompts may be anything."""
+        with self._fp8.on() if self._fp8 is not None else nullcontext():
+            return summarize(backbone, batch, self.options, self.teacher).detach()
+
+    def _collect_candidates(self, backbone: TrainingModel, batch: PackedBatch, anchors: Anchors) -> LocalCandidates:
+        """Summaries that the anchors of a packed sequence predict, one row each. They are also the negatives of one another."""
+        options = self.options
+        summaries = self.summarize(backbone, batch)
+        with torch.no_grad():
+            targets = anchors.pick_ahead(summaries, options.target_shift)
+            keys = None
+            if options.exclude_duplicates:
+                horizon = find_horizon(options, backbone.lm.config)
+                hashes = hash_futures(batch.input_ids[0], batch.segment_ids[0], horizon)
+                keys = anchors.pick_ahead(hashes, options.target_shift)
+            if options.target == "shuffled":
+                order = shuffle_valid(anchors.is_valid, derive_seed(self.setup.seed, batch.sequence_index))
+                targets, keys = targets[order], None if keys is None else keys[order]
+            return LocalCandidates(self.estimator.encode_targets(targets), anchors.is_valid, keys)
+
+    @torch.no_grad()
+    def _move_average(self, backbone: TrainingModel, decay: float) -> None:
+        """Update the running average of the weights: decay * average + (1 - decay) * language model."""
+        if self.teacher is not None and self.options.target == "ema":
+            averages, weights = _list_local(self.teacher), _list_local(backbone.lm)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    # ---------------------------------------------------------------- what is reported
+
+    def count_flops(self, batch: PackedBatch, model: ModelFlops) -> AuxFlops:
+        """FLOPs of the anti-causal forward, the predictor and the comparison.
+
+        If only answers count, the forward covers the answer suffixes. With N anchors and K candidates, InfoNCE costs 4 N K d,
+        and a bilinear score 6 N d^2 more. The projection of summaries is not counted.
+        """
+        return AuxFlops(self._count_summaries(batch, model), self._count_comparison(batch))
+
+    def _count_summaries(self, batch: PackedBatch, model: ModelFlops) -> float:
+        if self.options.target == "mean_embedding":
+            return 0.0
+        lengths = measure_lengths(batch)
+        if self.options.target == "causal":
+            return model.count_causal_forward(lengths)
+        if batch.answers_only:
+            lengths = measure_suffixes(batch)
+        return model.count_future_forward(lengths, self.options.future_k)
+
+    def _count_comparison(self, batch: PackedBatch) -> float:
+        options, total = self.options, batch.input_ids.shape[1]
+        chunk_labels = batch.chunk_labels if batch.answers_only else None
+        anchors = count_anchors(batch.cu_seqlens, options.target_shift, options.max_anchors, chunk_labels)
+        predictions = anchors if batch.answers_only else min(total, options.max_anchors or total)
+        packs = self.setup.packs_per_step if options.negatives == "global" else 1
+        compared = self.estimator.count_flops(anchors, anchors * packs)
+        return float(6 * count_matrix_weights(self.predictor) * predictions + compared)
+
+    def read_metrics(self, compute_dtype: torch.dtype) -> Measures:
+        temperature = read_temperature(self.estimator, compute_dtype)
+        return {} if temperature is None else {"temperature": Last(temperature)}
+
+    def measure_sample(self, sample: ProbeSample, batch: PackedBatch, seed: int) -> dict[str, Mean]:
+        return measure_representations(sample, batch, self.options.target_shift, seed)
+
+    def describe_metrics(self, values: Mapping[str, float], prefix: str = "") -> str:
+        loss, bound = values.get(f"{prefix}aux_loss"), values.get(f"{prefix}mi_lower_bound")
+        accuracy = values.get(f"{prefix}infonce_accuracy")
+        chance = f" (ln N {loss + bound:5.2f})" if loss is not None and bound is not None and not prefix else ""
+        return chance + (f" · top-1 {100 * accuracy:5.1f}%" if accuracy is not None else "")
+
+    def list_exported(self) -> Sequence[str]:
+        return ["predictor.", "estimator."]
+
+    def describe_training(self) -> str:
+        options = self.options
+        shown = {name: getattr(options, name) for name in CARD_OPTIONS}
+        return (
+            "Beside next-token prediction, each position learned to predict a summary of its own future: "
+            f"{options.estimator_type}, {self.predictor_options.head_type} predictor, "
+            + ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
+            + "."
+        )
+
+    def describe_modules(self) -> str:
+        return (
+            "the modules that predicted summaries of the future during training: `predictor.*` maps a hidden state to a "
+            "prediction of its future, `estimator.*` scores the prediction"
+        )
+
+    def explain_no_count(self) -> str:
+        return (
+            "no position has a target, so the future loss teaches nothing. A target needs future_encoder.target_shift = "
+            f"{self.options.target_shift} more tokens of its document (or answer): lower it, or check why documents are so short"
+        )
+
+
+def _list_local(network: PreTrainedModel) -> list[Tensor]:
+    return [each.to_local() if isinstance(each, DTensor) else each for each in network.parameters()]

@@ -1,0 +1,104 @@
+"""Processes, devices and the device mesh of a run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from flame.config.training import Training
+from flame.errors import UserError
+from flame.runtime.torchtitan import ParallelDims, ParallelismConfig
+
+
+def set_single_process_defaults() -> None:
+    """Make `python -m flame.train` without torchrun a run of one process. Port 0 makes the system choose a free port."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(key, value)
+
+
+def get_world_size() -> int:
+    """Number of processes of the run. Works before the process group exists."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def get_rank() -> int:
+    """Rank of this process in the run. Works before the process group exists."""
+    return int(os.environ["RANK"])
+
+
+def start_processes(training: Training, timeout_seconds: int) -> tuple[torch.device, DeviceMesh]:
+    """Join the process group and build the mesh.
+
+    Args:
+        timeout_seconds: `comm.timeout_seconds`.
+
+    Raises:
+        UserError: there are more processes on this machine than GPUs.
+
+    Returns:
+        this process's device, and the mesh to shard over: one-dimensional (FSDP), or replicate x shard (HSDP).
+    """
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first CUDA context is made
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property; slow
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError(f"NGPU asks for more processes than this machine has GPUs, {torch.cuda.device_count()}: lower it")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # Gloo beside NCCL: counts on the CPU are summed there, without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+    dims = ParallelDims.from_config(
+        ParallelismConfig(
+            data_parallel_replicate_degree=training.data_parallel_replicate_degree,
+            data_parallel_shard_degree=training.data_parallel_shard_degree,
+            spmd_backend="partial_dtensor",
+        ),
+        get_world_size(),
+    )
+    axes = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]
+    return device, dims.get_mesh(axes)
+
+
+def get_gpu() -> int | None:
+    """The GPU that this thread uses; None without one."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def use_gpu(gpu: int | None) -> None:
+    """To be called first in a new thread, with the main thread's `get_gpu`. Otherwise the thread would use the first GPU."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+
+
+def end_processes() -> None:
+    """Leave the process group together: the launcher kills the other ranks when one ends early."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def sum_over_ranks(*numbers: int) -> list[int]:
+    """Sum each integer over all ranks, exactly, in one collective call."""
+    totals = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def check_same_on_all_ranks(name: str, number: int) -> None:
+    """Check that a number is the same on all ranks, such as the number of documents that each one sees.
+
+    Raises:
+        UserError: the number differs.
+    """
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise UserError(f"{name} differs between ranks: {', '.join(map(str, numbers))}; give all machines the same data")

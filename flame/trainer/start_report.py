@@ -1,0 +1,65 @@
+"""Log lines about a run before its first step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from flame.config.schema import JobConfig
+from flame.data.mixture import Mixture
+from flame.models.config_keys import list_unknown_keys
+from flame.models.wrapper import TrainingModel
+from flame.runtime.distributed import get_world_size
+from flame.trainer.options import list_idle_options
+from flame.trainer.setup import build_weight_schedule
+from flame.trainer.validation import Validator
+
+logger = logging.getLogger("flame")
+
+
+def report_start(
+    config: JobConfig, model: TrainingModel, mixture: Mixture, validator: Validator | None, device: torch.device, start_step: int
+) -> None:
+    """Log the model, the data, the options without effect, the run's folder and the first step."""
+    training, world_size = config.training, get_world_size()
+    parameters = sum(parameter.numel() for parameter in model.lm.parameters())
+    if config.job.description:
+        logger.info(config.job.description)
+    logger.info(
+        "%s with %.1fM parameters on %d x %s, attention by %s",
+        model.lm.config.model_type,
+        parameters / 1e6,
+        world_size,
+        device.type,
+        model.describe_attention(),
+    )
+    logger.info("%d tokens a step, from", training.seq_len * training.gradient_accumulation_steps * world_size)
+    for line in mixture.describe():
+        logger.info("  %s", line)
+    if validator is not None:
+        logger.info("validation: %d held-out sequences each %d steps", validator.num_sequences, config.validation.interval)
+        for name in validator.unread_sources:
+            logger.warning(
+                'validation: none of them is of source "%s", whose held-out documents have fewer than training.seq_len = %d '
+                "tokens, or validation.num_sequences = %d leaves it no turn: it gets no validation_ce_loss/%s",
+                name,
+                training.seq_len,
+                config.validation.num_sequences,
+                name,
+            )
+    source = config.model.config
+    if not config.checkpoint.initial_load_path and list(Path(source).glob("*.safetensors")):
+        logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
+    if unused := list_idle_options(config):
+        logger.info("without effect in this run: %s", ", ".join(unused))
+    if unknown := list_unknown_keys(model.lm.config):
+        own, names = type(model.lm.config).__name__, ", ".join(unknown)
+        logger.info("the model's configuration has keys that %s lacks, and that most likely nothing reads: %s", own, names)
+    schedule = build_weight_schedule(config)
+    if schedule.loss_weight and not schedule.reaches_weight():
+        logger.warning("loss_weight = %s is not reached: warm-up and decay leave no step between", schedule.loss_weight)
+    logger.info("run folder: %s", Path(config.job.dump_folder))
+    if start_step:
+        logger.info("resumed after step %d of %d", start_step, training.steps)

@@ -1,0 +1,159 @@
+"""Losses and correct answers on a fixed set of held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flame.config.schema import JobConfig
+from flame.data.batch import PackedBatch, build_batch
+from flame.data.loader import explain_no_answers
+from flame.data.mixture import Mixture
+from flame.data.sources.registry import build_kind, find_tokenizer_kind
+from flame.errors import UserError
+from flame.logging.console import VALIDATION_PREFIX
+from flame.logging.metrics import Metrics
+from flame.models.wrapper import TrainingModel
+from flame.objectives.step import Requested, compute_losses
+from flame.runtime.distributed import check_same_on_all_ranks, sum_over_ranks
+from flame.trainer.loss_metrics import record_losses
+
+
+class Validator:
+    """Packs a validation set once, and measures a model on it. The sequences are the same each time, on any number of ranks.
+
+    Args:
+        held_out: read from its beginning, in an order that does not depend on the run's seed; each document at most once.
+        loss_weight: weight of the objective's loss in the total loss.
+
+    Attributes:
+        unread_sources: sources with a weight above 0, but without a sequence in the set.
+
+    Raises:
+        UserError: the held-out documents do not fill one sequence.
+    """
+
+    def __init__(
+        self, config: JobConfig, held_out: Mixture, loss_weight: float, rank: int, world_size: int, device: torch.device
+    ):
+        self._device, self._loss_weight = device, loss_weight
+        self._is_frozen = config.experimental.freeze_lm_for_infonce
+        self._has_answers = config.training.loss_on == "answer"
+        task = find_tokenizer_kind(config.model.tokenizer_path)
+        self._second_token_metric = task.second_token_metric if task else None
+        validated = build_kind(config.validation, "validation", config.get) if task and config.validation.dataset else None
+        self._answer_names = validated.name_answers() if validated else {}
+        self._sources = [source.name for source in held_out.sources]
+        batches = pack_once(config, held_out)
+        if not batches:
+            raise UserError(
+                f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
+                "validation.holdout_every, or give validation.dataset more"
+            )
+        if not any(batch.chunk_labels.any() for batch in batches) and self._has_answers:
+            raise UserError(explain_no_answers(held_out.sources[0].option, config.training))
+        contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
+        check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))
+        self.num_sequences = len(batches)
+        read = {batch.source for batch in batches}
+        drawn = zip(self._sources, held_out.weights, strict=True)
+        self.unread_sources = [name for name, weight in drawn if weight and name not in read]
+        self._own = batches[rank::world_size]
+        # All ranks must run each forward together. A rank without a sequence left runs the first one, which does not count.
+        self._rounds = -(-len(batches) // world_size)
+        self._filler = batches[0]
+
+    def run(self, model: TrainingModel, with_aux: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Measure the model. All ranks call it.
+
+        Args:
+            with_aux: also compute the objective's loss.
+            is_stopped: called before each sequence. If it returns True on any rank, all ranks stop.
+
+        Returns:
+            metrics by name, or None if stopped.
+        """
+        metrics = Metrics(self._device)
+        requested = Requested(with_aux, ce=not self._is_frozen, correct=self._has_answers)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for turn in range(self._rounds):
+                    (votes,) = sum_over_ranks(is_stopped())
+                    if votes:
+                        return None
+                    has_own = turn < len(self._own)
+                    batch = (self._own[turn] if has_own else self._filler).to(self._device)
+                    losses = model(compute_losses, batch, requested)
+                    record_losses(metrics, losses, batch, self._sources, VALIDATION_PREFIX, counts=has_own)
+                    if losses.is_correct is not None:
+                        self._record_answers(metrics, losses.is_correct, batch, times=int(has_own))
+        finally:
+            model.train()
+        values = metrics.collect()
+        weights = {"ce_loss": 1.0, "aux_loss": self._loss_weight}
+        found = {name: VALIDATION_PREFIX + name for name in weights if VALIDATION_PREFIX + name in values}
+        return values | {VALIDATION_PREFIX + "loss": sum(weights[name] * values[key] for name, key in found.items())}
+
+    def _record_answers(self, metrics: Metrics, is_correct: Tensor, batch: PackedBatch, times: int) -> None:
+        answers = judge_answers(is_correct, batch)
+        record = {"exact_match": answers.is_exact}
+        if self._second_token_metric:
+            record[self._second_token_metric] = answers.has_second_token
+        for length, name in self._answer_names.items():
+            record[f"exact_match/{name}"] = answers.is_exact[torch.from_numpy(answers.lengths == length).to(self._device)]
+        for name, is_right in record.items():
+            metrics.record_mean(VALIDATION_PREFIX + name, is_right.sum() * times, len(is_right) * times)
+
+
+class AnswersJudged(NamedTuple):
+    """Results for the A answers of a batch whose documents are not cut."""
+
+    is_exact: Tensor
+    """bool [A]: greedy decoding from the prompt would give the answer, including the end of text. This holds exactly if each
+    token of the answer has the highest logit given the true tokens before it: decoding has then produced those tokens."""
+    has_second_token: Tensor
+    """bool [A]: the answer's second token has the highest logit given the true tokens before it. In a path-star graph, the
+    answer begins with the start node, so the second token chooses the arm."""
+    lengths: np.ndarray
+    """int64 [A]: tokens of the document, including the prompt."""
+
+
+def judge_answers(is_correct: Tensor, batch: PackedBatch) -> AnswersJudged:
+    """Group `is_correct`, bool [T], by answer."""
+    is_whole = np.array([chunk.start == 0 and chunk.is_last for chunk in batch.documents]) & (batch.chunk_labels > 0)
+    counts = torch.from_numpy(batch.chunk_labels[is_whole]).to(is_correct.device)
+    ends = batch.cu_seqlens[1:].long()[torch.from_numpy(is_whole).to(is_correct.device)]
+    correct = torch.cat([is_correct.new_zeros(1, dtype=torch.long), is_correct.cumsum(0)])  # before each position
+    first = ends - 1 - counts  # predicts the first token of the answer
+    second = torch.minimum(first + 1, ends - 2)  # or the last one of a shorter answer
+    lengths = np.array([chunk.end for chunk in batch.documents], dtype=np.int64)[is_whole]
+    return AnswersJudged(correct[ends - 1] - correct[first] == counts, is_correct[second], lengths)
+
+
+def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:
+    """Pack at most `validation.num_sequences` sequences. Each source is read from its beginning, at most once."""
+    training = replace(config.training, seed=0)
+    drawn = [index for index, weight in enumerate(held_out.weights) if weight]
+    streams = {index: held_out.open_packer(index, 0, 1, training) for index in drawn}
+    cursors = {index: stream.first_cursor for index, stream in streams.items()}
+    batches: list[PackedBatch] = []
+    turn = 0
+    while streams and len(batches) < config.validation.num_sequences:
+        index = held_out.choose(turn, 1)
+        turn += 1
+        if index not in streams:
+            continue
+        sequence = streams[index].next_sequence(cursors[index])
+        if sequence.documents[-1].epoch > 0:
+            del streams[index]
+            continue
+        cursors[index] = sequence.cursor
+        batches.append(build_batch(sequence, len(batches)))
+    return batches

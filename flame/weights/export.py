@@ -1,0 +1,187 @@
+"""Export of a checkpoint as an ordinary Hugging Face folder.
+
+    config.json, generation_config.json     with the tokenizer's special tokens; settings of the initial weights, if any
+    model*.safetensors, and their index     the language model, as `save_pretrained` writes it
+    tokenizer.json, ...
+    NAME_modules.safetensors                the objective's modules, which Hugging Face does not know
+    README.md                               the model card
+
+It is written to `OUT.partial/`, checked, and renamed. Writing needs memory for one decoder layer, the check for one model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from flame.attention.fla_families import register_fla_family
+from flame.checkpoints.files import sync_to_disk
+from flame.checkpoints.manager import HF_FOLDER
+from flame.checkpoints.resume import check_format
+from flame.checkpoints.storage import is_disk_full
+from flame.errors import UserError
+from flame.weights.card import CARD_FILE, write_card
+from flame.weights.check import check_export
+from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
+from flame.weights.tensors import ModelTensors
+
+logger = logging.getLogger("flame")
+
+LM_PREFIX = "lm."
+OBJECTIVE_PREFIX = "objective."
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    check: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model of a checkpoint, its tokenizer, the objective's modules and its card.
+
+    Args:
+        checkpoint: a committed `step-N/` folder.
+        out: folder to write. An exported model in it is replaced when the new one is complete.
+        dtype: of the language model's weights; "float32" keeps the trained weights bit by bit.
+        check: before renaming, load the result and compare its logits with the checkpoint's.
+        max_shard_bytes: largest size of one file of weights.
+
+    Raises:
+        UserError: `checkpoint` is not a complete checkpoint, `out` holds something else, or `out` cannot be written.
+        ExportMismatch: the result differs from the checkpoint. `out` is unchanged.
+    """
+    tensors = ModelTensors(checkpoint)
+    if tensors.state["config"]:  # a converted model has none, and no objective either
+        check_format(tensors.state, checkpoint)
+    target = getattr(torch, dtype)
+    with _written_aside(out) as folder:
+        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
+        config = _read_config(checkpoint, tensors)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=target)
+        _check_names({name: tensor.shape for name, tensor in model.state_dict().items()}, tensors)
+        layout = plan_layout(model, target)
+        weights = stream_weights(model, layout, lambda names: _load(tensors, names), target)
+        write_weights(folder, layout, weights, max_shard_bytes)
+        model.config.dtype = dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)  # None for models that cannot generate
+        if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
+            generation.save_pretrained(folder)
+        _write_objective(tensors, folder)
+        if tensors.state["config"]:  # a converted model has no run to describe
+            write_card(folder / CARD_FILE, tensors.state, checkpoint, model.num_parameters(), dtype)
+        if check:
+            logger.info("export %s: %s", out, check_export(folder, config, tensors, _to_checkpoint, target))
+
+
+def name_objective_file(objective: str) -> str:
+    """Name of the file with an objective's modules, beside an exported model."""
+    return f"{objective}_modules.safetensors"
+
+
+def _write_objective(tensors: ModelTensors, folder: Path) -> None:
+    """Write the modules that the run's objective exports (`Objective.list_exported`)."""
+    objective = tensors.state.get("objective")
+    if not objective:
+        return
+    prefixes = tuple(OBJECTIVE_PREFIX + prefix for prefix in objective["exported"])
+    kept = tensors.load(name for name in tensors.names if name.startswith(prefixes))
+    if kept:
+        named = {name.removeprefix(OBJECTIVE_PREFIX): tensor for name, tensor in kept.items()}
+        save_file(named, folder / name_objective_file(objective["name"]))
+
+
+def _to_checkpoint(name: str) -> str:
+    return LM_PREFIX + name
+
+
+def _load(tensors: ModelTensors, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    loaded = tensors.load(_to_checkpoint(name) for name in names)
+    return {name.removeprefix(LM_PREFIX): tensor for name, tensor in loaded.items()}
+
+
+def _read_config(checkpoint: Path, tensors: ModelTensors) -> PretrainedConfig:
+    folder = checkpoint / HF_FOLDER
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(folder)
+        register_fla_family(settings.get("model_type"))
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a missing file, an unknown model_type: transformers has no common error type
+        package = tensors.state["config"].get("experimental", {}).get("custom_model_path")
+        reason = " ".join(str(error).split())[:300]
+        if package:
+            reason = f'its architecture comes from experimental.custom_model_path = "{package}": give --custom-model-path'
+        raise UserError(
+            f'checkpoint "{checkpoint}": {HF_FOLDER}/config.json cannot be loaded by transformers: {reason}'
+        ) from error
+
+
+def _check_names(shapes: dict[str, torch.Size], tensors: ModelTensors) -> None:
+    """Check that the checkpoint has exactly the tensors that its model configuration defines."""
+    stored = {name: tensors.shape(name) for name in tensors.names if name.startswith(LM_PREFIX)}
+    wanted = {_to_checkpoint(name): shape for name, shape in shapes.items()}
+    wrong = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if wrong:
+        raise UserError(
+            f'checkpoint "{tensors.checkpoint}": {HF_FOLDER}/config.json is of another model than the weights: {wrong[0]} is '
+            f"{_show(stored.get(wrong[0]))} in the checkpoint and {_show(wanted.get(wrong[0]))} in the model"
+        )
+
+
+def _show(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which replaces `out` after the block. After an error, `out` is unchanged."""
+    out = out.expanduser().resolve()  # follow links: they stay valid, and renaming stays on one disk
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
+        raise UserError(
+            f'"{out}" holds something else than an exported model, which an export would replace: name another folder'
+        )
+    partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old.partial"))
+    try:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _make_folder(partial)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync_to_disk(path)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        sync_to_disk(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(f'the disk of "{out}" is full: free space and export again') from error
+        if isinstance(error, PermissionError | NotADirectoryError):
+            raise UserError(f'"{out}" cannot be written ({error.strerror}): name another folder') from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f'"{folder}" cannot be made ({error.strerror}): name another folder') from error

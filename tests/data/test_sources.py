@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import logging
+import pickle
+import sysconfig
+from logging.handlers import BufferingHandler
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flame.config.schema import Training
+from flame.data.sources.base import TextRows
+from flame.data.sources.tables import TableShards
+from flame.errors import UserError
+from tests.support.sources import choose_kind
+from tests.support.sources import open_source as open_any_source
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def open_source(training: Training) -> TextRows:
+    source = open_any_source(training, "training")
+    assert not isinstance(source, TableShards)
+    return source
+
+
+def read_all(source: TextRows) -> list[str | None]:
+    rows = [source.read(index) for index in range(len(source))]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.read(index) for index in range(len(copy))] == rows, "workers must see the same rows"
+    return rows
+
+
+def expect_one_line(training: Training, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        open_any_source(training, "training")
+    assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_standard_library_of_this_machine() -> None:
+    source = open_source(Training())
+    assert choose_kind(Training()).short_name == "stdlib" and len(source) > 500
+    texts = {source.read(index) for index in range(len(source))}
+    assert Path(sysconfig.get_path("stdlib"), "asyncio", "locks.py").read_text(encoding="utf-8") in texts
+
+
+def test_standard_library_is_sorted_without_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "b.py": b"b\r\n",
+        "a/z.py": b"z",
+        "a.py": "é".encode(),
+        "bad.py": b"# \xe9",
+        "empty.py": b" \n",
+        "notes.txt": b"no",
+        "site-packages/x.py": b"no",
+        "dist-packages/deep/y.py": b"no",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+    source = open_source(Training())
+    assert read_all(source) == ["é", "z", "b\r\n", None, None]
+    (tmp_path / "a.py").unlink()
+    assert source.read(0) is None
+
+
+def test_text_files_are_one_document_each(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a[1]*.txt").write_bytes("one\r\ntwo é\u2028\u0085end\n".encode())
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "d.txt").write_bytes(b" \n\t\n")
+    (tmp_path / "e.txt").write_bytes(b"last")
+    (tmp_path / "folder.txt").mkdir()
+    source = open_source(Training(dataset="text", data_files=f"{tmp_path}/e.txt, {tmp_path}/*.txt"))
+    assert read_all(source) == ["last", "one\ntwo é\u2028\u0085end\n", None, None, None]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_each_broken_json_line_is_one_bad_row(tmp_path: Path) -> None:
+    good_and_bad = [
+        (b'\xef\xbb\xbf{"body": "first"}', "first"),
+        (b"", None),
+        (b'{"body": 1}', None),
+        (b'{"other": "x"}', None),
+        (b'["body"]', None),
+        (b"{broken", None),
+        (b'{"body": "caf\xe9"}', None),
+        (b'{"body": " \\n "}', None),
+        (b'{"body": ""}', None),
+        (b'{"body": null}', None),
+        (b'{"body": "\\ud800"}', None),
+        (b"[" * 100_000, None),
+        ('{"id": 1, "body": "é\u2028\u0085 \\n \\u00e9 \U0001f600"}'.encode(), "é\u2028\u0085 \n é \U0001f600"),
+        (b'{"body": "last"}', "last"),
+    ]
+    lines, expected = zip(*good_and_bad, strict=True)
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "windows.jsonl").write_bytes(b'{"body": "x"}\r\n{"body": "y"}')
+    (tmp_path / "a-empty.jsonl").write_bytes(b"")
+    source = open_source(Training(dataset="json", data_files=f"{tmp_path}/*.jsonl", text_column="body"))
+    assert read_all(source) == [*expected, "x", "y"]
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    rows = pa.array([b"good", b"caf\xe9", None, b" ", b"", "é".encode()], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": range(6), "body": rows}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "body": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    source = open_source(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", text_column="body"))
+    assert read_all(source) == ["good", None, None, None, None, "é"]
+
+
+def test_parquet_column_must_be_one_of_strings(tmp_path: Path) -> None:
+    table = pa.table({"id": [1], "body": ["x"], "tags": [["a"]], "raw": [b"x"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    files = f"{tmp_path}/a.parquet"
+    columns = "id (int64), body (string), tags (List), raw (binary)"
+    expect_one_line(Training(dataset="parquet", data_files=files), 'training.text_column = "text" is not a column of', columns)
+    for column in ("id", "tags", "raw"):
+        training = Training(dataset="parquet", data_files=files, text_column=column)
+        expect_one_line(training, f'training.text_column = "{column}" is a column of', "not of strings", columns)
+
+
+def test_dataset_by_name(tmp_path: Path) -> None:
+    """A folder stands in for the Hub: `datasets` treats its path as the name of a dataset."""
+    pq.write_table(pa.table({"body": ["a", "b"]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"body": ["c"]}), tmp_path / "test.parquet")
+    name = str(tmp_path)
+    assert read_all(open_source(Training(dataset=name, text_column="body"))) == ["a", "b"]
+    assert read_all(open_source(Training(dataset=name, text_column="body", dataset_split="test"))) == ["c"]
+    expect_one_line(Training(dataset=name), "training.text_column", "body (string)")
+    expect_one_line(Training(dataset=name, dataset_split="dev"), f'training.dataset = "{name}"', "dev", "training.dataset_split")
+    expect_one_line(Training(dataset=name, dataset_name="en"), f'training.dataset = "{name}"', "training.dataset_name")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk_says_how_it_can_be_read(tmp_path: Path, streaming: bool) -> None:
+    """The library would advise to call one of its own functions."""
+    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "several")
+    for name, split in (("one", ""), ("several", '["dev"]')):
+        expect_one_line(
+            Training(dataset=f"{tmp_path}/{name}", dataset_split="dev", streaming=streaming, text_column="body"),
+            f'training.dataset = "{tmp_path}/{name}" is a folder of save_to_disk, which is not read: write it with ',
+            f'datasets.load_from_disk("{tmp_path}/{name}"){split}.to_parquet("NEW.parquet"), and give',
+            'training.dataset = "parquet" with training.data_files',
+        )
+
+
+def test_dataset_out_of_reach() -> None:
+    expect_one_line(Training(dataset="nobody/nothing"), 'training.dataset = "nobody/nothing" cannot be loaded', "network")
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_sources_without_rows(tmp_path: Path, kind: str) -> None:
+    if kind == "json":
+        (tmp_path / "empty").write_bytes(b"")
+    else:
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty")
+    expect_one_line(
+        Training(dataset=kind, data_files=f"{tmp_path}/empty"), f'training.dataset = "{kind}"', "empty", "has no rows"
+    )
+
+
+def test_standard_library_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+    expect_one_line(Training(), 'training.dataset = "stdlib" has no rows')
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [("parquet", b"PAR1 broken"), ("text", b"\x1f\x8b broken"), ("json", b"\x1f\x8b broken")]
+)
+def test_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, content: bytes) -> None:
+    (tmp_path / "broken.gz").write_bytes(content)
+    files = f"{tmp_path}/broken.gz"
+    handler = BufferingHandler(capacity=100)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
+    expect_one_line(Training(dataset=kind, data_files=files), f'training.dataset = "{kind}" cannot be loaded', files)
+    assert not handler.buffer, "the one line is all that the user sees"
+
+
+def test_files_of_different_columns_say_why(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "b.parquet")
+    expect_one_line(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet"), "cannot be loaded", "id", "column names")
+
+
+def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
+    """JSON lines and parquet, shard by shard, from the start and from each row, bad rows included; also in another process."""
+    for shard in range(3):
+        rows = [b'{"text": "%d-%d"}' % (shard, row) if row % 5 != 2 else b"{broken \xe9" for row in range(700)]
+        (tmp_path / f"{shard}.jsonl").write_bytes(b"\n".join(rows))
+        cells = pa.array([b"%d-%d" % (shard, row) if row % 5 != 2 else b"caf\xe9" for row in range(700)], pa.binary())
+        pq.write_table(pa.table({"id": range(700), "text": cells.view(pa.string())}), tmp_path / f"{shard}.parquet")
+    for kind, files in (("json", "*.jsonl"), ("parquet", "*.parquet")):
+        training = Training(dataset=kind, data_files=f"{tmp_path}/{files}", streaming=True)
+        opened = open_any_source(training, "training")
+        assert isinstance(opened, TableShards) and opened.num_shards == 3
+        for source in (opened, pickle.loads(pickle.dumps(opened))):
+            for shard in range(3):
+                expected = [f"{shard}-{row}" if row % 5 != 2 else None for row in range(700)]
+                for row in (0, 1, 255, 256, 257, 699, 700):
+                    assert list(source.read_shard(shard, row)) == expected[row:], (kind, shard, row)
+
+
+def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        texts = [f"{row * 7919**3:x}" for row in range(5000)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=1000)
+    corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=True)
+    source = open_any_source(corpus, "sources.web")
+    assert isinstance(source, TableShards) and choose_kind(corpus, "sources.web").short_name == "web"
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[200:-5000] = bytes(len(content) - 5200)
+    (tmp_path / "b.parquet").write_bytes(content)
+    assert list(source.read_shard(0, 4990)) == texts[4990:]
+    with pytest.raises(UserError, match=r'sources.web.dataset = "parquet": shard 1 of 2 cannot be read after row \d+') as caught:
+        list(source.read_shard(1, 0))
+    assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flame.data.encoding import encode_document
+from flame.data.tokenizer import load_tokenizer
+from flame.errors import UserError
+
+BYTES = load_tokenizer("bytes")
+EOS = 256
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts)
+def test_bytes_tokenizer_is_lossless_and_its_ids_are_the_bytes(text: str) -> None:
+    ids = encode_document(BYTES, text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [*text.encode(), EOS]
+    assert BYTES.decode(ids[:-1]) == text
+
+
+def test_bytes_tokenizer_keeps_what_other_tokenizers_tidy_up() -> None:
+    text = " a  b .\t\r\n\x00 don 't , é e\u0301 \u2028<|endoftext|><|pad|> "
+    assert BYTES.decode(encode_document(BYTES, text)[:-1]) == text
+    long = "def f( x ):\n    return é\n" * 5000
+    assert BYTES.decode(encode_document(BYTES, long)[:-1]) == long
+
+
+def test_bytes_tokenizer_vocabulary() -> None:
+    assert len(BYTES) == 258
+    assert (BYTES.eos_token_id, BYTES.pad_token_id, BYTES.bos_token_id) == (EOS, 257, None)
+    assert BYTES.decode([104, 105, EOS]) == "hi<|endoftext|>"
+
+
+def test_special_tokens_inside_text_do_not_end_the_document() -> None:
+    ids = encode_document(BYTES, "a<|endoftext|>b<|endoftext|>").tolist()
+    assert ids.count(EOS) == 1 and ids[-1] == EOS
+    assert BYTES("a<|endoftext|>")["input_ids"] == [97, EOS], "encoding a document must not change the tokenizer for others"
+
+
+def test_bytes_tokenizer_round_trips_through_a_folder(tmp_path: Path) -> None:
+    BYTES.save_pretrained(tmp_path)
+    text = " naïve\n\n  <|pad|> text"
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
+        assert isinstance(loaded, PreTrainedTokenizerFast)
+        assert encode_document(loaded, text).tolist() == encode_document(BYTES, text).tolist()
+        assert loaded.decode(encode_document(loaded, text)[:-1]) == text
+        assert (len(loaded), loaded.eos_token, loaded.pad_token) == (258, "<|endoftext|>", "<|pad|>")
+
+
+def make_word_tokenizer(*, template: str = "$A", eos: str | None = "</s>", max_length: int = 8) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, model_max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [("$A", [2, 3, 1]), ("<s> $A", [0, 2, 3, 1]), ("<s> $A </s>", [0, 2, 3, 1]), ("$A </s>", [2, 3, 1])]
+)
+def test_documents_have_the_tokenizers_own_ids_and_one_eos(template: str, expected: list[int]) -> None:
+    assert encode_document(make_word_tokenizer(template=template), "a b").tolist() == expected
+
+
+def test_documents_longer_than_the_models_context_are_whole_and_silent(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_word_tokenizer()
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("error")
+        assert len(encode_document(tokenizer, "a " * 1000)) == 1001
+    assert not caplog.records
+
+
+def test_tokenizers_without_eos_are_refused(tmp_path: Path) -> None:
+    make_word_tokenizer(eos=None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.tokenizer_path = .* has no eos token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [None, "{broken"])
+def test_folders_without_a_tokenizer_are_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"model\.tokenizer_path = .* cannot be loaded") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)

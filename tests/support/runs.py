@@ -1,0 +1,95 @@
+"""Whole runs of the trainer at toy size, in this process or on several, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flame.checkpoints.manager import list_checkpoints
+from flame.runtime.distributed import set_single_process_defaults
+from flame.train import Trainer, main
+from flame.trainer.options import read_options
+from flame.weights.tensors import read_model_tensors
+from tests.support.paths import REPO
+
+SEQ_LEN = 64
+MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
+
+
+def options(workspace: Path, run: Path, **changes: object) -> list[str]:
+    """Command line of a toy run. A change to None leaves the option out."""
+    values = {
+        "job.dump_folder": run,
+        "model.config": workspace / "model",
+        "model.tokenizer_path": "bytes",
+        "training.dataset": "json",
+        "training.data_files": workspace / "corpus.jsonl",
+        "training.num_streams": 12,
+        "training.num_workers": 0,
+        "training.seq_len": SEQ_LEN,
+        "training.context_len": 48,
+        "training.steps": 6,
+        "training.gradient_accumulation_steps": 4,
+        "optimizer.lr": 1e-2,
+        "lr_scheduler.warmup_steps": 2,
+        "objective.name": "future",
+        "future_encoder.learnable_temperature": True,
+        "future_predictor.dropout": 0.1,
+        "checkpoint.interval": 3,
+        "metrics.log_freq": 1,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return [
+        part
+        for key, value in values.items()
+        if value is not None
+        for part in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
+
+
+def run_here(workspace: Path, run: Path, **changes: object) -> list[dict]:
+    main(options(workspace, run, **changes))
+    return read_metrics(run)
+
+
+def cut_power_after(step: int, argv: list[str]) -> None:
+    """Train here until a step is done, and then leave nothing in order."""
+
+    class PowerCut(Exception):
+        pass
+
+    class Interrupted(Trainer):
+        def train_step(self):
+            super().train_step()
+            if self.step == step:
+                raise PowerCut
+
+    set_single_process_defaults()
+    with pytest.raises(PowerCut):
+        Interrupted(read_options(argv, 1)).train()
+    dist.destroy_process_group()
+
+
+def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
+    done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_metrics(run)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def measured(rows: list[dict]) -> list[dict]:
+    """What must not depend on time, restarts or the machine."""
+    return [{"step": row["step"]} | {name: row[name] for name in MEASURED if name in row} for row in rows]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_model_tensors(list_checkpoints(run / "checkpoint")[-1])

@@ -1,0 +1,297 @@
+"""Options for large models: CPU offload, 8-bit training products, small or other optimizers, and what is declined by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear
+from transformers import AutoConfig
+
+from flame.checkpoints.manager import list_checkpoints
+from flame.checkpoints.resume import check_resumable, list_used_sections
+from flame.checkpoints.storage import TensorReader
+from flame.config.run import NEXT_TOKEN
+from flame.config.schema import JobConfig
+from flame.errors import UserError
+from flame.kernels import float8_training
+from flame.kernels.float8_training import check_float8, convert_to_float8
+from flame.models import parallelize
+from flame.train import main
+from flame.trainer.options import read_options
+from flame.trainer.setup import build_modules
+from tests.support.models import build_unsharded, future_config, tiny_llama
+from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+
+OPTIMIZERS = [("AdamW", "bfloat16"), ("Muon", "float32"), ("Muon", "bfloat16")]
+
+
+@pytest.fixture
+def float8_on_cpu(monkeypatch) -> None:
+    """The same roundings, with the products of the rounded factors taken in float32."""
+    monkeypatch.setattr(float8_training, "check_float8", lambda device_type: None)
+    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    monkeypatch.setattr(float8_training, "choose_recipe", lambda: recipe)
+
+
+# ---------------------------------------------------------------- declined
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("training.tensor_parallel_degree", "tensor parallel training is not supported, since the layers of any architecture"),
+        (
+            "training.context_parallel_degree",
+            "context parallel training is not supported, since the anti-causal pass needs whole",
+        ),
+        (
+            "training.pipeline_parallel_degree",
+            "pipeline parallel training is not supported, since the causal and the anti-causal",
+        ),
+        ("parallelism.tensor_parallel_degree", "tensor parallel training is not supported"),
+        ("parallelism.context_parallel_degree", "context parallel training is not supported"),
+        ("parallelism.pipeline_parallel_degree", "pipeline parallel training is not supported"),
+        ("parallelism.pipeline_parallel_schedule", "pipeline parallel training is not supported"),
+        ("parallelism.expert_parallel_degree", "expert parallel training is not supported"),
+        ("experimental.context_parallel_degree", "context parallel training is not supported"),
+        ("experimental.pipeline_parallel_degree", "pipeline parallel training is not supported"),
+        ("experimental.enable_async_tensor_parallel", "tensor parallel training is not supported"),
+    ],
+)
+@pytest.mark.parametrize("value", ["1", "2"])
+def test_other_parallelism_is_declined_by_name(workspace, tmp_path, capsys, key, reason, value):
+    section, _, option = key.partition(".")
+    (tmp_path / "run.toml").write_text(f"[{section}]\n{option} = {value}\n")
+    for given in ([f"--{key}", value], [f"--{key}={value}"], ["--job.config_file", str(tmp_path / "run.toml")]):
+        with pytest.raises(SystemExit) as stop:
+            main([*options(workspace, tmp_path / "run"), *given])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.strip()
+        assert "\n" not in line and f"{key} = {value} (" in line and reason in line and "leave it out, even at 1" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_parallelism_of_another_section_is_found():
+    with pytest.raises(UserError) as refusal:
+        read_options(["--parallelism.data_parallel_shard_degree", "2"], 2)
+    assert any("did you mean training.data_parallel_shard_degree?" in line for line in refusal.value.lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"future_encoder__precision": "fp8"}, 'future_encoder.precision = "fp8" beside training.float8 = true'),
+        ({"training__mixed_precision_param": "float32"}, 'training.mixed_precision_param = "float32"'),
+        ({"training__seq_len": 72}, "training.seq_len = 72 is not a multiple of 16"),
+        (
+            {"training__float8": False, "optimizer__name": "Muon", "experimental__freeze_lm_for_infonce": True},
+            'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true',
+        ),
+    ],
+)
+def test_combinations_that_cannot_be(workspace, tmp_path, changes, expected):
+    with pytest.raises(UserError) as refusal:
+        read_options(options(workspace, tmp_path / "run", **({"training__float8": True} | changes)), 1)
+    assert len(refusal.value.lines) == 1 and expected in refusal.value.lines[0]
+
+
+# ---------------------------------------------------------------- optimizers in whole runs
+
+
+@pytest.mark.parametrize(("name", "state_dtype"), OPTIMIZERS)
+def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, name, state_dtype):
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    expected = run_here(workspace, tmp_path / "whole", **changes)
+    assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
+    argv = options(workspace, tmp_path / "run", **changes)
+    cut_power_after(5, argv)
+    main(argv)
+    assert measured(read_metrics(tmp_path / "run")) == measured(expected)
+    weights = final_weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in final_weights(tmp_path / "run").items())
+
+
+def test_a_run_keeps_its_optimizer():
+    saved, now = JobConfig().to_dict(), JobConfig()
+    now.optimizer.name, now.optimizer.state_dtype = "Muon", "bfloat16"
+    with pytest.raises(UserError) as refusal:
+        check_resumable(saved, NEXT_TOKEN, now, NEXT_TOKEN, list_used_sections(now))
+    found = [line.split(",")[0] for line in refusal.value.lines]
+    assert found == [
+        'optimizer.name = "Muon"',
+        'optimizer.state_dtype = "bfloat16"',
+    ]
+
+
+def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):
+    run = tmp_path / "run"
+    run_here(workspace, run, optimizer__state_dtype="bfloat16", training__steps=1, checkpoint__export_hf=False)
+    entries = TensorReader(list_checkpoints(run / "checkpoint")[-1]).read_metadata().state_dict_metadata
+    moments = {entry.properties.dtype for name, entry in entries.items() if ".exp_avg" in name}
+    weights = {entry.properties.dtype for name, entry in entries.items() if name.startswith("model.")}
+    assert (moments, weights) == ({torch.bfloat16}, {torch.float32})
+
+
+@pytest.mark.slow
+def test_ranks_are_interchangeable(workspace, tmp_path):
+    changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16", "checkpoint__export_hf": False}
+    alone = run_here(workspace, tmp_path / "alone", **changes)
+    both = run_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
+    for found, expected in zip(measured(both), measured(alone), strict=True):  # each shard draws its own roundings
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3), (found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"},
+        {"training__float8": True},
+        {"training__cpu_offload": True},
+        {"objective__name": "mtp"},
+    ],
+    ids=["Muon with bfloat16 state", "float8", "cpu_offload", "layers of another objective"],
+)
+def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):
+    expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)
+    assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
+    for mode in ("full", "selective"):
+        rows = run_here(workspace, tmp_path / mode, activation_checkpoint__mode=mode, checkpoint__export_hf=False, **changes)
+        for found, row in zip(rows, expected, strict=True):
+            assert found["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("target", ["self", "random"])
+def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):
+    """A small model on one device is one FSDP group, a large one has one for each layer."""
+    counts, numbers, weights = [], [], []
+    for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
+        monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
+        run = tmp_path / str(most)
+        with patch.object(parallelize, "fully_shard", wraps=parallelize.fully_shard) as shard:
+            rows = run_here(workspace, run, future_encoder__target=target, training__gradient_accumulation_steps=2)
+        counts.append(shard.call_count)
+        numbers.append(measured(rows))
+        weights.append(final_weights(run))
+    layers = AutoConfig.from_pretrained(run / "hf").num_hidden_layers
+    assert counts == [1, 1 + layers * (1 + (target == "random"))]
+    assert numbers[0] == numbers[1]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 1), (2, 3)])
+def test_on_several_devices_each_layer_is_a_group(leave_no_trace, ranks, expected):
+    """Of a small model too: their communication overlaps with work."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    config = future_config()
+    model = build_modules(config, tiny_llama(), "cpu")
+    parallelize.parallelize(model, [], [], config.training, "none", init_device_mesh("cpu", (ranks,)))
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == expected
+
+
+# ---------------------------------------------------------------- float8
+
+
+def round_rows(x: Tensor, dim: int) -> Tensor:
+    """Each row to float8 with a power-of-two scale from its largest entry, and back, in float64."""
+    largest = x.double().abs().amax(dim=dim, keepdim=True)
+    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float8_e4m3fn).max / largest)))
+    return (x.double() * scale).to(torch.float32).to(torch.float8_e4m3fn).double() / scale
+
+
+def test_float8_is_its_definition(float8_on_cpu):
+    """Output and both gradients are products of rounded factors, each scaled along the summed dimension."""
+    generator = torch.Generator().manual_seed(0)
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 48, bias=True))])
+    x = torch.randn(64, 32, generator=generator, requires_grad=True)
+    upstream = torch.randn(64, 48, generator=generator)
+    weight, bias = layers[0][0].weight, layers[0][0].bias
+    convert_to_float8(layers, "cuda")
+    assert isinstance(layers[0][0], Float8Linear) and layers[0][0].weight is weight
+    output = layers[0](x)
+    output.backward(upstream)
+    expected = {
+        "output": round_rows(x, 1) @ round_rows(weight, 1).T + bias.double(),
+        "input": round_rows(upstream, 1) @ round_rows(weight, 0),
+        "weight": round_rows(upstream, 0).T @ round_rows(x, 0),
+    }
+    found = {"output": output, "input": x.grad, "weight": weight.grad}
+    for name, value in expected.items():
+        assert (found[name].double() - value).norm() < 1e-4 * value.norm(), name
+    assert (output.double() - nn.functional.linear(x, weight, bias)).norm() > 1e-3 * output.norm()
+
+
+def test_float8_leaves_names_and_weights_alone(float8_on_cpu, caplog):
+    config = future_config()
+    plain, model = build_unsharded(config), build_unsharded(config)
+    convert_to_float8(model.lm.model.layers, "cuda")
+    assert "training in float8: 14 of the 14 matrices of the decoder layers" in caplog.text
+    assert type(model.lm.lm_head) is nn.Linear and type(model.objective.predictor.out) is nn.Linear
+    found, expected = model.state_dict(), plain.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    some = nn.ModuleList([nn.Linear(32, 20), nn.Linear(32, 32)])
+    convert_to_float8(some, "cuda")
+    assert "1 of the 2 matrices" in caplog.text and type(some[0]) is nn.Linear and type(some[1]) is Float8Linear
+    with pytest.raises(UserError, match=r"training\.float8 = true: the decoder layers have no linear layer"):
+        convert_to_float8(nn.ModuleList([nn.Linear(24, 20)]), "cuda")
+
+
+def test_float8_exports_as_ever(workspace, tmp_path, float8_on_cpu):
+    run_here(workspace, tmp_path / "plain", training__steps=1)
+    run_here(workspace, tmp_path / "float8", training__steps=1, training__float8=True)
+    found, expected = (final_weights(tmp_path / name) for name in ("float8", "plain"))
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == torch.float32 and found[name].shape == expected[name].shape for name in expected)
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_device_without_float8_is_refused():
+    with pytest.raises(UserError, match=r"training\.float8 = true needs a GPU of compute capability 8\.9"):
+        check_float8("cpu")
+
+
+# ---------------------------------------------------------------- on GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_offloading_changes_no_loss(workspace, tmp_path, name, state_dtype):
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
+    found = run_ranks(1, workspace, tmp_path / "offloaded", training__cpu_offload=True, **changes)
+    for row, other in zip(measured(found), measured(expected), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2), (row, other)
+
+
+@pytest.mark.multi_gpu
+def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):
+    changes = {"optimizer__name": "Muon", "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "alone", **changes)
+    changes["training__gradient_accumulation_steps"] = 2
+    for offload in (False, True):
+        found = run_ranks(2, workspace, tmp_path / f"two-{offload}", training__cpu_offload=offload, **changes)
+        for row, other in zip(measured(found), measured(expected), strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_float8_trains(workspace, tmp_path, compiled):
+    changes = {"training__steps": 12, "training__compile": compiled, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
+    found = run_ranks(1, workspace, tmp_path / "float8", training__float8=True, **changes)
+    assert measured(found) != measured(expected)
+    assert found[-1]["ce_loss"] < found[0]["ce_loss"]
+    for row, other in zip(found, expected, strict=True):
+        assert row["ce_loss"] == pytest.approx(other["ce_loss"], rel=5e-2)

@@ -1,0 +1,162 @@
+"""Held-out losses: what they are, that they are the same everywhere, and that training does not notice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flame.data.audit import read_audit
+from flame.objectives.future.options import FutureOptions
+from flame.runtime.distributed import set_single_process_defaults
+from flame.train import Trainer
+from flame.trainer.options import read_options
+from tests.support.runs import measured, options, read_metrics, run_here, run_ranks
+
+HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5, "checkpoint__export_hf": False}
+
+
+@pytest.fixture
+def held_out(workspace: Path, tmp_path: Path) -> dict[str, object]:
+    """Options of a validation corpus of its own."""
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()[::3]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines))
+    return HELD_OUT | {"validation__dataset": "json", "validation__data_files": tmp_path / "held_out.jsonl"}
+
+
+def pick(rows: list[dict]) -> list[dict]:
+    """Validation metrics of the rows that have them."""
+    found = [{name: row[name] for name in row if name == "step" or name.startswith("validation_")} for row in rows]
+    return [row for row in found if len(row) > 1]
+
+
+def test_losses_are_means_over_the_tokens_of_the_set(workspace, tmp_path, held_out):
+    """Against plain cross entropies over each position of each held-out sequence, without dropout."""
+    run = tmp_path / "run"
+    set_single_process_defaults()
+    trainer = Trainer(read_options(options(workspace, run, **held_out, training__steps=3), 1))
+    trainer.train()
+    rows = pick(read_metrics(run))
+    assert [row["step"] for row in rows] == [2, 3]
+    ce_total = aux_total = correct = 0.0
+    labels = anchors = 0
+    batches = [trainer.validator._own[turn] for turn in range(trainer.validator.num_sequences)]
+    assert len(batches) == 5
+    model = trainer.model.eval()
+
+    def read(_, batch):
+        objective, h, future = model.objective, model.encode_past(batch), model.encode_future(batch, 0)
+        return (
+            h @ model.output_embedding.t(),
+            objective.predictor(h),
+            F.normalize(future, dim=-1),
+            objective.estimator.temperature(h),
+        )
+
+    with torch.no_grad():
+        for batch in batches:
+            logits, predictions, summaries, temperature = model(read, batch)
+            segments = batch.segment_ids[0].tolist()
+            here = [t for t in range(63) if segments[t] == segments[t + 1]]
+            targets = batch.input_ids[0][[t + 1 for t in here]]
+            ce_total += F.cross_entropy(logits[here], targets, reduction="sum").item()
+            scores = predictions[here] @ summaries[[t + 1 for t in here]].t() / temperature
+            aux_total += F.cross_entropy(scores, torch.arange(len(here)), reduction="sum").item()
+            correct += (scores.argmax(-1) == torch.arange(len(here))).sum().item()
+            labels, anchors = labels + len(here), anchors + len(here)
+    last = rows[-1]
+    assert last["validation_ce_loss"] == pytest.approx(ce_total / labels, rel=1e-5)
+    assert last["validation_aux_loss"] == pytest.approx(aux_total / anchors, rel=1e-5)
+    assert last["validation_infonce_accuracy"] == pytest.approx(correct / anchors, rel=1e-5)
+    assert last["validation_loss"] == pytest.approx(
+        ce_total / labels + FutureOptions().loss_weight * aux_total / anchors, rel=1e-5
+    )
+    names = {"mi_lower_bound", "positive_cosine", "negative_cosine"}
+    assert {f"validation_{name}" for name in names} < set(last)
+    assert model.lm.training is False and trainer.model.train().training
+
+
+def test_training_does_not_notice(workspace, tmp_path, held_out):
+    plain = run_here(workspace, tmp_path / "plain", checkpoint__export_hf=False)
+    validated = [row for row in run_here(workspace, tmp_path / "validated", **held_out) if "loss" in row]
+    assert measured(validated) == measured(plain)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_measures_the_same(workspace, tmp_path, held_out):
+    """Five sequences on two ranks: one of them has nothing left in the last round."""
+    one = run_here(workspace, tmp_path / "one", **held_out)
+    two = run_ranks(2, workspace, tmp_path / "two", **held_out, training__gradient_accumulation_steps=2)
+    assert len(pick(one)) == 3
+    for found, expected in zip(pick(two), pick(one), strict=True):
+        assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_documents_held_out_are_not_trained_on(workspace, tmp_path):
+    """With holdout_every, from each source of a mixture; and the set is each of those documents once."""
+    run = tmp_path / "run"
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()
+    for name, part in (("a", lines[:25]), ("b", lines[25:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    mixture = {
+        "training__dataset": None,
+        "training__data_files": None,
+        "sources__a__dataset": "json",
+        "sources__a__data_files": tmp_path / "a.jsonl",
+        "sources__b__dataset": "json",
+        "sources__b__data_files": tmp_path / "b.jsonl",
+        "sources__b__weight": 3.0,
+        "training__audit": True,
+    }
+    changes = mixture | HELD_OUT | {"validation__num_sequences": 100, "validation__holdout_every": 4, "training__steps": 12}
+    set_single_process_defaults()
+    trainer = Trainer(read_options(options(workspace, run, **changes), 1))
+    trainer.train()
+    trained = {(line["source"], chunk[0]) for line in read_audit(run) for chunk in line["pieces"]}
+    expected = {name: set(range(0, count, 4)) for name, count in (("a", 25), ("b", len(lines) - 25))}
+    assert trained and not any(document in expected[name] for name, document in trained)
+    chunks = [
+        (batch.source, chunk.document, token)
+        for batch in trainer.validator._own
+        for chunk in batch.documents
+        for token in range(chunk.start, chunk.end)
+    ]
+    assert len(chunks) == len(set(chunks)) and all(document in expected[name] for name, document, _ in chunks)
+    row = pick(read_metrics(run))[-1]
+    assert {"validation_ce_loss/a", "validation_ce_loss/b"} < set(row)
+    assert min(row["validation_ce_loss/a"], row["validation_ce_loss/b"]) <= row["validation_ce_loss"]
+    logged = [row for row in read_metrics(run) if "loss" in row][-1]
+    assert logged["tokens_seen"] == logged["tokens_seen/a"] + logged["tokens_seen/b"] == 12 * 4 * 64
+    assert logged["tokens_seen/b"] / logged["tokens_seen"] == pytest.approx(0.75, abs=0.08)
+    assert {"ce_loss/a", "ce_loss/b"} & set(logged)
+
+
+def test_a_source_that_fills_no_sequence_is_named(workspace, tmp_path, caplog):
+    """Of three that are held out of; one is never drawn from and is not missed."""
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()
+    mixture: dict[str, object] = {"training__dataset": None, "training__data_files": None}
+    for name, part, weight in (
+        ("whole", lines, 1.0),
+        ("short", [json.dumps({"text": "short"})] * 4, 1.0),
+        ("undrawn", lines, 0.0),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        found = {"dataset": "json", "data_files": tmp_path / f"{name}.jsonl", "weight": weight}
+        mixture |= {f"sources__{name}__{option}": value for option, value in found.items()}
+    caplog.set_level("WARNING", "flame")
+    rows = run_here(workspace, tmp_path / "run", **mixture, **HELD_OUT, validation__holdout_every=2, training__steps=2)
+    assert "validation_ce_loss/whole" in pick(rows)[-1] and "validation_ce_loss/short" not in pick(rows)[-1]
+    (told,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("validation: "))
+    assert 'source "short"' in told and "training.seq_len = 64" in told
+
+
+def test_a_set_that_fills_no_sequence_is_refused(workspace, tmp_path, capsys):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "short"}))
+    changes = HELD_OUT | {"validation__dataset": "json", "validation__data_files": tmp_path / "short.jsonl"}
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **changes)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("validation: the held-out documents have fewer than training.seq_len = 64 tokens")

@@ -1,0 +1,408 @@
+"""Exported folders against transformers' own `save_pretrained`, and what happens when an export goes wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Olmo2Config,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
+
+from flame.checkpoints.manager import HF_FOLDER
+from flame.cli import convert_hf_to_dcp
+from flame.cli.convert_dcp_to_hf import main
+from flame.config.run import Checkpoint
+from flame.errors import UserError
+from flame.weights import export as hf_export
+from flame.weights import files as hf_files
+from flame.weights.check import ExportMismatch
+from flame.weights.export import convert, name_objective_file
+from flame.weights.exporter import Exporter
+from flame.weights.tensors import ModelTensors
+from tests.support.exports import build_model, make_checkpoint
+from tests.support.models import tiny_llama
+from tests.support.paths import REPO
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 264,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama, tied": lambda: tiny_llama(vocab_size=264),
+    "llama, untied": lambda: tiny_llama(vocab_size=264, tie_word_embeddings=False, attention_bias=True),
+    "gpt2": lambda: GPT2Config(vocab_size=264, n_positions=16, n_embd=32, n_layer=2, n_head=4),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
+    "olmo2": lambda: Olmo2Config(**SMALL, num_key_value_heads=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**GROUPED, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None),
+}
+
+OWN_ARCHITECTURE = """
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_architecture_of_a_test"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+AutoConfig.register("own_architecture_of_a_test", OwnConfig)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return make_checkpoint(tmp_path / "run", build_model(tiny_llama(vocab_size=264)), weight=torch.ones(2, 3))
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_is_what_save_pretrained_writes(tmp_path, family, dtype):
+    """Names, shapes, bytes and configuration; in one file and in many."""
+    model = build_model(FAMILIES[family]())
+    checkpoint = make_checkpoint(tmp_path / "run", model)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "expected")
+    expected = read_weights(tmp_path / "expected")
+    for case, max_shard_bytes in (("one", 10**9), ("many", 40_000)):
+        out = tmp_path / case
+        convert(checkpoint, out, dtype, max_shard_bytes=max_shard_bytes)
+        assert_same_weights(read_weights(out), expected)
+        files = sorted(out.glob("model*.safetensors"))
+        assert (len(files) == 1) == (case == "one")
+        assert all(path.stat().st_size < max_shard_bytes + 10_000 for path in files)
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == expected.keys()
+        for name, file in index["weight_map"].items():
+            with safe_open(out / file, "pt") as shard:
+                assert name in shard.keys()  # noqa: SIM118 - it is no dictionary
+                assert shard.metadata() == {"format": "pt"}
+        assert json.loads((out / "config.json").read_text()) == json.loads((tmp_path / "expected" / "config.json").read_text())
+        generation = [json.loads((path / "generation_config.json").read_text()) for path in (out, tmp_path / "expected")]
+        assert generation[0] == generation[1]
+
+
+def test_logits_are_those_that_were_trained(tmp_path, checkpoint):
+    """An independent look at what the export has checked itself."""
+    model = build_model(tiny_llama(vocab_size=264)).eval()
+    input_ids = torch.arange(40)[None] * 5 % 264
+    names: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    for name in names:
+        dtype, out = getattr(torch, name), tmp_path / name
+        convert(checkpoint, out, name)
+        loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+        assert loaded.dtype == dtype
+        with torch.no_grad():
+            difference = (loaded(input_ids).logits - model(input_ids).logits).abs().max()
+        assert difference == 0 if dtype == torch.float32 else 0 < difference < 0.3
+    assert torch.equal(load_file(tmp_path / "float32" / name_objective_file("future"))["predictor.weight"], torch.ones(2, 3))
+
+
+def test_the_exported_tokenizer_needs_none_of_our_code(tmp_path, checkpoint):
+    convert(checkpoint, tmp_path / "hf")
+    code = (
+        "import sys; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
+        "print(t('é')['input_ids'], t.decode(t(' a\\n b')['input_ids']) == ' a\\n b', 'flame' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "hf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip().endswith("[195, 169] True False")
+    assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id, int)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_export_does_not_appear(tmp_path, checkpoint, monkeypatch, dtype):
+    """One weight is changed on its way to the disk; the old export stays."""
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    before = read_weights(out)
+    honest = hf_files.stream_weights
+
+    def lie(*arguments):
+        for tensors in honest(*arguments):
+            yield {name: tensor * 1.01 if name.endswith("1.mlp.up_proj.weight") else tensor for name, tensor in tensors.items()}
+
+    monkeypatch.setattr(hf_export, "stream_weights", lie)
+    with pytest.raises(ExportMismatch, match="gives other logits than the checkpoint"):
+        convert(checkpoint, out, dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    assert_same_weights(read_weights(out), before)
+    convert(checkpoint, out, dtype, check=False)
+    assert not torch.equal(
+        read_weights(out)["model.layers.1.mlp.up_proj.weight"].float(), before["model.layers.1.mlp.up_proj.weight"]
+    )
+
+
+def test_a_weight_that_the_model_lacks_is_no_success(tmp_path, checkpoint, monkeypatch):
+    real = hf_export.write_weights
+
+    def leave_out(folder, layout, weights, max_shard_bytes):
+        name = "model.layers.0.mlp.up_proj.weight"
+        layout.on_disk.pop(name)
+        real(folder, layout, ({n: t for n, t in part.items() if n != name} for part in weights), max_shard_bytes)
+
+    monkeypatch.setattr(hf_export, "write_weights", leave_out)
+    with pytest.raises(ExportMismatch, match=r"missing keys: \['model.layers.0.mlp.up_proj.weight'\]"):
+        convert(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path, checkpoint):
+    """Killed in the middle of the weights, over an older export: that is still there, and the next export cleans up."""
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from flame.weights import export as hf_export\n"
+        "honest = hf_export.stream_weights\n"
+        "def die(*a):\n"
+        "    for i, part in enumerate(honest(*a)):\n"
+        "        if i == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield part\n"
+        "hf_export.stream_weights = die\n"
+        "hf_export.convert(Path(sys.argv[1]), Path(sys.argv[2]), 'bfloat16')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), str(out)], cwd=REPO, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.partial", "run"]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    (out / "stale.txt").write_text("of the old export")
+    convert(checkpoint, out, "bfloat16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not (out / "stale.txt").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    for out in (tmp_path / "notes", checkpoint, checkpoint / HF_FOLDER, tmp_path / "run"):
+        with pytest.raises(UserError, match="holds something else than an exported model"):
+            convert(checkpoint, out)
+    assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
+
+
+def test_places_of_the_result(tmp_path, checkpoint):
+    """A link keeps leading to the folder, and a folder that cannot be made is one line."""
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / "big disk")
+    for _ in range(2):
+        convert(checkpoint, tmp_path / "hf", check=False)
+        assert (tmp_path / "hf").is_symlink() and (tmp_path / "big disk" / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"hf", "big disk"} and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(UserError, match=r"cannot be made .*: name another folder"):
+        convert(checkpoint, Path("/proc/nowhere/hf"))
+
+
+def test_a_configuration_of_another_model_is_one_line(tmp_path, checkpoint):
+    file = checkpoint / HF_FOLDER / "config.json"
+    content = file.read_text().replace('"intermediate_size": 48', '"intermediate_size": 49')  # of the same length
+    file.write_text(content)
+    expected = r"is of another model than the weights: lm.model.layers.0.mlp.down_proj.weight is \[32, 48\] in the checkpoint"
+    with pytest.raises(UserError, match=expected):
+        convert(checkpoint, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_flipped_bit_in_a_weight_is_damage(tmp_path, checkpoint):
+    tensors = ModelTensors(checkpoint)
+    needle = tensors.load(["lm.model.norm.weight"])["lm.model.norm.weight"].numpy().tobytes()
+    shard = next(path for path in checkpoint.glob("*.distcp") if needle in path.read_bytes())
+    content = bytearray(shard.read_bytes())
+    content[content.index(needle) + 5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: .* the bytes of model.lm.model.norm.weight are damaged"):
+        convert(checkpoint, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_full_disk_is_one_line(tmp_path, checkpoint, monkeypatch):
+    def fill(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_export, "write_weights", fill)
+    with pytest.raises(UserError, match="is full: free space and export again"):
+        convert(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf.partial").exists()
+
+
+def test_recurrent_families_are_compared_by_their_weights(tmp_path, monkeypatch, caplog):
+    from fla.models import GLAConfig
+
+    model = build_model(GLAConfig(hidden_size=32, num_hidden_layers=2, num_heads=2, vocab_size=264, intermediate_size=48))
+    checkpoint = make_checkpoint(tmp_path / "run", model)
+    with caplog.at_level("INFO", "flame"):
+        convert(checkpoint, tmp_path / "hf")
+    assert "weights equal the checkpoint's; logits not compared" in caplog.text
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert_same_weights(dict(found.state_dict()), dict(model.state_dict()))
+    honest = hf_files.stream_weights
+    monkeypatch.setattr(
+        hf_export, "stream_weights", lambda *a: ({name: tensor * 1.01 for name, tensor in part.items()} for part in honest(*a))
+    )
+    with pytest.raises(ExportMismatch, match="has another"):
+        convert(checkpoint, tmp_path / "wrong")
+
+
+def test_no_more_than_a_layer_is_read_at_once(tmp_path):
+    model = build_model(tiny_llama(vocab_size=264, num_hidden_layers=12, intermediate_size=80))
+    tensors = ModelTensors(make_checkpoint(tmp_path / "run", model))
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    asked = []
+
+    def load(names):
+        loaded = hf_export._load(tensors, names)
+        asked.append(sum(tensor.numel() for tensor in loaded.values()))
+        return loaded
+
+    for _ in hf_files.stream_weights(meta, hf_files.plan_layout(meta, torch.float32), load, torch.float32):
+        pass
+    assert max(asked) == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert sum(asked) == model.num_parameters()
+
+
+def run_command(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_dcp_to_hf", *map(str, arguments)])
+    if code := main():
+        sys.exit(code)
+
+
+def test_the_command_line(tmp_path, checkpoint, monkeypatch, capsys, caplog):
+    with caplog.at_level("INFO", "flame"):
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--dtype", "bfloat16")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"wrote {tmp_path / 'hf'}"  # a log line may come before
+    assert (
+        "re-loaded, its logits of 32 tokens equal the checkpoint's, with its weights rounded likewise, to the bit" in caplog.text
+    )
+    assert "writing weights" not in printed.err  # no progress bar where there is no terminal
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    caplog.clear()
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--skip-check")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+    assert "logits" not in caplog.text
+    with pytest.raises(SystemExit) as stop:
+        run_command(monkeypatch, "--checkpoint", tmp_path, "--out", tmp_path / "other")
+    assert stop.value.code == 2
+    assert "is not a complete checkpoint folder" in capsys.readouterr().err
+
+
+def test_an_architecture_of_the_users_own(tmp_path, monkeypatch, caplog):
+    """Refused with advice without its code, exported with it."""
+    package = tmp_path / "own_architecture_of_a_test.py"
+    package.write_text(OWN_ARCHITECTURE)
+
+    class Config(LlamaConfig):
+        model_type = "own_architecture_of_a_test"
+
+    checkpoint = make_checkpoint(tmp_path / "run", LlamaForCausalLM(Config(**SMALL)), custom_model_path=str(package))
+    with pytest.raises(UserError, match=r"comes from experimental.custom_model_path = .*: give --custom-model-path"):
+        convert(checkpoint, tmp_path / "hf")
+    with caplog.at_level("INFO", "flame"):
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--custom-model-path", package)
+    assert "equal the checkpoint's to the bit" in caplog.text
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(found).__module__ == "own_architecture_of_a_test"
+
+
+def test_some_weights_stay_in_float32(tmp_path):
+    """Those that the library itself keeps so, in a model of lower precision."""
+    sizes: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts: dict[str, Any] = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    model = build_model(DeepseekV3Config(**SMALL, **sizes, **experts, first_k_dense_replace=1))
+    checkpoint = make_checkpoint(tmp_path / "run", model)
+    convert(checkpoint, tmp_path / "hf", "bfloat16")
+    weights = read_weights(tmp_path / "hf")
+    kept = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    gate = "model.layers.1.mlp.gate."  # later versions of transformers keep the whole of it
+    assert {f"{gate}e_score_correction_bias"} <= kept <= {f"{gate}e_score_correction_bias", f"{gate}weight"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    again.save_pretrained(tmp_path / "again")
+    assert_same_weights(weights, read_weights(tmp_path / "again"))
+
+
+def test_a_converted_model_comes_back(tmp_path):
+    """In through `convert_hf_to_dcp`, out again: the same weights, and its own settings for generation."""
+    model = build_model(FAMILIES["qwen3_moe"]())
+    model.generation_config.top_k = 7
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path / "in")
+    convert_hf_to_dcp.convert(str(tmp_path / "in"), tmp_path / "step-0")
+    convert(tmp_path / "step-0", tmp_path / "out")
+    assert_same_weights(read_weights(tmp_path / "out"), read_weights(tmp_path / "in"))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
+
+
+class Checkpoints:
+    """Of a `Checkpointer`, what an `Exporter` asks for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.waited = 0
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def test_a_run_exports_on_its_way(tmp_path, checkpoint, one_process):
+    """Every third step but the last; after a resume only what is missing; a failure is the run's."""
+    options = Checkpoint(export_interval=3, export_dtype="bfloat16")
+    checkpoints = Checkpoints(checkpoint.parent)
+    exporter = Exporter(options, tmp_path / "run", 12, checkpoints)  # type: ignore[arg-type]
+    assert [step for step in range(13) if exporter.is_due(step)] == [3, 6, 9]
+    exporter.export_when_due(2)
+    assert checkpoints.waited == 0
+    out = tmp_path / "run" / "hf-step-3"
+    exporter.export_when_due(3, again=False)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16" and checkpoints.waited == 1
+    (out / "mark").touch()
+    exporter.export_when_due(3, again=False)
+    assert (out / "mark").exists()
+    exporter.export_when_due(3)
+    assert not (out / "mark").exists()
+    with pytest.raises(UserError, match="is not a complete checkpoint folder"):
+        exporter.export_when_due(6)
+    options.export_interval = 0
+    assert not any(exporter.is_due(step) for step in range(13))
