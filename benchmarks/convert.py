@@ -111,7 +111,7 @@ def measure(config: Path, folder: Path, report: Report) -> None:
     for name, command, written in (
         ("imports alone", ("-c", "import flame.cli.convert_dcp_to_hf"), None),
         ("in", to_dcp, checkpoint),
-        ("out, float32, not checked", (*to_hf, "--skip-check"), out),
+        ("out, float32, not checked", (*to_hf, "--skip_check"), out),
         ("out, float32", to_hf, out),
         ("out, bfloat16", (*to_hf, "--dtype", "bfloat16"), out),
     ):

@@ -1,5 +1,12 @@
 """Mistakes of the user, told apart from faults of the program."""
 
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
 
 class UserError(Exception):
     """A mistake that the user can put right: one line a mistake, printed without a traceback.
@@ -13,6 +20,20 @@ class UserError(Exception):
     def __init__(self, *lines: str):
         self.lines = [_escape_unprintable(line) for line in lines]
         super().__init__("\n".join(self.lines))
+
+
+def end_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
+    """Make a command's `main` print the user's mistakes on stderr and return `UserError.EXIT_CODE`."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.EXIT_CODE
+
+    return run
 
 
 def _escape_unprintable(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from flame.checkpoints.files import list_checkpoints, read_state
 from flame.config.run import CHECKPOINT_FOLDER
 from flame.data.audit import read_audit
-from flame.errors import UserError
+from flame.errors import UserError, end_on_user_error
 
 Ranges = list[tuple[int, int]]
 
@@ -111,6 +111,7 @@ def list_gaps(steps: set[int], last: int) -> list[str]:
     return [str(first) if first == end else f"{first}-{end}" for first, end in gaps]
 
 
+@end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Check that a run was trained on each token exactly once per epoch.", allow_abbrev=False
@@ -118,17 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of a run with training.audit = true (job.dump_folder)")
     folder = parser.parse_args(argv).folder
     steps: set[int] = set()
-    try:
-        token_counts = count_tokens(note_steps(read_audit(folder), steps))
-        if not token_counts:
-            raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.EXIT_CODE
+    token_counts = count_tokens(note_steps(read_audit(folder), steps))
+    if not token_counts:
+        raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
     bad_rows = None
     last = max(steps)
     for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:
-        state = read_state(checkpoint)
+        try:
+            state = read_state(checkpoint)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f'checkpoint "{checkpoint}" is damaged: {error}; move it away, and the one before it is read'
+            ) from error
         count_unseen(token_counts, state["data"])
         bad_rows = state["counters"]["bad_rows"]
         last = max(last, state["step"])

@@ -12,11 +12,12 @@ import logging
 import sys
 from pathlib import Path
 
-from flame.errors import UserError
+from flame.errors import end_on_user_error
 from flame.models.custom_model import import_custom_model
 from flame.weights.export import convert
 
 
+@end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert a checkpoint to an ordinary Hugging Face folder.", allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step-N folder")
@@ -25,20 +26,16 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights; float32 is exact"
     )
     parser.add_argument(
-        "--skip-check", action="store_true", help="do not compare the result's logits; for models larger than memory"
+        "--skip_check", action="store_true", help="do not compare the result's logits; for models larger than memory"
     )
     parser.add_argument(
-        "--custom-model-path", default="", help="package that registers the architecture (experimental.custom_model_path)"
+        "--custom_model_path", default="", help="package that registers the architecture (experimental.custom_model_path)"
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("flame").setLevel(logging.INFO)
-    try:
-        import_custom_model(arguments.custom_model_path)
-        convert(arguments.checkpoint, arguments.out, arguments.dtype, check=not arguments.skip_check)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.EXIT_CODE
+    import_custom_model(arguments.custom_model_path)
+    convert(arguments.checkpoint, arguments.out, arguments.dtype, check=not arguments.skip_check)
     print(f"wrote {arguments.out}")
     return 0
 

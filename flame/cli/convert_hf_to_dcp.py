@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flame.checkpoints.files import commit
 from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.storage import TensorWriter, is_disk_full
-from flame.errors import UserError
+from flame.errors import UserError, end_on_user_error
 from flame.models.causal_lm import load_model_config
 from flame.models.custom_model import import_custom_model
 from flame.weights.assets import read_generation_settings
@@ -129,6 +129,7 @@ def _copy_assets(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+@end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Convert a Hugging Face model to a checkpoint that a run can start from.", allow_abbrev=False
@@ -136,16 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="a folder with safetensors, or a Hub name")
     parser.add_argument("--out", type=Path, required=True, help="the step-N folder to create")
     parser.add_argument(
-        "--custom-model-path", default="", help="package that registers the architecture (experimental.custom_model_path)"
+        "--custom_model_path", default="", help="package that registers the architecture (experimental.custom_model_path)"
     )
     arguments = parser.parse_args(argv)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    try:
-        import_custom_model(arguments.custom_model_path)
-        convert(arguments.model, arguments.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.EXIT_CODE
+    import_custom_model(arguments.custom_model_path)
+    convert(arguments.model, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
 

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame.errors import UserError
+from flame.errors import UserError, end_on_user_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,15 +40,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of libraries on import
-            return _run(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.EXIT_CODE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of libraries on import
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

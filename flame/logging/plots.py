@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from flame.errors import UserError
+from flame.errors import UserError, end_on_user_error
 from flame.logging.console import VALIDATION_PREFIX
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.runtime.json_lines import parse_line
@@ -197,16 +197,13 @@ def _has_lone_point(numbers: list[float]) -> bool:
     return any(here and not (before or after) for before, here, after in zip(padded, padded[1:], padded[2:], strict=False))
 
 
+@end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flame-plot", description="Draw the curves of runs into a PNG.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its job.dump_folder)")
     parser.add_argument("--out", type=Path, default=Path(CURVES_FILE), help="the PNG to write (default: %(default)s)")
     options = parser.parse_args(argv)
-    try:
-        print(plot_runs(options.runs, options.out))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.EXIT_CODE
+    print(plot_runs(options.runs, options.out))
     return 0
 
 

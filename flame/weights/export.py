@@ -124,7 +124,7 @@ def _read_config(checkpoint: Path, tensors: ModelTensors) -> PretrainedConfig:
         package = tensors.state["config"].get("experimental", {}).get("custom_model_path")
         reason = " ".join(str(error).split())[:300]
         if package:
-            reason = f'its architecture comes from experimental.custom_model_path = "{package}": give --custom-model-path'
+            reason = f'its architecture comes from experimental.custom_model_path = "{package}": give --custom_model_path'
         raise UserError(
             f'checkpoint "{checkpoint}": {HF_FOLDER}/config.json cannot be loaded by transformers: {reason}'
         ) from error

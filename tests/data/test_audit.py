@@ -131,6 +131,21 @@ def test_what_a_crash_left_is_passed_over(workspace, tmp_path, capsys):
         assert capsys.readouterr() == expected
 
 
+@pytest.mark.parametrize("damage", ["cut short", "file missing"])
+def test_a_damaged_checkpoint_is_one_line(workspace, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    run_here(workspace, run, **CHANGES, training__steps=2)
+    capsys.readouterr()
+    newest = list_checkpoints(run / "checkpoint")[-1]
+    if damage == "cut short":
+        (newest / TRAINER_FILE).write_text('{"step": 2')
+    else:
+        next(newest.glob("*.distcp")).unlink()
+    assert check([str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'checkpoint "{newest}" is damaged: ')
+
+
 def test_steps_without_audit_are_told(workspace, tmp_path, capsys):
     run = tmp_path / "run"
     told = "steps not audited: "

@@ -314,7 +314,7 @@ def test_the_command_line(tmp_path, checkpoint, monkeypatch, capsys, caplog):
     assert "writing weights" not in printed.err  # no progress bar where there is no terminal
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     caplog.clear()
-    run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--skip-check")
+    run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--skip_check")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
     assert "logits" not in caplog.text
     with pytest.raises(SystemExit) as stop:
@@ -332,10 +332,10 @@ def test_an_architecture_of_the_users_own(tmp_path, monkeypatch, caplog):
         model_type = "own_architecture_of_a_test"
 
     checkpoint = make_checkpoint(tmp_path / "run", LlamaForCausalLM(Config(**SMALL)), custom_model_path=str(package))
-    with pytest.raises(UserError, match=r"comes from experimental.custom_model_path = .*: give --custom-model-path"):
+    with pytest.raises(UserError, match=r"comes from experimental.custom_model_path = .*: give --custom_model_path"):
         convert(checkpoint, tmp_path / "hf")
     with caplog.at_level("INFO", "flame"):
-        run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--custom-model-path", package)
+        run_command(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "hf", "--custom_model_path", package)
     assert "equal the checkpoint's to the bit" in caplog.text
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert type(found).__module__ == "own_architecture_of_a_test"
