@@ -163,14 +163,3 @@ def find_neighbors(segment_ids: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     first = torch.searchsorted(segment_ids, segment_ids, side="left")
     last = torch.searchsorted(segment_ids, segment_ids, side="right") - 1
     return torch.maximum(first, index - horizon), torch.minimum(last, index + horizon)
-
-
-def render_future_mask(cu_seqlens: Tensor, window_k: int | None = None) -> str:
-    """Draw the mask as text, one row per query: `#` is an allowed key, `.` the query itself, `|` a document boundary."""
-    allowed = _allowed_keys(cu_seqlens, window_k)
-    starts = set(cu_seqlens.reshape(-1).tolist()[1:-1])
-    lines = []
-    for q, row in enumerate(allowed.tolist()):
-        cells = ("#" if seen else "." if kv == q else " " for kv, seen in enumerate(row))
-        lines.append("".join(("|" if kv in starts else "") + cell for kv, cell in enumerate(cells)))
-    return "\n".join(lines)

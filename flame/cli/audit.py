@@ -29,7 +29,6 @@ class TokenCount:
     """Counts of one source in one epoch."""
 
     documents: int = 0
-    sequences: int = 0
     tokens: int = 0
     """Tokens trained on, including repeated ones."""
     repeated: int = 0
@@ -54,14 +53,14 @@ def count_tokens(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Token
     trained: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
     skipped: dict[tuple[str, int], dict[int | str, Ranges]] = defaultdict(lambda: defaultdict(list))
     finished: dict[tuple[str, int], set[int | str]] = defaultdict(set)
-    token_counts: dict[tuple[str, int], TokenCount] = defaultdict(TokenCount)
+    token_counts: dict[tuple[str, int], TokenCount] = {}
     for line in lines:
-        for key in {(line["source"], epoch) for _, _, _, epoch, _ in line["pieces"]}:
-            token_counts[key].sequences += 1
         for document, start, end, epoch, is_last in line["pieces"]:
-            (trained if line["trained"] else skipped)[line["source"], epoch][document].append((start, end))
+            key = line["source"], epoch
+            token_counts.setdefault(key, TokenCount())
+            (trained if line["trained"] else skipped)[key][document].append((start, end))
             if is_last:
-                finished[line["source"], epoch].add(document)
+                finished[key].add(document)
     for key, token_count in token_counts.items():
         token_count.left_out = sum(end - start for ranges in skipped[key].values() for start, end in ranges)
         token_count.documents = len(trained[key].keys() | skipped[key].keys())
