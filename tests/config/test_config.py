@@ -93,10 +93,6 @@ BAD_COMMAND_LINES = {
         ["--lr_scheduler.decay_type", "cosin"],
         ['lr_scheduler.decay_type = cosin (command line): allowed is "linear" or "sqrt" or "cosine"'],
     ),
-    "not the only choice": (
-        ["--future_encoder.estimator_type", "nwj"],
-        ['future_encoder.estimator_type = nwj (command line): allowed is "infonce" or "bilinear" or "cosine" or "smooth_l1"'],
-    ),
     "not UTF-8": (
         ["--job.description", "\udc80"],
         ['job.description = "\\udc80" (command line): allowed is text, in UTF-8'],
