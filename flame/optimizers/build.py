@@ -86,12 +86,11 @@ def build_optimizer(
 
 
 def _select_for_muon(model: nn.Module, layers: nn.ModuleList) -> set[str]:
-    """Names of the parameters that Muon trains."""
+    """Names of the parameters that Muon trains; none if the decoder layers are frozen."""
     matrices = {id(parameter) for parameter in select_matrices(layers)}
-    chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in matrices}
-    if not chosen:
+    if not matrices:
         raise UserError('optimizer.name = "Muon", but the decoder layers have no matrices to train: set it to "AdamW"')
-    return chosen
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in matrices}
 
 
 def _select(model: nn.Module, prefix: str, earlier: Sequence[Group], decayed: bool) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from flame.cli.convert_hf_to_dcp import convert
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.objectives.step import Requested, compute_losses
@@ -19,6 +18,7 @@ from flame.runtime.distributed import end_processes, set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
 from flame.weights.assets import read_generation_settings, write_hf_assets
+from flame.weights.to_checkpoint import convert_to_checkpoint as convert
 from tests.support.families import build_toy
 from tests.support.runs import measured, options, run_here
 
