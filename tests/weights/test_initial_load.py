@@ -125,6 +125,14 @@ def test_generation_stops_where_training_ended_documents(ends, tmp_path):
     assert settings["eos_token_id"] == tokenizer.eos_token_id and settings["top_k"] == 7
 
 
+def test_several_end_tokens_stay_several(tmp_path):
+    """Those of the configuration that the model was built from, and those of the settings for generation."""
+    config = build_toy("llama", vocab_size=264, eos_token_id=[1, 256, 3])
+    write_hf_assets(config, build_bytes_tokenizer(), {"top_k": 7, "eos_token_id": [3, 256]}, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [1, 256, 3]
+    assert read_settings(tmp_path)["eos_token_id"] == [3, 256]
+
+
 def test_what_the_tokenizer_lacks_stays(tmp_path):
     tokenizer = build_bytes_tokenizer()
     tokenizer.pad_token = None
