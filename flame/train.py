@@ -142,7 +142,7 @@ class Trainer:
             asynchronous=config.checkpoint.async_mode == "async",
         )
         fingerprint = fingerprint_tokenizer(self.tokenizer)
-        self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, fingerprint, self.source_names)
+        self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, fingerprint, self.mixture)
         self.exporter = Exporter(config.checkpoint, self.folder, config.training.steps, self.checkpointer)
         self.previewed = False
 

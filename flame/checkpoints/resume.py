@@ -142,25 +142,6 @@ def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:
         )
 
 
-def check_sources(saved: list[str], names: list[str]) -> None:
-    """Reject a run that lacks a source of the checkpoint. Under a new name, the source would restart from its first document.
-
-    Args:
-        saved, names: names of the sources in the checkpoint and now.
-
-    Raises:
-        UserError: one line for each missing source.
-    """
-    missing = [
-        f'source "{name}" of the checkpoint is not trained on any more (now: {", ".join(names)}): give it back under its name, '
-        f"with sources.{name}.weight = 0 to draw from it no more, or start a new run in another job.dump_folder"
-        for name in saved
-        if name not in names
-    ]
-    if missing:
-        raise UserError(*missing)
-
-
 def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:
     """Reject another tokenizer than that of the checkpoint.
 

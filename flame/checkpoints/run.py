@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -13,14 +14,16 @@ from flame.checkpoints.resume import (
     check_made_by_run,
     check_model,
     check_resumable,
-    check_sources,
     check_tokenizer,
     list_changes,
     list_used_sections,
 )
+from flame.checkpoints.sources import match_sources, rename_sources
 from flame.checkpoints.state import RunState
 from flame.config.run import NEXT_TOKEN
 from flame.config.schema import JobConfig
+from flame.data.content import describe_contents
+from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
@@ -34,12 +37,12 @@ class RunCheckpoints:
     Args:
         state: saved with the tensors of `checkpointer`, and loaded in place.
         fingerprint: of the tokenizer.
-        source_names: names of the mixture's sources, in order.
+        mixture: of the training data.
     """
 
-    def __init__(self, config: JobConfig, checkpointer: Checkpointer, state: RunState, fingerprint: str, source_names: list[str]):
+    def __init__(self, config: JobConfig, checkpointer: Checkpointer, state: RunState, fingerprint: str, mixture: Mixture):
         self._config, self._checkpointer, self._state = config, checkpointer, state
-        self._fingerprint, self._source_names = fingerprint, source_names
+        self._fingerprint, self._mixture = fingerprint, mixture
         self._model_config = checkpointer.model.lm.config
         self._objective = get_objective(checkpointer.model)
         self.saved_step = 0
@@ -81,6 +84,8 @@ class RunCheckpoints:
             UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
         """
         config, folder = self._config, self._config.job.dump_folder
+        if config.checkpoint.enable_checkpoint:
+            self._state.data.contents = run_on_main(partial(describe_contents, config, self._mixture))
         saved = self._checkpointer.load_latest(self._check) if config.checkpoint.enable_checkpoint else None
         if saved is None:
             run_on_main(self._refuse_to_start_over)
@@ -90,10 +95,11 @@ class RunCheckpoints:
                 f"training.steps = {config.training.steps}, but the run in {folder} is at step {saved['step']} already: "
                 "raise it, or start a new run in another job.dump_folder"
             )
+        changes = self._list_changes(saved)
         self._state.load(saved)
         self.saved_step = self._state.step
         if dist.get_rank() == 0:
-            for change in self._list_changes(saved):
+            for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
         return True
 
@@ -118,11 +124,15 @@ class RunCheckpoints:
         check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config))
         check_model(saved["model_config"], self._model_config.to_dict())
         check_tokenizer(saved["tokenizer_fingerprint"], self._fingerprint)
-        check_sources(list(saved["data"]["sources"]), self._source_names)
+        match_sources(saved, self._config, self._state.data.contents)
 
     def _list_changes(self, saved: dict[str, Any]) -> list[str]:
+        """What has changed since the checkpoint. Sources of the checkpoint get their new names in it."""
         changes = list_changes(saved["config"], self._config)
-        new = [name for name in self._source_names if name not in saved["counters"]["tokens_by_source"]]
+        names = match_sources(saved, self._config, self._state.data.contents)
+        changes += [f'source "{old}" is called "{new}" and goes on where it was' for old, new in names.items() if old != new]
+        rename_sources(saved, names)
+        new = [name for name in self._state.data.contents if name not in saved["counters"]["tokens_by_source"]]
         changes += [f'source "{name}" is new and begins at its first document' for name in new]
         world_size = dist.get_world_size()
         if saved["world_size"] != world_size:

@@ -53,6 +53,10 @@ class Tokens(SourceKind):
     def open(self) -> NoReturn:
         raise AssertionError("a folder of tokens holds no text")
 
+    def list_content_files(self) -> list[Path]:
+        folder = Path(os.path.expanduser(self.corpus.data_files))
+        return [folder / TOKENS_FILE, folder / OFFSETS_FILE]
+
     def open_tokens(self, tokenizer: PreTrainedTokenizerFast) -> TokenFolder:
         option = f"{self.option} ({self.files_option})"
         return open_token_folder(self.corpus.data_files, option, self.short_name, tokenizer)
