@@ -228,7 +228,7 @@ class Checkpointer:
 
     # ---------------------------------------------------------------- resuming
 
-    def load_latest(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    def load_latest(self, check: Callable[[dict[str, Any]], None], only_step: int | None = None) -> dict[str, Any] | None:
         """Load the newest readable checkpoint into model and optimizer. On the same number of ranks, restore random states too.
 
         A damaged checkpoint is skipped with a warning, and the one before it is used. Then the damaged one is renamed to
@@ -236,6 +236,7 @@ class Checkpointer:
 
         Args:
             check: raises a UserError if the run cannot continue from this trainer state; called on all ranks.
+            only_step: load this step's checkpoint, which exists, and no other.
 
         Returns:
             the trainer state of the checkpoint, or None if there is no checkpoint.
@@ -246,6 +247,8 @@ class Checkpointer:
         """
         self.wait()
         complete, damaged = run_on_main(self._survey)
+        if only_step is not None:
+            complete, damaged = [self.folder / f"step-{only_step}"], []
         passed = damaged
         for checkpoint in reversed(complete):
             try:
@@ -255,6 +258,8 @@ class Checkpointer:
             except RankFailure as failure:
                 if not failure.is_damage:
                     raise
+                if only_step is not None:
+                    raise UserError(f'checkpoint.load_step = {only_step}: "{checkpoint}" is damaged: {failure}') from failure
                 if dist.get_rank() == 0:
                     logger.warning("checkpoint %s cannot be read and is passed over: %s", checkpoint, failure)
                 passed = [*passed, checkpoint]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from flame.checkpoints.going_back import find_return, go_back
 from flame.checkpoints.manager import Checkpointer, list_checkpoints
 from flame.checkpoints.resume import (
     FORMAT,
@@ -78,23 +79,27 @@ class RunCheckpoints:
         self.saved_step = self._state.step
 
     def resume(self) -> bool:
-        """Resume from the newest readable checkpoint. Returns False if there is none.
+        """Resume from the newest readable checkpoint, or go back to `checkpoint.load_step`. Returns False if there is none.
 
         Raises:
             UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
         """
         config, folder = self._config, self._config.job.dump_folder
-        if config.checkpoint.enable_checkpoint:
-            self._state.data.contents = run_on_main(partial(describe_contents, config, self._mixture))
-        saved = self._checkpointer.load_latest(self._check) if config.checkpoint.enable_checkpoint else None
-        if saved is None:
+        if not config.checkpoint.enable_checkpoint:
             run_on_main(self._refuse_to_start_over)
+            return False
+        self._state.data.contents = run_on_main(partial(describe_contents, config, self._mixture))
+        target = run_on_main(partial(find_return, config))
+        saved = self._checkpointer.load_latest(self._check, target)
+        if saved is None:
             return False
         if saved["step"] > config.training.steps:
             raise UserError(
                 f"training.steps = {config.training.steps}, but the run in {folder} is at step {saved['step']} already: "
                 "raise it, or start a new run in another job.dump_folder"
             )
+        if target is not None:
+            run_on_main(partial(go_back, config, target))
         changes = self._list_changes(saved)
         self._state.load(saved)
         self.saved_step = self._state.step
@@ -106,7 +111,7 @@ class RunCheckpoints:
     def _refuse_to_start_over(self) -> None:
         """Reject a start without checkpoints in a folder that has some: it would overwrite the records of that run."""
         folder = self._config.job.dump_folder
-        if not self._config.checkpoint.enable_checkpoint and list_checkpoints(self._checkpointer.folder):
+        if list_checkpoints(self._checkpointer.folder):
             raise UserError(
                 f'job.dump_folder = "{folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false would '
                 "start over in it: set that back, or choose another job.dump_folder"

@@ -108,6 +108,9 @@ class Checkpoint(Section):
     """Steps between checkpoints. The last step is always saved."""
     keep_latest_k: NonNegativeInt = option(2, applies=_SAVED)
     """Complete checkpoints to keep; 0 keeps all. The disk must hold one more."""
+    load_step: PositiveInt | None = option(None, applies=_SAVED, is_silent=True)
+    """Go back to the checkpoint of this step. What is newer is set aside, not deleted. It is done once: the same command goes on
+    from the newest checkpoint, until a start without the option."""
     async_mode: Literal["disabled", "async"] = option("disabled", applies=_SAVED)
     """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
     initial_load_path: str = ""
