@@ -68,7 +68,12 @@ def list_used_sections(config: JobConfig) -> set[str]:
 
 
 def check_resumable(
-    saved: dict[str, Any], saved_objective: str, config: JobConfig, objective: str, used_sections: Collection[str]
+    saved: dict[str, Any],
+    saved_objective: str,
+    config: JobConfig,
+    objective: str,
+    used_sections: Collection[str],
+    label: str = "the checkpoint",
 ) -> None:
     """Reject changes of options that must stay fixed at a resume.
 
@@ -77,6 +82,7 @@ def check_resumable(
             releases behaved like that. An option that only it has is ignored.
         saved_objective, objective: names of the objective in the checkpoint and now.
         used_sections: sections that the run reads.
+        label: what was made with the saved options, for error lines.
 
     Raises:
         UserError: one line for each option that has changed.
@@ -85,7 +91,7 @@ def check_resumable(
     lines = []
     if saved_objective != objective:
         lines.append(
-            f'objective.name = "{objective}" (or its loss_weight), but the run in {config.job.dump_folder} was made with '
+            f'objective.name = "{objective}" (or its loss_weight), but {label} was made with '
             f'"{saved_objective}": they have different modules; {advice}'
         )
     before, now = _complete(saved, config), flatten(config.to_dict())
@@ -95,10 +101,7 @@ def check_resumable(
         for name in list_fixed(options):
             key = f"{section}.{name}"
             if key in before and now[key] != before[key]:
-                lines.append(
-                    f"{key} = {json.dumps(now[key])}, but the run in {config.job.dump_folder} was made with "
-                    f"{json.dumps(before[key])}: {advice}"
-                )
+                lines.append(f"{key} = {json.dumps(now[key])}, but {label} was made with {json.dumps(before[key])}: {advice}")
     if lines:
         raise UserError(*lines)
 

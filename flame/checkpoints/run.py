@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -21,7 +22,7 @@ from flame.checkpoints.resume import (
 )
 from flame.checkpoints.sources import match_sources, rename_sources
 from flame.checkpoints.state import RunState
-from flame.config.run import NEXT_TOKEN
+from flame.config.run import NEXT_TOKEN, STARTS_FILE
 from flame.config.schema import JobConfig
 from flame.data.content import describe_contents
 from flame.data.mixture import Mixture
@@ -30,6 +31,19 @@ from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
 
 logger = logging.getLogger("flame")
+
+
+class _Found(NamedTuple):
+    """What a run goes on from, which has been loaded."""
+
+    saved: dict[str, Any]
+    """`trainer.json`."""
+    label: str
+    """For error lines."""
+    goes_back: bool = False
+    """It is `checkpoint.load_step`."""
+    is_branch: bool = False
+    """It is of another run."""
 
 
 class RunCheckpoints:
@@ -79,34 +93,56 @@ class RunCheckpoints:
         self.saved_step = self._state.step
 
     def resume(self) -> bool:
-        """Resume from the newest readable checkpoint, or go back to `checkpoint.load_step`. Returns False if there is none.
+        """Go on from the newest readable checkpoint, or from `checkpoint.load_step` or `branch_from`. False if there is none.
 
         Raises:
             UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
         """
-        config, folder = self._config, self._config.job.dump_folder
+        config = self._config
         if not config.checkpoint.enable_checkpoint:
             run_on_main(self._refuse_to_start_over)
-            return False
+            if not config.checkpoint.branch_from:
+                return False
         self._state.data.contents = run_on_main(partial(describe_contents, config, self._mixture))
-        target = run_on_main(partial(find_return, config))
-        saved = self._checkpointer.load_latest(self._check, target)
-        if saved is None:
+        found = self._load()
+        if found is None:
             return False
-        if saved["step"] > config.training.steps:
+        saved = found.saved
+        if saved["step"] + found.is_branch > config.training.steps:
             raise UserError(
-                f"training.steps = {config.training.steps}, but the run in {folder} is at step {saved['step']} already: "
-                "raise it, or start a new run in another job.dump_folder"
+                f"training.steps = {config.training.steps}, but {found.label} is at step {saved['step']} already: raise it, or "
+                "start a new run in another job.dump_folder"
             )
-        if target is not None:
-            run_on_main(partial(go_back, config, target))
+        if found.goes_back:
+            run_on_main(partial(go_back, config, saved["step"]))
         changes = self._list_changes(saved)
         self._state.load(saved)
-        self.saved_step = self._state.step
+        self.saved_step = 0 if found.is_branch else self._state.step
+        if found.is_branch or not run_on_main((Path(config.job.dump_folder) / STARTS_FILE).exists):
+            self._state.service_ids = {}  # of the run whose checkpoint it was, which goes on under them
         if dist.get_rank() == 0:
             for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
         return True
+
+    def _load(self) -> _Found | None:
+        """Load what the run goes on from into model and optimizer; None for a new run."""
+        options, own = self._config.checkpoint, f"the run in {self._config.job.dump_folder}"
+        check = partial(self._check, self._checkpointer.folder, own)
+        if options.enable_checkpoint:
+            step = run_on_main(partial(find_return, self._config))
+            if step is not None:
+                checkpoint = self._checkpointer.folder / f"step-{step}"
+                saved = self._checkpointer.load_one(checkpoint, check, f"checkpoint.load_step = {step}")
+                return _Found(saved, own, goes_back=True)
+            newest = self._checkpointer.load_latest(check)
+            if newest is not None:
+                return _Found(newest, own)
+        if not options.branch_from:
+            return None
+        checkpoint, label = Path(options.branch_from).expanduser(), f'checkpoint.branch_from = "{options.branch_from}"'
+        check = partial(self._check, checkpoint.parent, label)
+        return _Found(self._checkpointer.load_one(checkpoint, check, "checkpoint.branch_from"), label, is_branch=True)
 
     def _refuse_to_start_over(self) -> None:
         """Reject a start without checkpoints in a folder that has some: it would overwrite the records of that run."""
@@ -122,11 +158,12 @@ class RunCheckpoints:
         if self._config.checkpoint.enable_checkpoint and self._state.step < self._config.training.steps:
             self._checkpointer.prepare()
 
-    def _check(self, saved: dict[str, Any]) -> None:
-        check_made_by_run(saved, self._checkpointer.folder)
+    def _check(self, folder: Path, label: str, saved: dict[str, Any]) -> None:
+        """Check that the run may go on from a checkpoint in this folder of checkpoints."""
+        check_made_by_run(saved, folder)
         saved_objective = saved["objective"]["name"] if saved["objective"] else NEXT_TOKEN
         own = self._objective.name if self._objective is not None else NEXT_TOKEN
-        check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config))
+        check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config), label)
         check_model(saved["model_config"], self._model_config.to_dict())
         check_tokenizer(saved["tokenizer_fingerprint"], self._fingerprint)
         match_sources(saved, self._config, self._state.data.contents)

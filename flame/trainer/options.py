@@ -141,6 +141,8 @@ def list_idle_options(job: JobConfig) -> list[str]:
     idle = [key for key in idle if not (key.endswith(".loss_weight") and kind is None and _switches_off(job, key))]
     if job.objective.path and user is not None and (kind is None or kind.name != user.name):
         idle.append("objective.path")
+    if job.checkpoint.branch_from and job.checkpoint.initial_load_path:
+        idle.append("checkpoint.initial_load_path")
     if kind is None:
         schedule = ("start_step", "warmup_steps", "decay_steps")
         idle += [f"objective.{name}" for name in schedule if getattr(job.objective, name)]

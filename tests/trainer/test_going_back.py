@@ -78,7 +78,7 @@ def test_a_start_without_the_option_lets_the_run_go_back_again(workspace, run, f
 
 @pytest.mark.parametrize(
     ("load_step", "expected"),
-    [(7, "has no checkpoint of this step (there are 1, 2, 3, 4, 5, 6)"), (5, "is damaged: OSError: ")],
+    [(7, "has no checkpoint of this step (there are 1, 2, 3, 4, 5, 6)"), (5, "cannot be read: OSError: ")],
 )
 def test_a_step_that_cannot_be_loaded_changes_nothing(workspace, run, capsys, load_step, expected):
     (run / "checkpoint" / "step-5" / "__0_0.distcp").write_bytes(b"")
