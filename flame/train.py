@@ -325,7 +325,7 @@ class Trainer:
             seek_schedule(self.schedule, self.step)
         elif self.config.checkpoint.initial_load_path:
             lines, self.state.generation = load_initial_weights(
-                self.model, self.config.model, self.config.checkpoint.initial_load_path, self.tokenizer
+                self.model, self.config.model, self.config.checkpoint, self.tokenizer
             )
             for line in lines:
                 logger.info(line)

@@ -117,8 +117,11 @@ class Checkpoint(Section):
     async_mode: Literal["disabled", "async"] = option("disabled", applies=_SAVED)
     """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
     initial_load_path: str = ""
-    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. Only the language
-    model is taken; the objective's modules start fresh. A run that has checkpoints of its own goes on from those."""
+    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. The optimizer and
+    the data begin anew. A run that has checkpoints of its own goes on from those."""
+    load_objective: bool = option(True, applies=When("initial_load_path"))
+    """Also take the objective's modules, such as the predictor, from checkpoint.initial_load_path, where they are there and fit.
+    Those that do not fit start fresh, which the log says."""
     branch_from: str = option("", is_silent=True)
     """A step-N checkpoint folder of another run, whose whole state a new run starts from: weights, optimizer, schedule and data
     position. What a resume may not change must be as it was. A run that has checkpoints of its own goes on from those."""
