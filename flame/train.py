@@ -126,7 +126,7 @@ class Trainer:
         self.model = build_model(config, model_config, self.device, mesh)
         self.objective = get_objective(self.model)
         self.optimizer = build_run_optimizer(config, self.model)
-        self.schedule = build_schedule(config.lr_scheduler, config.training.steps, self.optimizer)
+        self.schedule = build_schedule(config.lr_scheduler, config.schedule_steps, self.optimizer)
         self.aux_schedule = build_weight_schedule(config)
 
         self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))

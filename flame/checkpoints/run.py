@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from flame.checkpoints.going_back import find_return, go_back
+from flame.checkpoints.jumps import describe_jump
 from flame.checkpoints.manager import Checkpointer, list_checkpoints
 from flame.checkpoints.resume import (
     FORMAT,
@@ -123,6 +124,8 @@ class RunCheckpoints:
         if dist.get_rank() == 0:
             for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
+            if jump := describe_jump(saved["config"], config, self._state.step):
+                logger.warning("the schedule jumps: %s", jump)
         return True
 
     def _load(self) -> _Found | None:

@@ -82,12 +82,14 @@ class ObjectiveChoice(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps over which the weight of the loss grows linearly to the objective's loss_weight."""
     decay_steps: NonNegativeInt = 0
-    """Steps, the last of the run, over which the weight falls linearly to 0, which it reaches one step after the last."""
+    """Steps, the last of the run (or of lr_scheduler.total_steps), over which the weight falls linearly to 0, which it reaches
+    one step after the last."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if (self.name or self.path) and self.name != NEXT_TOKEN and self.start_step > job.training.steps:
+        if (self.name or self.path) and self.name != NEXT_TOKEN and self.start_step > job.schedule_steps:
+            key = "lr_scheduler.total_steps" if job.lr_scheduler.total_steps else "training.steps"
             yield (
-                f"objective.start_step = {self.start_step} is after the last step, training.steps = {job.training.steps}: start "
+                f"objective.start_step = {self.start_step} is after the last step, {key} = {job.schedule_steps}: start "
                 f'earlier or set objective.name = "{NEXT_TOKEN}"'
             )
         if job.experimental.freeze_lm_for_infonce and self.start_step > 1:

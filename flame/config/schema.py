@@ -76,6 +76,11 @@ class JobConfig:
         return Path(self.job.dump_folder) / CHECKPOINT_FOLDER
 
     @property
+    def schedule_steps(self) -> int:
+        """Steps that learning rate and loss weight are scheduled over."""
+        return self.lr_scheduler.total_steps or self.training.steps
+
+    @property
     def start(self) -> Start:
         """What the run starts from: an option and its value, or its own newest checkpoint where that is no folder here."""
         return find_start(self.checkpoint.branch_from, self.checkpoint.initial_load_path, self.checkpoint_folder)

@@ -154,6 +154,9 @@ class Optimizer(Section):
 class LRScheduler(Section):
     """The learning rate over the run."""
 
+    total_steps: PositiveInt | None = None
+    """Steps that learning rate and loss weight are scheduled over. Unset: training.steps. Set it where the run is to stop before,
+    and to go on later as if it had not stopped."""
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up. Shortened, with a warning, in a run of fewer steps."""
     decay_ratio: Fraction | None = None
@@ -162,6 +165,13 @@ class LRScheduler(Section):
     """Shape of the decay."""
     lr_min: Fraction = 0.1
     """Learning rate at the end of the decay, which is one step after the last, as a fraction of optimizer.lr."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        if self.total_steps is not None and self.total_steps < job.training.steps:
+            yield (
+                f"lr_scheduler.total_steps = {self.total_steps} is less than training.steps = {job.training.steps}: the schedule "
+                "would end before the run; raise it, or leave it out to schedule over training.steps"
+            )
 
 
 @dataclass(kw_only=True)

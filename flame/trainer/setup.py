@@ -192,7 +192,7 @@ def build_weight_schedule(config: JobConfig) -> WeightSchedule:
     """Schedule of the objective's loss weight; always 0 without an objective."""
     kind, choice = choose_objective(config), config.objective
     weight = config.get(kind.options).loss_weight if kind is not None else 0.0
-    return WeightSchedule(weight, choice.start_step, choice.warmup_steps, choice.decay_steps, config.training.steps)
+    return WeightSchedule(weight, choice.start_step, choice.warmup_steps, choice.decay_steps, config.schedule_steps)
 
 
 def open_validator(
