@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isqrt, lcm
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -25,9 +26,24 @@ from flame.config.types import (
 if TYPE_CHECKING:
     from flame.config.schema import JobConfig
 
+MOST_NAMED = 8
+"""Numbers of ranks or workers in an error line."""
 DEFAULT_SEPARATOR = "="
 FLOAT8_SIZE_STEP = 16
 """Each size of an 8-bit matrix product must be a multiple of this."""
+
+
+def list_divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _list_nearest(numbers: list[int], wanted: int) -> str:
+    """The numbers nearest to one, in order, such as "48, 64 or 96"."""
+    nearest = sorted(sorted(numbers, key=lambda number: abs(number - wanted))[:MOST_NAMED])
+    names = [str(number) for number in nearest]
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 @dataclass(kw_only=True)
@@ -89,15 +105,24 @@ class Training(Corpus):
                 f"training.context_len = {self.context_len} is more than training.seq_len = {self.seq_len}: a chunk of a "
                 "document must fit in a packed sequence; lower the one or raise the other"
             )
-        readers = job.world_size * max(1, self.num_workers)
-        if self.num_streams % readers:
-            yield (
-                f"training.num_streams = {self.num_streams} is not a multiple of ranks x workers = {job.world_size} x "
-                f"{max(1, self.num_workers)}: change training.num_workers or, for a new run, set num_streams to a multiple of "
-                f"{readers}"
-            )
+        yield from self._find_stream_conflicts(job.world_size, max(1, self.num_workers))
         yield from self._find_float8_conflicts()
         yield from self._find_parallel_conflicts(job.world_size)
+
+    def _find_stream_conflicts(self, ranks: int, workers: int) -> Iterator[str]:
+        streams = self.num_streams
+        if streams % (ranks * workers) == 0:
+            return
+        fault = f"training.num_streams = {streams} is not a multiple of ranks x workers = {ranks} x {workers}: "
+        able = list_divisors(streams // ranks) if streams % ranks == 0 else []
+        if able:
+            yield f"{fault}set training.num_workers to {_list_nearest(able, workers)}"
+            return
+        able = [count for count in list_divisors(streams) if streams % (count * workers) == 0] or list_divisors(streams)
+        yield (
+            f"{fault}a run with {streams} streams goes on with {_list_nearest(able, ranks)} ranks; for a new run set num_streams "
+            f"to a multiple of {ranks * workers}, such as {lcm(streams, ranks * workers)}, which those divide too"
+        )
 
     def _find_float8_conflicts(self) -> Iterator[str]:
         if self.float8 and self.mixed_precision_param != "bfloat16":
