@@ -155,7 +155,7 @@ class Metrics(Section):
     enable_tensorboard: bool = False
     """Write TensorBoard events to tb/ in job.dump_folder."""
     enable_wandb: bool = False
-    """Log to Weights & Biases. WANDB_PROJECT, WANDB_RUN_NAME and WANDB_MODE (online, offline) are honoured."""
+    """Log to Weights & Biases. WANDB_PROJECT, WANDB_NAME and WANDB_MODE (online, offline) are honoured."""
     logger_path: str = ""
     """A Python file with a metric logger of your own, such as "my_logger.py" (CONTRIBUTING.md)."""
 
