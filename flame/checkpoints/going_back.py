@@ -25,6 +25,12 @@ EXPORTS = "hf*"
 logger = logging.getLogger("flame")
 
 
+def find_wanted_step(config: JobConfig) -> int | None:
+    """The step to go back to; None if it is not asked for, or has been done."""
+    step, note = config.checkpoint.load_step, Path(config.job.dump_folder) / NOTE_FILE
+    return None if step is None or _read_note(note, step) else step
+
+
 def find_return(config: JobConfig) -> int | None:
     """The step to go back to; None if it is not asked for, or has been done. A start without the option forgets what was done.
 

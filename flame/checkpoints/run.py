@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from flame.checkpoints.going_back import find_return, go_back
 from flame.checkpoints.jumps import describe_jump
@@ -26,6 +27,7 @@ from flame.checkpoints.state import RunState
 from flame.config.run import NEXT_TOKEN, STARTS_FILE
 from flame.config.schema import JobConfig
 from flame.data.content import describe_contents
+from flame.data.encoding import fingerprint_tokenizer
 from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.objectives.step import get_objective
@@ -52,13 +54,14 @@ class RunCheckpoints:
 
     Args:
         state: saved with the tensors of `checkpointer`, and loaded in place.
-        fingerprint: of the tokenizer.
         mixture: of the training data.
     """
 
-    def __init__(self, config: JobConfig, checkpointer: Checkpointer, state: RunState, fingerprint: str, mixture: Mixture):
+    def __init__(
+        self, config: JobConfig, checkpointer: Checkpointer, state: RunState, tokenizer: PreTrainedTokenizerFast, mixture: Mixture
+    ):
         self._config, self._checkpointer, self._state = config, checkpointer, state
-        self._fingerprint, self._mixture = fingerprint, mixture
+        self._fingerprint, self._mixture = fingerprint_tokenizer(tokenizer), mixture
         self._model_config = checkpointer.model.lm.config
         self._objective = get_objective(checkpointer.model)
         self.saved_step = 0
@@ -141,11 +144,12 @@ class RunCheckpoints:
             newest = self._checkpointer.load_latest(check)
             if newest is not None:
                 return _Found(newest, own)
-        if not options.branch_from:
+        branch = self._config.branch_folder
+        if branch is None:
             return None
-        checkpoint, label = Path(options.branch_from).expanduser(), f'checkpoint.branch_from = "{options.branch_from}"'
-        check = partial(self._check, checkpoint.parent, label)
-        return _Found(self._checkpointer.load_one(checkpoint, check, "checkpoint.branch_from"), label, is_branch=True)
+        label = f'checkpoint.branch_from = "{options.branch_from}"'
+        check = partial(self._check, branch.parent, label)
+        return _Found(self._checkpointer.load_one(branch, check, "checkpoint.branch_from"), label, is_branch=True)
 
     def _refuse_to_start_over(self) -> None:
         """Reject a start without checkpoints in a folder that has some: it would overwrite the records of that run."""

@@ -86,7 +86,8 @@ class ObjectiveChoice(Section):
     one step after the last."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if (self.name or self.path) and self.name != NEXT_TOKEN and self.start_step > job.schedule_steps:
+        is_known = job.training.budget is None  # else the trainer asks again
+        if is_known and (self.name or self.path) and self.name != NEXT_TOKEN and self.start_step > job.schedule_steps:
             key = "lr_scheduler.total_steps" if job.lr_scheduler.total_steps else "training.steps"
             yield (
                 f"objective.start_step = {self.start_step} is after the last step, {key} = {job.schedule_steps}: start "

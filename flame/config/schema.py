@@ -47,8 +47,10 @@ class JobConfig:
     """Sections of objectives and data sources, by name."""
     world_size: int = 1
     """Processes of the run over all machines. No option: the launcher says it."""
+    typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Keys that the file or the command line has set. No option."""
 
-    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size")
+    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "typed")
 
     def get(self, kind: type[S]) -> S:
         """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""
@@ -74,6 +76,11 @@ class JobConfig:
     def checkpoint_folder(self) -> Path:
         """Folder of the run's checkpoints."""
         return Path(self.job.dump_folder) / CHECKPOINT_FOLDER
+
+    @property
+    def branch_folder(self) -> Path | None:
+        """The checkpoint that `checkpoint.branch_from` names; None without it."""
+        return Path(self.checkpoint.branch_from).expanduser() if self.checkpoint.branch_from else None
 
     @property
     def schedule_steps(self) -> int:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 8
 """Numbers of ranks or workers in an error line."""
+BUDGETS = ("tokens", "epochs", "flops")
+"""Options of `Training` that say how long to train, instead of `steps`."""
 DEFAULT_SEPARATOR = "="
 FLOAT8_SIZE_STEP = 16
 """Each size of an 8-bit matrix product must be a multiple of this."""
@@ -63,7 +65,15 @@ class Training(Corpus):
     gradient_accumulation_steps: PositiveInt = 1
     """Packed sequences per rank in one optimizer step."""
     steps: PositiveInt = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Instead of it, one of training.tokens, epochs and flops may be given: the run then makes
+    as many steps as that takes, and says so at its start."""
+    tokens: PositiveInt | None = None
+    """Tokens to train on in the whole run, instead of training.steps."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data, instead of training.steps. For one source of counted tokens, training.dataset = "tokens"."""
+    flops: PositiveFloat | None = None
+    """Required arithmetic of the whole run, such as 1e18, instead of training.steps. It is counted as step_tflops is, on the
+    first packed sequences."""
     loss_on: Literal["all", "answer"] = option("all", fixed=True)
     """Tokens that both losses count: all, or only those after the first training.answer_separator of their document. A chunk
     that does not begin its document has lost its prompt and counts for nothing."""
@@ -99,7 +109,16 @@ class Training(Corpus):
     """Training matrix products of the decoder layers in 8-bit floats, forward and backward (torchao, row-wise scales). Needs
     a GPU of compute capability 8.9 or above, and training.compile to be fast."""
 
+    @property
+    def budget(self) -> str | None:
+        """The option that says how long to train instead of `steps`; None for none."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        typed = [each for each in ("steps", *BUDGETS) if f"training.{each}" in job.typed and getattr(self, each) is not None]
+        if self.budget and len(typed) > 1:
+            given = " and ".join(f"training.{each} = {getattr(self, each)}" for each in typed)
+            yield f"{given} all say how long to train: leave out all but one"
         if self.context_len > self.seq_len:
             yield (
                 f"training.context_len = {self.context_len} is more than training.seq_len = {self.seq_len}: a chunk of a "
@@ -192,7 +211,8 @@ class LRScheduler(Section):
     """Learning rate at the end of the decay, which is one step after the last, as a fraction of optimizer.lr."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if self.total_steps is not None and self.total_steps < job.training.steps:
+        is_known = job.training.budget is None  # else the trainer asks again
+        if is_known and self.total_steps is not None and self.total_steps < job.training.steps:
             yield (
                 f"lr_scheduler.total_steps = {self.total_steps} is less than training.steps = {job.training.steps}: the schedule "
                 "would end before the run; raise it, or leave it out to schedule over training.steps"

@@ -101,6 +101,12 @@ class TokenFolder:
         """Number of documents."""
         return self._documents
 
+    def count_tokens(self, holdout_every: int) -> int:
+        """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
+        lengths = np.diff(_map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE))
+        held_out = lengths[::holdout_every] if holdout_every else lengths[:0]
+        return int(lengths.sum() - held_out.sum())
+
     def read(self, index: int) -> np.ndarray:
         """Return a document's token ids, uint16 or uint32 [n], n >= 1: a read-only view of the mapped file."""
         if self._tokens is None:
