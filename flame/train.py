@@ -38,7 +38,6 @@ from flame.checkpoints.run import RunCheckpoints
 from flame.checkpoints.state import RunState
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
-from flame.data.encoding import fingerprint_tokenizer
 from flame.data.loader import PackedLoader
 from flame.data.prefetch import Prefetcher
 from flame.data.preview import render_sequence
@@ -62,6 +61,7 @@ from flame.runtime.interrupt import raise_on_interrupt
 from flame.runtime.seeds import derive_seed
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
+from flame.trainer.budget import resolve_budget
 from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
@@ -124,9 +124,10 @@ class Trainer:
         check_same_data(self.mixture)
         self.lock = claim_folder(self.folder)
         self.model = build_model(config, model_config, self.device, mesh)
+        resolve_budget(config, self.model, self.mixture)
         self.objective = get_objective(self.model)
         self.optimizer = build_run_optimizer(config, self.model)
-        self.schedule = build_schedule(config.lr_scheduler, config.training.steps, self.optimizer)
+        self.schedule = build_schedule(config.lr_scheduler, config.schedule_steps, self.optimizer)
         self.aux_schedule = build_weight_schedule(config)
 
         self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))
@@ -141,8 +142,7 @@ class Trainer:
             self._write_assets,
             asynchronous=config.checkpoint.async_mode == "async",
         )
-        fingerprint = fingerprint_tokenizer(self.tokenizer)
-        self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, fingerprint, self.source_names)
+        self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, self.tokenizer, self.mixture)
         self.exporter = Exporter(config.checkpoint, self.folder, config.training.steps, self.checkpointer)
         self.previewed = False
 
@@ -325,7 +325,7 @@ class Trainer:
             seek_schedule(self.schedule, self.step)
         elif self.config.checkpoint.initial_load_path:
             lines, self.state.generation = load_initial_weights(
-                self.model, self.config.model, self.config.checkpoint.initial_load_path, self.tokenizer
+                self.model, self.config.model, self.config.checkpoint, self.tokenizer
             )
             for line in lines:
                 logger.info(line)

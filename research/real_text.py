@@ -107,7 +107,9 @@ LAPTOP_SIZE: dict[str, object] = {
 def list_runs(arguments: argparse.Namespace) -> list[Run]:
     """One seed of the variants before the next."""
     steps = LAPTOP_STEPS if arguments.laptop else STEPS
-    start: dict[str, object] = {"checkpoint.initial_load_path": arguments.start.resolve()} if arguments.start else {}
+    start: dict[str, object] = {}
+    if arguments.start:
+        start = {"checkpoint.initial_load_path": arguments.start.resolve(), "checkpoint.load_objective": False}
     base: dict[str, object] = {
         "model.tokenizer_path": "bytes",
         "training.dataset": "text",

@@ -107,15 +107,32 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def was_skipping(checkpoint: Path) -> bool:
+    """Whether steps were being skipped when a checkpoint was made. Its weights are finite, but may be past saving."""
+    try:
+        counters = json.loads((checkpoint / TRAINER_FILE).read_text())["counters"]
+        return bool(counters["skipped_in_a_row"] or counters["skipped_aux_in_a_row"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # unreadable, or of no run
+
+
+def list_good_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints that were not made while steps were being skipped, newest first."""
+    return [int(path.name.removeprefix("step-")) for path in reversed(list_checkpoints(folder)) if not was_skipping(path)]
+
+
 def purge_before(newest: Path, keep_latest_k: int) -> None:
     """Delete the oldest checkpoints, so that `keep_latest_k` up to and including `newest` remain; 0 keeps all.
 
-    Later checkpoints, which the run has skipped as damaged, do not count.
+    Checkpoints made while steps were being skipped push out no good one: of those only `newest` remains. Later checkpoints, which
+    the run has skipped as damaged, do not count.
     """
     if not keep_latest_k:
         return
     complete = list_checkpoints(newest.parent)
-    for old in complete[: max(complete.index(newest) + 1 - keep_latest_k, 0)]:
+    candidates = complete[: complete.index(newest) + 1]
+    kept = {newest, *[path for path in candidates if not was_skipping(path)][-keep_latest_k:]}
+    for old in (path for path in candidates if path not in kept):
         try:
             remove(old)
         except OSError as error:  # not fatal: the new checkpoint is complete

@@ -19,7 +19,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flame.checkpoints import random_state
+from flame.checkpoints.background import Background
 from flame.checkpoints.files import (
     TRAINER_FILE,
     advise_on_full_disk,
@@ -47,12 +47,11 @@ from flame.checkpoints.files import (
     set_aside,
     write_durably,
 )
-from flame.checkpoints.staging import HostStaging, TensorTree
+from flame.checkpoints.staging import TensorTree
 from flame.checkpoints.storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
 from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
 from flame.runtime.agreement import RankFailure, run_on_all, run_on_main
-from flame.runtime.distributed import get_gpu, use_gpu
 from flame.runtime.torchtitan import OptimizersContainer
 
 __all__ = ["HF_FOLDER", "TRAINER_FILE", "Checkpointer", "list_checkpoints"]
@@ -95,7 +94,7 @@ class Checkpointer:
         self.write_assets = write_assets
         # A separate group: the thread's collectives must not mix with those of training, and a slow disk needs a long timeout.
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
-        self._background = _Background() if asynchronous else None
+        self._background = Background() if asynchronous else None
         self._has_failed = False
         self._assets: dict[str, bytes] = {}
 
@@ -249,9 +248,7 @@ class Checkpointer:
         passed = damaged
         for checkpoint in reversed(complete):
             try:
-                state = run_on_main(partial(read_state, checkpoint))
-                run_on_all(partial(check, state))
-                self._load(checkpoint, state["world_size"])
+                state = self._load_whole(checkpoint, check)
             except RankFailure as failure:
                 if not failure.is_damage:
                     raise
@@ -265,6 +262,28 @@ class Checkpointer:
             total = len(complete) + len(damaged)
             raise UserError(f'none of the {total} checkpoints in "{self.folder}" can be read: move them away to start over')
         return None
+
+    def load_one(self, checkpoint: Path, check: Callable[[dict[str, Any]], None], option: str) -> dict[str, Any]:
+        """Load this checkpoint, of this run or another, and no other; like `load_latest`.
+
+        Args:
+            option: what names it, for the error line.
+
+        Raises:
+            UserError: from `check`, or it cannot be read.
+        """
+        try:
+            return self._load_whole(checkpoint, check)
+        except RankFailure as failure:
+            if not failure.is_damage:
+                raise
+            raise UserError(f'{option}: "{checkpoint}" cannot be read: {failure}: name another') from failure
+
+    def _load_whole(self, checkpoint: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        state = run_on_main(partial(read_state, checkpoint))
+        run_on_all(partial(check, state))
+        self._load(checkpoint, state["world_size"])
+        return state
 
     def _tidy(self, used: Path, passed: list[Path]) -> None:
         for damaged in passed:
@@ -304,30 +323,6 @@ class Checkpointer:
         """The tensors in use, without copies: saving reads them, loading writes into them."""
         optimizer = {key: value for key, value in self.optimizer.state_dict().items() if isinstance(value, torch.Tensor)}
         return {"model": cast(dict[str, torch.Tensor], get_model_state_dict(self.model)), "optimizer": optimizer}
-
-
-class _Background:
-    """Host copies and a thread, for asynchronous saves."""
-
-    def __init__(self) -> None:
-        self.staging = HostStaging()
-        self._thread = ThreadPoolExecutor(1, "checkpoint", use_gpu, (get_gpu(),))
-        self._running: Future[None] | None = None
-
-    def start(self, action: Callable[..., None], *arguments: Any) -> None:
-        self._running = self._thread.submit(action, *arguments)
-
-    def wait(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def close(self) -> None:
-        self._thread.shutdown()
-        try:
-            self.wait()
-        except Exception as error:
-            logger.error("%s", error)
 
 
 def _count_bytes(tensors: TensorTree) -> int:

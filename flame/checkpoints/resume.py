@@ -70,7 +70,12 @@ def list_used_sections(config: JobConfig) -> set[str]:
 
 
 def check_resumable(
-    saved: dict[str, Any], saved_objective: str, config: JobConfig, objective: str, used_sections: Collection[str]
+    saved: dict[str, Any],
+    saved_objective: str,
+    config: JobConfig,
+    objective: str,
+    used_sections: Collection[str],
+    label: str = "the checkpoint",
 ) -> None:
     """Reject changes of options that must stay fixed at a resume.
 
@@ -79,6 +84,7 @@ def check_resumable(
             releases behaved like that. An option that only it has is ignored.
         saved_objective, objective: names of the objective in the checkpoint and now.
         used_sections: sections that the run reads.
+        label: what was made with the saved options, for error lines.
 
     Raises:
         UserError: one line for each option that has changed.
@@ -87,7 +93,7 @@ def check_resumable(
     lines = []
     if saved_objective != objective:
         lines.append(
-            f'objective.name = "{objective}" (or its loss_weight), but the run in {config.job.dump_folder} was made with '
+            f'objective.name = "{objective}" (or its loss_weight), but {label} was made with '
             f'"{saved_objective}": they have different modules; {advice}'
         )
     before, now = _complete(saved, config), flatten(config.to_dict())
@@ -97,10 +103,7 @@ def check_resumable(
         for name in list_fixed(options):
             key = f"{section}.{name}"
             if key in before and now[key] != before[key]:
-                lines.append(
-                    f"{key} = {json.dumps(now[key])}, but the run in {config.job.dump_folder} was made with "
-                    f"{json.dumps(before[key])}: {advice}"
-                )
+                lines.append(f"{key} = {json.dumps(now[key])}, but {label} was made with {json.dumps(before[key])}: {advice}")
     if lines:
         raise UserError(*lines)
 
@@ -142,25 +145,6 @@ def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:
             f"model.config: {', '.join(differences)}: the checkpoint is of another model; set it back, or start a new run in "
             "another job.dump_folder"
         )
-
-
-def check_sources(saved: list[str], names: list[str]) -> None:
-    """Reject a run that lacks a source of the checkpoint. Under a new name, the source would restart from its first document.
-
-    Args:
-        saved, names: names of the sources in the checkpoint and now.
-
-    Raises:
-        UserError: one line for each missing source.
-    """
-    missing = [
-        f'source "{name}" of the checkpoint is not trained on any more (now: {", ".join(names)}): give it back under its name, '
-        f"with sources.{name}.weight = 0 to draw from it no more, or start a new run in another job.dump_folder"
-        for name in saved
-        if name not in names
-    ]
-    if missing:
-        raise UserError(*missing)
 
 
 def check_tokenizer(saved_fingerprint: str, fingerprint: str) -> None:

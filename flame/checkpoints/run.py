@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
+from flame.checkpoints.going_back import find_return, go_back
+from flame.checkpoints.jumps import describe_jump
 from flame.checkpoints.manager import Checkpointer, list_checkpoints
 from flame.checkpoints.resume import (
     FORMAT,
     check_made_by_run,
     check_model,
     check_resumable,
-    check_sources,
     check_tokenizer,
     list_changes,
     list_used_sections,
 )
+from flame.checkpoints.sources import match_sources, rename_sources
 from flame.checkpoints.state import RunState
-from flame.config.run import NEXT_TOKEN
+from flame.config.run import NEXT_TOKEN, STARTS_FILE
 from flame.config.schema import JobConfig
+from flame.data.content import describe_contents
+from flame.data.encoding import fingerprint_tokenizer
+from flame.data.mixture import Mixture
 from flame.errors import UserError
 from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
@@ -28,18 +36,32 @@ from flame.runtime.agreement import run_on_main
 logger = logging.getLogger("flame")
 
 
+class _Found(NamedTuple):
+    """What a run goes on from, which has been loaded."""
+
+    saved: dict[str, Any]
+    """`trainer.json`."""
+    label: str
+    """For error lines."""
+    goes_back: bool = False
+    """It is `checkpoint.load_step`."""
+    is_branch: bool = False
+    """It is of another run."""
+
+
 class RunCheckpoints:
     """The checkpoints of one run, by the options in `[checkpoint]`. All ranks call each method at the same point of the run.
 
     Args:
         state: saved with the tensors of `checkpointer`, and loaded in place.
-        fingerprint: of the tokenizer.
-        source_names: names of the mixture's sources, in order.
+        mixture: of the training data.
     """
 
-    def __init__(self, config: JobConfig, checkpointer: Checkpointer, state: RunState, fingerprint: str, source_names: list[str]):
+    def __init__(
+        self, config: JobConfig, checkpointer: Checkpointer, state: RunState, tokenizer: PreTrainedTokenizerFast, mixture: Mixture
+    ):
         self._config, self._checkpointer, self._state = config, checkpointer, state
-        self._fingerprint, self._source_names = fingerprint, source_names
+        self._fingerprint, self._mixture = fingerprint_tokenizer(tokenizer), mixture
         self._model_config = checkpointer.model.lm.config
         self._objective = get_objective(checkpointer.model)
         self.saved_step = 0
@@ -75,32 +97,64 @@ class RunCheckpoints:
         self.saved_step = self._state.step
 
     def resume(self) -> bool:
-        """Resume from the newest readable checkpoint. Returns False if there is none.
+        """Go on from the newest readable checkpoint, or from `checkpoint.load_step` or `branch_from`. False if there is none.
 
         Raises:
             UserError: there is one, but it is of another run, or ahead of `training.steps`, or checkpoints are off.
         """
-        config, folder = self._config, self._config.job.dump_folder
-        saved = self._checkpointer.load_latest(self._check) if config.checkpoint.enable_checkpoint else None
-        if saved is None:
+        config = self._config
+        if not config.checkpoint.enable_checkpoint:
             run_on_main(self._refuse_to_start_over)
+            if not config.checkpoint.branch_from:
+                return False
+        self._state.data.contents = run_on_main(partial(describe_contents, config, self._mixture))
+        found = self._load()
+        if found is None:
             return False
-        if saved["step"] > config.training.steps:
+        saved = found.saved
+        if saved["step"] + found.is_branch > config.training.steps:
             raise UserError(
-                f"training.steps = {config.training.steps}, but the run in {folder} is at step {saved['step']} already: "
-                "raise it, or start a new run in another job.dump_folder"
+                f"training.steps = {config.training.steps}, but {found.label} is at step {saved['step']} already: raise it, or "
+                "start a new run in another job.dump_folder"
             )
+        if found.goes_back:
+            run_on_main(partial(go_back, config, saved["step"]))
+        changes = self._list_changes(saved)
         self._state.load(saved)
-        self.saved_step = self._state.step
+        self.saved_step = 0 if found.is_branch else self._state.step
+        if found.is_branch or not run_on_main((Path(config.job.dump_folder) / STARTS_FILE).exists):
+            self._state.service_ids = {}  # of the run whose checkpoint it was, which goes on under them
         if dist.get_rank() == 0:
-            for change in self._list_changes(saved):
+            for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
+            if jump := describe_jump(saved["config"], config, self._state.step):
+                logger.warning("the schedule jumps: %s", jump)
         return True
+
+    def _load(self) -> _Found | None:
+        """Load what the run goes on from into model and optimizer; None for a new run."""
+        options, own = self._config.checkpoint, f"the run in {self._config.job.dump_folder}"
+        check = partial(self._check, self._checkpointer.folder, own)
+        if options.enable_checkpoint:
+            step = run_on_main(partial(find_return, self._config))
+            if step is not None:
+                checkpoint = self._checkpointer.folder / f"step-{step}"
+                saved = self._checkpointer.load_one(checkpoint, check, f"checkpoint.load_step = {step}")
+                return _Found(saved, own, goes_back=True)
+            newest = self._checkpointer.load_latest(check)
+            if newest is not None:
+                return _Found(newest, own)
+        branch = self._config.branch_folder
+        if branch is None:
+            return None
+        label = f'checkpoint.branch_from = "{options.branch_from}"'
+        check = partial(self._check, branch.parent, label)
+        return _Found(self._checkpointer.load_one(branch, check, "checkpoint.branch_from"), label, is_branch=True)
 
     def _refuse_to_start_over(self) -> None:
         """Reject a start without checkpoints in a folder that has some: it would overwrite the records of that run."""
         folder = self._config.job.dump_folder
-        if not self._config.checkpoint.enable_checkpoint and list_checkpoints(self._checkpointer.folder):
+        if list_checkpoints(self._checkpointer.folder):
             raise UserError(
                 f'job.dump_folder = "{folder}" holds a run with checkpoints, but checkpoint.enable_checkpoint = false would '
                 "start over in it: set that back, or choose another job.dump_folder"
@@ -111,18 +165,23 @@ class RunCheckpoints:
         if self._config.checkpoint.enable_checkpoint and self._state.step < self._config.training.steps:
             self._checkpointer.prepare()
 
-    def _check(self, saved: dict[str, Any]) -> None:
-        check_made_by_run(saved, self._checkpointer.folder)
+    def _check(self, folder: Path, label: str, saved: dict[str, Any]) -> None:
+        """Check that the run may go on from a checkpoint in this folder of checkpoints."""
+        check_made_by_run(saved, folder)
         saved_objective = saved["objective"]["name"] if saved["objective"] else NEXT_TOKEN
         own = self._objective.name if self._objective is not None else NEXT_TOKEN
-        check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config))
+        check_resumable(saved["config"], saved_objective, self._config, own, list_used_sections(self._config), label)
         check_model(saved["model_config"], self._model_config.to_dict())
         check_tokenizer(saved["tokenizer_fingerprint"], self._fingerprint)
-        check_sources(list(saved["data"]["sources"]), self._source_names)
+        match_sources(saved, self._config, self._state.data.contents)
 
     def _list_changes(self, saved: dict[str, Any]) -> list[str]:
+        """What has changed since the checkpoint. Sources of the checkpoint get their new names in it."""
         changes = list_changes(saved["config"], self._config)
-        new = [name for name in self._source_names if name not in saved["counters"]["tokens_by_source"]]
+        names = match_sources(saved, self._config, self._state.data.contents)
+        changes += [f'source "{old}" is called "{new}" and goes on where it was' for old, new in names.items() if old != new]
+        rename_sources(saved, names)
+        new = [name for name in self._state.data.contents if name not in saved["counters"]["tokens_by_source"]]
         changes += [f'source "{name}" is new and begins at its first document' for name in new]
         world_size = dist.get_world_size()
         if saved["world_size"] != world_size:

@@ -95,6 +95,16 @@ def count_unseen(token_counts: dict[tuple[str, int], TokenCount], data_state: di
                 token_count.unseen = None if is_streamed else saved["num_units"] - token_count.documents
 
 
+def rename_sources(lines: Iterable[dict[str, Any]], data_state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of an audit with the present names of sources that a resume has renamed."""
+    sources = data_state["sources"].items()
+    former = [(old, last, name) for name, saved in sources for old, last in saved.get("former_names", [])]
+    former.sort(key=lambda each: each[1])
+    for line in lines:
+        present = next((name for old, last, name in former if line["source"] == old and line["step"] <= last), line["source"])
+        yield line | {"source": present}
+
+
 def note_steps(lines: Iterable[dict[str, Any]], steps: set[int]) -> Iterator[dict[str, Any]]:
     """Yield the lines of an audit, and add their steps to a set."""
     for line in lines:
@@ -119,20 +129,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of a run with training.audit = true (job.dump_folder)")
     folder = parser.parse_args(argv).folder
     steps: set[int] = set()
-    token_counts = count_tokens(note_steps(read_audit(folder), steps))
+    state = _read_newest_state(folder)
+    lines = note_steps(read_audit(folder), steps)
+    token_counts = count_tokens(rename_sources(lines, state["data"]) if state else lines)
     if not token_counts:
         raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
-    from flame.checkpoints.files import list_checkpoints, read_state  # torch takes seconds to load
 
     bad_rows = None
     last = max(steps)
-    for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:
-        try:
-            state = read_state(checkpoint)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f'checkpoint "{checkpoint}" is damaged: {error}; move it away, and the one before it is read'
-            ) from error
+    if state:
         count_unseen(token_counts, state["data"])
         bad_rows = state["counters"]["bad_rows"]
         last = max(last, state["step"])
@@ -145,6 +150,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"steps not audited: {', '.join(gaps)} (they ran without training.audit = true, or their lines are lost)")
     is_lost = bad_rows is not None and unseen_in_all > bad_rows
     return int(is_lost or bool(gaps) or any(token_count.is_faulty for token_count in token_counts.values()))
+
+
+def _read_newest_state(folder: Path) -> dict[str, Any] | None:
+    from flame.checkpoints.files import list_checkpoints, read_state  # torch takes seconds to load
+
+    for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:
+        try:
+            return read_state(checkpoint)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f'checkpoint "{checkpoint}" is damaged: {error}; move it away, and the one before it is read'
+            ) from error
+    return None
 
 
 def _print_table(token_counts: dict[tuple[str, int], TokenCount]) -> None:

@@ -19,22 +19,24 @@ SMALLEST_SHARE = 1e-6
 
 @dataclass(kw_only=True)
 class Corpus(Section):
-    """Where documents come from: the options that training, validation and each source of a mixture share."""
+    """Where documents come from: the options that training, validation and each source of a mixture share.
 
-    dataset: str = option(STANDARD_LIBRARY, fixed=True)
+    A resumed run may name a corpus otherwise, as long as it holds the same documents (`flame.data.content`)."""
+
+    dataset: str = STANDARD_LIBRARY
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
     (JSON lines), "parquet", "tokens" (a folder that flame-preprocess wrote), "pathstar" or "siblings" (generated, see their
     sections), the name of a Hub dataset, or a Python file with a source of your own, such as "my_source.py"."""
-    dataset_name: str = option("", fixed=True)
+    dataset_name: str = ""
     """Configuration of the Hub dataset, where it has several. For path-star graphs their size, arms x nodes of a path with the
     center, such as "5x5", or several sizes, equally often, such as "2x3,5x5"."""
-    dataset_split: str = option("train", fixed=True)
+    dataset_split: str = "train"
     """Split of the Hub dataset."""
-    data_files: str = option("", fixed=True)
+    data_files: str = ""
     """Local files for "text", "json" and "parquet": paths or globs, separated by commas. For "tokens", the folder."""
-    text_column: str = option("text", fixed=True)
+    text_column: str = "text"
     """Column or JSON key that holds the document."""
-    streaming: bool = option(False, fixed=True)
+    streaming: bool = False
     """Read Hub datasets or local files shard by shard while they arrive, instead of fetching and indexing them first. In
     training each stream reads its own shards, so there must be at least training.num_streams of them."""
 

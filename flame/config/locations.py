@@ -8,13 +8,49 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 CHECKPOINT_MARKS = (".metadata", "trainer.json")
 TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
+class Start(NamedTuple):
+    """What a run starts from, whose configuration and tokenizer it takes where no others are named."""
+
+    key: str
+    """The option that names it."""
+    path: str
+    """Empty for a run that starts from the seed."""
+
+
+def find_start(branch_from: str, initial_load_path: str, own_folder: Path) -> Start:
+    """What a run starts from. Once it has checkpoints of its own, it no longer needs what it started from.
+
+    Args:
+        own_folder: of the run's checkpoints.
+    """
+    start = Start("checkpoint.initial_load_path", initial_load_path)
+    if branch_from:
+        start = Start("checkpoint.branch_from", branch_from)
+    if not os.path.isdir(os.path.expanduser(start.path)) and (own := find_own_checkpoint(own_folder)):
+        return Start("job.dump_folder", own)
+    return start
+
+
+def find_own_checkpoint(folder: Path) -> str:
+    """The newest complete checkpoint of a run that has a configuration; empty if there is none."""
+    found = {
+        int(match[1]): os.path.join(folder, match[0])
+        for name in (os.listdir(folder) if os.path.isdir(folder) else ())
+        if (match := re.fullmatch(r"step-(\d+)", name))
+    }
+    files = (*CHECKPOINT_MARKS, os.path.join("hf", "config.json"))
+    complete = [step for step in found if all(os.path.exists(os.path.join(found[step], file)) for file in files)]
+    return found[max(complete)] if complete else ""
+
+
 def find_beside_weights(weights: str) -> str:
-    """Where configuration and tokenizer of `checkpoint.initial_load_path` are; empty where that is."""
+    """Where configuration and tokenizer of what a run starts from are; empty where that is."""
     return os.path.join(weights, "hf") if weights and is_checkpoint(Path(os.path.expanduser(weights))) else weights
 
 
@@ -28,38 +64,59 @@ def looks_like_path(name: str) -> bool:
     return name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def find_model_conflicts(config: str, tokenizer_path: str, weights: str) -> Iterator[str]:
+def find_model_conflicts(config: str, tokenizer_path: str, start: Start) -> Iterator[str]:
     """One line for each of model, tokenizer and first weights that is missing or cannot be what the options say.
 
     Args:
-        config: `model.config`. tokenizer_path: `model.tokenizer_path`. weights: `checkpoint.initial_load_path`.
+        config: `model.config`. tokenizer_path: `model.tokenizer_path`.
     """
+    weights, label = start.path, f'{start.key} = "{start.path}"'
     if looks_like_path(weights) and not os.path.isdir(os.path.expanduser(weights)):
-        yield f'checkpoint.initial_load_path = "{weights}": no such folder'
+        yield f"{label}: no such folder"
         return
     if newest := _find_checkpoint_in(weights):
-        yield f'checkpoint.initial_load_path = "{weights}" is a folder of checkpoints: name one of them, such as "{newest}"'
+        yield f'{label} is a folder of checkpoints: name one of them, such as "{newest}"'
         return
     beside = find_beside_weights(weights)
-    yield from _find_config_conflicts(config, weights, beside)
+    yield from _find_config_conflicts(config, start, beside)
     if not (tokenizer_path or beside):
         yield 'model.tokenizer_path is not set: give a folder, a Hub name, or "bytes" for the built-in tokenizer'
     elif not tokenizer_path and _lacks(weights, beside, TOKENIZER_FILES):
-        yield f'checkpoint.initial_load_path = "{weights}" comes without a tokenizer: name the model\'s in model.tokenizer_path'
+        yield f"{label} comes without a tokenizer: name the model's in model.tokenizer_path"
     elif tokenizer_path.endswith(".py"):
         return  # of a data source of the user's own, which answers for it
     elif looks_like_path(tokenizer_path) and not os.path.isdir(os.path.expanduser(tokenizer_path)):
         yield f'model.tokenizer_path = "{tokenizer_path}": no such folder'
 
 
-def _find_config_conflicts(config: str, weights: str, beside: str) -> Iterator[str]:
+def find_branch_conflicts(branch_from: str, own_folder: Path) -> Iterator[str]:
+    """One line if `checkpoint.branch_from` cannot be what a run starts from. What is no folder, `find_model_conflicts` reports.
+
+    Args:
+        own_folder: of the run's checkpoints.
+    """
+    path = os.path.expanduser(branch_from)
+    if not branch_from or find_own_checkpoint(own_folder):
+        return
+    if os.path.realpath(os.path.dirname(os.path.abspath(path))) == os.path.realpath(own_folder):
+        yield f'checkpoint.branch_from = "{branch_from}" is in this run\'s own folder: to go back to it, set checkpoint.load_step'
+    elif not looks_like_path(branch_from) and not os.path.isdir(path):
+        yield f'checkpoint.branch_from = "{branch_from}": no such folder'
+    elif os.path.isdir(path) and not is_checkpoint(Path(path)) and not _find_checkpoint_in(branch_from):
+        yield (
+            f'checkpoint.branch_from = "{branch_from}" is no step-N checkpoint folder: name one, or take the weights alone with '
+            "checkpoint.initial_load_path"
+        )
+
+
+def _find_config_conflicts(config: str, start: Start, beside: str) -> Iterator[str]:
     source = config or beside
     if not source:
         yield "model.config is not set: give a JSON file, a folder with config.json, or a Hub name (examples: configs/models/)"
-    elif not config and _lacks(weights, source, ("config.json",)):
-        yield f'checkpoint.initial_load_path = "{weights}" comes without a config.json: name the model\'s in model.config'
+    elif not config and _lacks(start.path, source, ("config.json",)):
+        yield f'{start.key} = "{start.path}" comes without a config.json: name the model\'s in model.config'
     elif os.path.exists(os.path.expanduser(source)):
-        yield from _find_json_faults(source, "model.config" if config else "checkpoint.initial_load_path")
+        yield from _find_json_faults(source, "model.config" if config else start.key)
     elif looks_like_path(config):
         yield f'model.config = "{config}": no such file or folder'
 

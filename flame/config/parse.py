@@ -70,6 +70,7 @@ def parse_config(
         is_valid[setting.key] = fault is None
         if fault:
             faults.append(fault)
+    job.typed = frozenset(is_valid)
     faults.extend(_find_unnamed_sources(job, is_valid))
     if file_is_read and is_valid.get(CONFIG_FILE, True):
         wrong_keys = [key for key, valid in is_valid.items() if not valid]

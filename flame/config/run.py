@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from flame.config.locations import find_model_conflicts
+from flame.config.locations import find_branch_conflicts, find_model_conflicts
 from flame.config.types import NonNegativeInt, PositiveInt, Section, When, option
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NEXT_TOKEN = "next_token"
 BYTES_TOKENIZER = "bytes"
 CHECKPOINT_FOLDER = "checkpoint"
+STARTS_FILE = "starts.jsonl"
+"""In a run's folder: a line for each start."""
 
 
 @dataclass(kw_only=True)
@@ -50,17 +52,18 @@ class Model(Section):
 
     config: str = ""
     """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
-    unless there is checkpoint.initial_load_path, whose configuration is taken where this is empty."""
+    unless there is checkpoint.initial_load_path or branch_from, whose configuration is taken where this is empty."""
     tokenizer_path: str = ""
     """Tokenizer: a folder, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or the name of a
-    generated dataset, such as "pathstar", for its own. Empty: the one in checkpoint.initial_load_path."""
+    generated dataset, such as "pathstar", for its own. Empty: the one in checkpoint.initial_load_path or
+    branch_from."""
     resize_embeddings: bool = option(False, applies=When("checkpoint.initial_load_path"))
     """Grow the vocabulary to the tokenizer's where that has more entries. New rows start at the mean of the old ones."""
     trust_remote_code: bool = False
     """Run the Python code that comes with model.config or model.tokenizer_path, from the Hub or a folder."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        yield from find_model_conflicts(self.config, self.tokenizer_path, job.checkpoint.initial_load_path)
+        yield from find_model_conflicts(self.config, self.tokenizer_path, job.start)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +82,8 @@ class ObjectiveChoice(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps over which the weight of the loss grows linearly to the objective's loss_weight."""
     decay_steps: NonNegativeInt = 0
-    """Steps, the last of the run, over which the weight falls linearly to 0, which it reaches one step after the last."""
+    """Steps, the last of the run (or of lr_scheduler.total_steps), over which the weight falls linearly to 0, which it reaches
+    one step after the last."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
         if job.experimental.freeze_lm_for_infonce and self.start_step > 1:
@@ -103,11 +107,20 @@ class Checkpoint(Section):
     """Steps between checkpoints. The last step is always saved."""
     keep_latest_k: NonNegativeInt = option(2, applies=_SAVED)
     """Complete checkpoints to keep; 0 keeps all. The disk must hold one more."""
+    load_step: PositiveInt | None = option(None, applies=_SAVED, is_silent=True)
+    """Go back to the checkpoint of this step. What is newer is set aside, not deleted. It is done once: the same command goes on
+    from the newest checkpoint, until a start without the option."""
     async_mode: Literal["disabled", "async"] = option("disabled", applies=_SAVED)
     """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
     initial_load_path: str = ""
-    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. Only the language
-    model is taken; the objective's modules start fresh. A run that has checkpoints of its own goes on from those."""
+    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. The optimizer and
+    the data begin anew. A run that has checkpoints of its own goes on from those."""
+    load_objective: bool = option(True, applies=When("initial_load_path"))
+    """Also take the objective's modules, such as the predictor, from checkpoint.initial_load_path, where they are there and fit.
+    Those that do not fit start fresh, which the log says."""
+    branch_from: str = option("", is_silent=True)
+    """A step-N checkpoint folder of another run, whose whole state a new run starts from: weights, optimizer, schedule and data
+    position. What a resume may not change must be as it was. A run that has checkpoints of its own goes on from those."""
     export_hf: bool = option(True, applies=_SAVED)
     """At the end, write the model as an ordinary Hugging Face folder, hf/ in job.dump_folder."""
     export_interval: NonNegativeInt = option(0, applies=_EXPORTED)
@@ -116,6 +129,7 @@ class Checkpoint(Section):
     """Dtype of exported weights. "float32" is what was trained, to the bit."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        yield from find_branch_conflicts(self.branch_from, job.checkpoint_folder)
         if self.enable_checkpoint and self.export_hf and self.export_interval % self.interval:
             yield (
                 f"checkpoint.export_interval = {self.export_interval} is no multiple of checkpoint.interval = {self.interval}: "
@@ -135,7 +149,7 @@ class Metrics(Section):
     enable_tensorboard: bool = False
     """Write TensorBoard events to tb/ in job.dump_folder."""
     enable_wandb: bool = False
-    """Log to Weights & Biases. WANDB_PROJECT, WANDB_RUN_NAME and WANDB_MODE (online, offline) are honoured."""
+    """Log to Weights & Biases. WANDB_PROJECT, WANDB_NAME and WANDB_MODE (online, offline) are honoured."""
     logger_path: str = ""
     """A Python file with a metric logger of your own, such as "my_logger.py" (CONTRIBUTING.md)."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from flame.config.data import Corpus, Source, Validation
-from flame.config.locations import find_beside_weights
+from flame.config.locations import Start, find_beside_weights, find_start
 from flame.config.run import CHECKPOINT_FOLDER, Checkpoint, Comm, Job, Metrics, Model, ObjectiveChoice
 from flame.config.training import ActivationCheckpoint, Experimental, LRScheduler, Optimizer, Training
 from flame.config.types import Section
@@ -47,8 +47,10 @@ class JobConfig:
     """Sections of objectives and data sources, by name."""
     world_size: int = 1
     """Processes of the run over all machines. No option: the launcher says it."""
+    typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Keys that the file or the command line has set. No option."""
 
-    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size")
+    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "typed")
 
     def get(self, kind: type[S]) -> S:
         """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""
@@ -76,19 +78,34 @@ class JobConfig:
         return Path(self.job.dump_folder) / CHECKPOINT_FOLDER
 
     @property
+    def branch_folder(self) -> Path | None:
+        """The checkpoint that `checkpoint.branch_from` names; None without it."""
+        return Path(self.checkpoint.branch_from).expanduser() if self.checkpoint.branch_from else None
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps that learning rate and loss weight are scheduled over."""
+        return self.lr_scheduler.total_steps or self.training.steps
+
+    @property
+    def start(self) -> Start:
+        """What the run starts from: an option and its value, or its own newest checkpoint where that is no folder here."""
+        return find_start(self.checkpoint.branch_from, self.checkpoint.initial_load_path, self.checkpoint_folder)
+
+    @property
     def model_source(self) -> str:
-        """What `model.config` names or, where that is empty, what comes with the first weights; empty without those."""
-        return self.model.config or find_beside_weights(self.checkpoint.initial_load_path)
+        """What `model.config` names or, where that is empty, what comes with `start`; empty without that."""
+        return self.model.config or find_beside_weights(self.start.path)
 
     @property
     def model_key(self) -> str:
         """The option that `model_source` goes by."""
-        return "model.config" if self.model.config else "checkpoint.initial_load_path"
+        return "model.config" if self.model.config else self.start.key
 
     @property
     def tokenizer_source(self) -> str:
         """As `model_source`, for `model.tokenizer_path`."""
-        return self.model.tokenizer_path or find_beside_weights(self.checkpoint.initial_load_path)
+        return self.model.tokenizer_path or find_beside_weights(self.start.path)
 
     def list_sections(self) -> Iterator[tuple[str, Section]]:
         """Each table by name, in the order of the file."""

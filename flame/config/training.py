@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isqrt, lcm
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -25,9 +26,26 @@ from flame.config.types import (
 if TYPE_CHECKING:
     from flame.config.schema import JobConfig
 
+MOST_NAMED = 8
+"""Numbers of ranks or workers in an error line."""
+BUDGETS = ("tokens", "epochs", "flops")
+"""Options of `Training` that say how long to train, instead of `steps`."""
 DEFAULT_SEPARATOR = "="
 FLOAT8_SIZE_STEP = 16
 """Each size of an 8-bit matrix product must be a multiple of this."""
+
+
+def list_divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _list_nearest(numbers: list[int], wanted: int) -> str:
+    """The numbers nearest to one, in order, such as "48, 64 or 96"."""
+    nearest = sorted(sorted(numbers, key=lambda number: abs(number - wanted))[:MOST_NAMED])
+    names = [str(number) for number in nearest]
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 @dataclass(kw_only=True)
@@ -47,7 +65,15 @@ class Training(Corpus):
     gradient_accumulation_steps: PositiveInt = 1
     """Packed sequences per rank in one optimizer step."""
     steps: PositiveInt = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Instead of it, one of training.tokens, epochs and flops may be given: the run then makes
+    as many steps as that takes, and says so at its start."""
+    tokens: PositiveInt | None = None
+    """Tokens to train on in the whole run, instead of training.steps."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data, instead of training.steps. For one source of counted tokens, training.dataset = "tokens"."""
+    flops: PositiveFloat | None = None
+    """Required arithmetic of the whole run, such as 1e18, instead of training.steps. It is counted as step_tflops is, on the
+    first packed sequences."""
     loss_on: Literal["all", "answer"] = option("all", fixed=True)
     """Tokens that both losses count: all, or only those after the first training.answer_separator of their document. A chunk
     that does not begin its document has lost its prompt and counts for nothing."""
@@ -83,21 +109,39 @@ class Training(Corpus):
     """Training matrix products of the decoder layers in 8-bit floats, forward and backward (torchao, row-wise scales). Needs
     a GPU of compute capability 8.9 or above, and training.compile to be fast."""
 
+    @property
+    def budget(self) -> str | None:
+        """The option that says how long to train instead of `steps`; None for none."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        typed = [each for each in ("steps", *BUDGETS) if f"training.{each}" in job.typed and getattr(self, each) is not None]
+        if self.budget and len(typed) > 1:
+            given = " and ".join(f"training.{each} = {getattr(self, each)}" for each in typed)
+            yield f"{given} all say how long to train: leave out all but one"
         if self.context_len > self.seq_len:
             yield (
                 f"training.context_len = {self.context_len} is more than training.seq_len = {self.seq_len}: a chunk of a "
                 "document must fit in a packed sequence; lower the one or raise the other"
             )
-        readers = job.world_size * max(1, self.num_workers)
-        if self.num_streams % readers:
-            yield (
-                f"training.num_streams = {self.num_streams} is not a multiple of ranks x workers = {job.world_size} x "
-                f"{max(1, self.num_workers)}: change training.num_workers or, for a new run, set num_streams to a multiple of "
-                f"{readers}"
-            )
+        yield from self._find_stream_conflicts(job.world_size, max(1, self.num_workers))
         yield from self._find_float8_conflicts()
         yield from self._find_parallel_conflicts(job.world_size)
+
+    def _find_stream_conflicts(self, ranks: int, workers: int) -> Iterator[str]:
+        streams = self.num_streams
+        if streams % (ranks * workers) == 0:
+            return
+        fault = f"training.num_streams = {streams} is not a multiple of ranks x workers = {ranks} x {workers}: "
+        able = list_divisors(streams // ranks) if streams % ranks == 0 else []
+        if able:
+            yield f"{fault}set training.num_workers to {_list_nearest(able, workers)}"
+            return
+        able = [count for count in list_divisors(streams) if streams % (count * workers) == 0] or list_divisors(streams)
+        yield (
+            f"{fault}a run with {streams} streams goes on with {_list_nearest(able, ranks)} ranks; for a new run set num_streams "
+            f"to a multiple of {ranks * workers}, such as {lcm(streams, ranks * workers)}, which those divide too"
+        )
 
     def _find_float8_conflicts(self) -> Iterator[str]:
         if self.float8 and self.mixed_precision_param != "bfloat16":
@@ -147,6 +191,9 @@ class Optimizer(Section):
 class LRScheduler(Section):
     """The learning rate over the run."""
 
+    total_steps: PositiveInt | None = None
+    """Steps that learning rate and loss weight are scheduled over. Unset: training.steps. Set it where the run is to stop before,
+    and to go on later as if it had not stopped."""
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up. Shortened, with a warning, in a run of fewer steps."""
     decay_ratio: Fraction | None = None
@@ -155,6 +202,14 @@ class LRScheduler(Section):
     """Shape of the decay."""
     lr_min: Fraction = 0.1
     """Learning rate at the end of the decay, which is one step after the last, as a fraction of optimizer.lr."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        is_known = job.training.budget is None  # else the trainer asks again
+        if is_known and self.total_steps is not None and self.total_steps < job.training.steps:
+            yield (
+                f"lr_scheduler.total_steps = {self.total_steps} is less than training.steps = {job.training.steps}: the schedule "
+                "would end before the run; raise it, or leave it out to schedule over training.steps"
+            )
 
 
 @dataclass(kw_only=True)

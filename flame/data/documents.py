@@ -68,6 +68,10 @@ class TokenizedSource(_Tokenized):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def read_untokenized(self, index: int) -> str | None:
+        """The text of a document, None for a bad row."""
+        return self._rows.read(index)
+
     def read(self, index: int) -> np.ndarray | None:
         text = self._rows.read(index)
         return None if text is None else self._encode(text)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flame.data.batch import PackedBatch
+from flame.data.content import Content
 from flame.data.document_streams import Cursor
 from flame.errors import UserError
 
@@ -26,6 +27,10 @@ class DataState:
     """Next token of each stream that has been read, by source and stream."""
     num_units: dict[str, int] = field(default_factory=dict)
     """Documents in each source; shards, if the source is streamed."""
+    contents: dict[str, Content] = field(default_factory=dict)
+    """What each source holds, so that a resumed run knows it again."""
+    former_names: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    """Names that a source had before a resume renamed it, each with the last step of which records have it."""
 
     def advance(self, batches: Iterable[PackedBatch], dp_world: int) -> None:
         """Record that this rank has consumed these batches, and every other rank equally many."""
@@ -44,6 +49,8 @@ class DataState:
             "sources": {
                 source: {
                     "num_units": self.num_units.get(source),
+                    **({"content": self.contents[source]} if source in self.contents else {}),
+                    **({"former_names": self.former_names[source]} if source in self.former_names else {}),
                     "cursors": {f"stream-{stream:05d}": list(cursor) for stream, cursor in sorted(cursors.items())},
                 }
                 for source, cursors in sorted(self.cursors.items())
@@ -65,6 +72,7 @@ class DataState:
         self.next_sequence = state["next_sequence"]
         counted = {name: saved["num_units"] for name, saved in state["sources"].items()}
         self.num_units = {name: count for name, count in counted.items() if count is not None}
+        self.former_names = {name: saved["former_names"] for name, saved in state["sources"].items() if "former_names" in saved}
         self.cursors = {
             name: {int(stream.removeprefix("stream-")): Cursor(*cursor) for stream, cursor in saved["cursors"].items()}
             for name, saved in state["sources"].items()
@@ -97,7 +105,8 @@ def merge_states(states: list[DataState]) -> DataState:
     assert all(state.next_sequence == first.next_sequence for state in states), (
         "ranks have consumed different numbers of sequences"
     )
-    merged = DataState(first.num_streams, first.seed, first.next_sequence, num_units=first.num_units)
+    merged = DataState(first.num_streams, first.seed, first.next_sequence)
+    merged.num_units, merged.contents, merged.former_names = first.num_units, first.contents, first.former_names
     for state in states:
         for source, cursors in state.cursors.items():
             known = merged.cursors.setdefault(source, {})

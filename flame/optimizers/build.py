@@ -142,14 +142,22 @@ def _allocate_state(container: OptimizersContainer) -> None:
             state["step"].zero_()
 
 
-def build_schedule(schedule: LRScheduler, steps: int, optimizer: OptimizersContainer) -> LRSchedulersContainer:
-    """Warm-up, plateau and decay over the steps of a run."""
+def build_schedule(
+    schedule: LRScheduler, steps: int, optimizer: OptimizersContainer | list[torch.optim.Optimizer]
+) -> LRSchedulersContainer:
+    """Warm-up, plateau and decay over this many steps."""
     return LRSchedulersContainer.Config(
         warmup_steps=schedule.warmup_steps,
         decay_ratio=schedule.decay_ratio,
         decay_type=schedule.decay_type,
         min_lr_factor=schedule.lr_min,
     ).build(optimizers=optimizer, training_steps=steps)
+
+
+def find_rate_factor(schedule: LRScheduler, steps: int) -> Callable[[int], float]:
+    """The factor of `optimizer.lr` by the number of steps done, from 0 to `steps`."""
+    (scheduler,) = build_schedule(schedule, steps, [torch.optim.SGD([torch.zeros(1)])])
+    return scheduler.lr_lambdas[0]
 
 
 def seek_schedule(schedule: LRSchedulersContainer, step: int) -> None:

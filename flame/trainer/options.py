@@ -146,6 +146,8 @@ def list_idle_options(job: JobConfig) -> list[str]:
     chosen = choose_kind(job)
     if job.objective.path and user is not None and (chosen is None or chosen.name != user.name):
         idle.append("objective.path")
+    if job.checkpoint.branch_from and job.checkpoint.initial_load_path:
+        idle.append("checkpoint.initial_load_path")
     if kind is None:
         schedule = ("start_step", "warmup_steps", "decay_steps")
         idle += [f"objective.{name}" for name in schedule if getattr(job.objective, name)]

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flame.config.help import write_config
+from flame.config.run import STARTS_FILE
 from flame.config.schema import JobConfig
 
 LIBRARIES = ("torch", "torchtitan", "transformers", "flash-linear-attention", "datasets")
@@ -28,7 +29,7 @@ def record_run(config: JobConfig, folder: Path, start_step: int, world_size: int
         "python": platform.python_version(),
         **{library: version(library) for library in LIBRARIES},
     }
-    with (folder / "starts.jsonl").open("a") as file:
+    with (folder / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
 
 

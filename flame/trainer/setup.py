@@ -54,13 +54,13 @@ def open_inputs(config: JobConfig) -> RunInputs:
     Raises:
         UserError: one of them is missing or wrong, or they do not fit together.
     """
-    model, weights = config.model, config.checkpoint.initial_load_path
-    if weights and not (model.config and model.tokenizer_path):
-        fetch_assets(weights)
+    model, start = config.model, config.start.path
+    if start and not (model.config and model.tokenizer_path):
+        fetch_assets(start)
     tokenizer = load_tokenizer(config.tokenizer_source, model.trust_remote_code, config.get)
     import_custom_model(config.experimental.custom_model_path)
     model_config = load_model_config(config.model_source, model.trust_remote_code, config.model_key)
-    resize_vocabulary(model_config, len(tokenizer), is_wanted=model.resize_embeddings and bool(weights))
+    resize_vocabulary(model_config, len(tokenizer), is_wanted=model.resize_embeddings and bool(start))
     exports = config.checkpoint.enable_checkpoint and config.checkpoint.export_hf
     faults = list(find_model_conflicts(model_config, len(tokenizer), config.training.context_len, exports=exports))
     kind = choose_objective(config)
@@ -193,7 +193,7 @@ def build_weight_schedule(config: JobConfig) -> WeightSchedule:
     """Schedule of the objective's loss weight; always 0 without an objective."""
     kind, choice = choose_objective(config), config.objective
     weight = config.get(kind.options).loss_weight if kind is not None else 0.0
-    return WeightSchedule(weight, choice.start_step, choice.warmup_steps, choice.decay_steps, config.training.steps)
+    return WeightSchedule(weight, choice.start_step, choice.warmup_steps, choice.decay_steps, config.schedule_steps)
 
 
 def open_validator(

@@ -50,7 +50,7 @@ def report_start(
                 name,
             )
     source = config.model.config
-    if not config.checkpoint.initial_load_path and list(Path(source).glob("*.safetensors")):
+    if source and not config.start.path and list(Path(source).glob("*.safetensors")):
         logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)
     if unused := list_idle_options(config):
         logger.info("without effect in this run: %s", ", ".join(unused))

@@ -34,6 +34,7 @@ from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
+from flame.weights.source import MODULES_SUFFIX
 from flame.weights.tensors import ModelTensors
 
 logger = logging.getLogger("flame")
@@ -92,7 +93,7 @@ def convert(
 
 def name_objective_file(objective: str) -> str:
     """Name of the file with an objective's modules, beside an exported model."""
-    return f"{objective}_modules.safetensors"
+    return objective + MODULES_SUFFIX
 
 
 def _write_objective(tensors: ModelTensors, folder: Path) -> None:

@@ -20,11 +20,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from flame.config.run import Model
+from flame.config.run import Checkpoint, Model
 from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
+from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_all
 from flame.weights.assets import Settings, read_generation_settings
+from flame.weights.objective_modules import ModulePlan, plan_modules
 from flame.weights.plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
 from flame.weights.source import CONFIG_FILE, WeightSource, find_weights
 
@@ -46,8 +48,12 @@ class Loaded(NamedTuple):
     """Generation settings for exports."""
 
 
-def load_initial_weights(model: TrainingModel, options: Model, path: str, tokenizer: PreTrainedTokenizerFast) -> Loaded:
+def load_initial_weights(
+    model: TrainingModel, options: Model, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast
+) -> Loaded:
     """Load the weights of `checkpoint.initial_load_path` into a materialized model. All ranks call it.
+
+    The objective's modules are taken if they are there and fit, unless `checkpoint.load_objective` is false.
 
     Raises:
         UserError: the weights cannot be read or downloaded, or are of another model.
@@ -55,15 +61,18 @@ def load_initial_weights(model: TrainingModel, options: Model, path: str, tokeni
     """
     group = dist.new_group(backend="gloo", timeout=SLOWEST_LOAD)  # a long timeout, since disk or network may be slow
     try:
-        source = run_on_all(partial(find_weights, path), group)
+        source = run_on_all(partial(find_weights, checkpoint.initial_load_path), group)
         differences = run_on_all(partial(check_config, source, model.lm.config), group)
         generation = run_on_all(partial(read_generation_settings, source.assets, source.label), group)
         run_on_all(partial(source.verify, dist.get_rank(), dist.get_world_size()), group)
         resize, own_config = options.resize_embeddings, not options.config
         loaded = run_on_all(partial(load_hf_weights, model, source, resize=resize, own_config=own_config), group)
+        modules = ModulePlan({}, set(), [])
+        if checkpoint.load_objective:
+            modules = run_on_all(partial(load_objective_modules, model, source), group)
     finally:
         dist.destroy_process_group(group)
-    lines = [*loaded, *_describe_fresh(model), *differences]
+    lines = [*loaded, *modules.lines, *_describe_fresh(model, modules.taken), *differences]
     if warnings := _compare_tokenizers(source.assets, tokenizer):
         lines += warnings
         if generation:
@@ -95,6 +104,23 @@ def load_hf_weights(model: TrainingModel, source: WeightSource, *, resize: bool 
         for name, repeated in plan.repeated:
             _check_tied(source, live[name], name, repeated)
     return [_describe_loaded(source, plan), *_describe_new_rows(live, plan)]
+
+
+def load_objective_modules(model: TrainingModel, source: WeightSource) -> ModulePlan:
+    """Copy the objective's modules from where the language model's weights are, as far as they fit.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if model.objective is None:
+        return ModulePlan({}, set(), [])
+    objective = get_objective(model)
+    assert objective is not None
+    plan, live = plan_modules(objective, source), objective.state_dict()
+    with torch.no_grad():
+        for name, reading in plan.readings.items():
+            _fill(live[name], reading)
+    return plan
 
 
 def resize_vocabulary(model_config: PretrainedConfig, tokenizer_size: int, *, is_wanted: bool) -> None:
@@ -255,9 +281,9 @@ def _describe_new_rows(live: dict[str, Tensor], plan: Plan) -> list[str]:
     ]
 
 
-def _describe_fresh(model: TrainingModel) -> list[str]:
+def _describe_fresh(model: TrainingModel, taken: set[str]) -> list[str]:
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         for name, module in (model.objective.named_children() if model.objective is not None else ())
     }
-    return [f"{name} starts fresh (parameters: {count})" for name, count in counts.items() if count]
+    return [f"{name} starts fresh (parameters: {count})" for name, count in counts.items() if count and name not in taken]

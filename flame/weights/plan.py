@@ -164,7 +164,7 @@ def _match(lm: PreTrainedModel, live: dict[str, Tensor], source: WeightSource) -
         if name not in live:
             unknown.append(key)
         elif pattern is None:
-            readings[name] = _read_plainly(source, key)
+            readings[name] = read_plainly(source, key)
         else:
             groups.setdefault(name, _Group(by_pattern[pattern])).keys[pattern].append(key)
     for name, group in groups.items():
@@ -179,7 +179,8 @@ def _drop_ignored(lm: PreTrainedModel, keys: list[str]) -> list[str]:
     return [key for key in keys if key not in buffers and not any(re.search(pattern, key) for pattern in patterns)]
 
 
-def _read_plainly(source: WeightSource, key: str) -> Reading:
+def read_plainly(source: WeightSource, key: str) -> Reading:
+    """A tensor that is in the files as it is in memory."""
     return Reading(source.entries[key].shape, (key,), lambda start, stop: source.read(key, start, stop))
 
 

@@ -35,6 +35,9 @@ ASSETS = (CONFIG_FILE, "generation_config.json", "token*", "special_tokens_map.j
 """Files that come with the weights: the configuration, the generation settings, the tokenizer."""
 
 MODEL_PREFIX = "model.lm."
+OBJECTIVE_PREFIX = "model.objective."
+MODULES_SUFFIX = "_modules.safetensors"
+"""Of the file with an objective's modules, after the objective's name."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LFS_MARK = b"version https://git-lfs"
 
@@ -99,6 +102,18 @@ def find_weights(path: str, option: str = OPTION) -> WeightSource:
     return SafetensorsSource(label, _fetch(label, path))
 
 
+def find_objective_weights(source: WeightSource, objective: str) -> WeightSource | None:
+    """The modules of an objective that are where a language model's weights are; None if there are none of this objective.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if isinstance(source, CheckpointSource):
+        return CheckpointSource(source.label, source.folder, OBJECTIVE_PREFIX) if source.objective == objective else None
+    name = objective + MODULES_SUFFIX
+    return SafetensorsSource(source.label, source.assets, [name]) if (source.assets / name).exists() else None
+
+
 def fetch_assets(path: str, option: str = OPTION) -> None:
     """Download the files that come with the weights of a Hub model. Does nothing for a folder.
 
@@ -119,7 +134,7 @@ def _fetch(label: str, name: str) -> Path:
     """Download a Hub model into the cache: the weights that its index lists, and the files that come with them."""
     folder = _fetch_assets(label, name)
     shards = _list_shards(label, folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
-    _ask_hub(label, lambda: huggingface_hub.snapshot_download(name, allow_patterns=shards))
+    _ask_hub(label, lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*shards, "*" + MODULES_SUFFIX]))
     if not (folder / shards[0]).exists():
         try:
             found = huggingface_hub.list_repo_files(name)
@@ -171,15 +186,18 @@ def _list_shards(label: str, folder: Path) -> list[str]:
 class SafetensorsSource:
     """A Hugging Face folder with one file of weights, or several with an index. Keeps the files memory-mapped.
 
+    Args:
+        names: of the files; None for those of the language model.
+
     Raises:
         UserError: see `find_weights`.
     """
 
     is_native = False
 
-    def __init__(self, label: str, folder: Path):
+    def __init__(self, label: str, folder: Path, names: list[str] | None = None):
         self.label, self.assets = label, folder
-        self.files = [folder / name for name in self._list_files(folder)]
+        self.files = [folder / name for name in names or self._list_files(folder)]
         self.entries: dict[str, TensorEntry] = {}
         self._slices: dict[str, tuple[Any, Path]] = {}
         for path in self.files:
@@ -235,7 +253,9 @@ def _explain_damage(path: Path, error: Exception) -> str:
 
 
 class CheckpointSource:
-    """The language model in a `step-N` folder.
+    """The language model in a `step-N` folder, or what else has names with a prefix.
+
+    `objective` names the objective that was trained; None without one.
 
     Raises:
         UserError: see `find_weights`.
@@ -243,35 +263,36 @@ class CheckpointSource:
 
     is_native = True
 
-    def __init__(self, label: str, folder: Path):
+    def __init__(self, label: str, folder: Path, prefix: str = MODEL_PREFIX):
         missing = find_missing(folder)
         if missing or folder.suffix:
             raise UserError(f"{label} is not a complete checkpoint folder (step-N, with {TRAINER_FILE} in it): give another one")
-        self.label, self.folder, self.assets = label, folder, folder / "hf"
+        self.label, self.folder, self.assets, self._prefix = label, folder, folder / "hf", prefix
+        self.objective: str | None = None
         self._metadata = self._check(self._read_metadata)
         self.entries: dict[str, TensorEntry] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
-            if key.startswith(MODEL_PREFIX) and isinstance(entry, TensorStorageMetadata):
+            if key.startswith(self._prefix) and isinstance(entry, TensorStorageMetadata):
                 dtype = entry.properties.dtype
                 shape = tuple(entry.size)
                 size = math.prod(shape) * dtype.itemsize
-                self.entries[key.removeprefix(MODEL_PREFIX)] = TensorEntry(shape, str(dtype).removeprefix("torch."), size)
+                self.entries[key.removeprefix(self._prefix)] = TensorEntry(shape, str(dtype).removeprefix("torch."), size)
         self.files = [folder / name for name in sorted({info.relative_path for info in self._metadata.storage_data.values()})]
 
     def _read_metadata(self) -> Any:
-        read_state(self.folder)
+        self.objective = (read_state(self.folder).get("objective") or {}).get("name")
         return TensorReader(self.folder).read_metadata()
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         # A stored chunk is the shard of one rank at saving. It can only be read completely.
         shape = self.entries[key].shape
         parts = []
-        for chunk in sorted(self._metadata.state_dict_metadata[MODEL_PREFIX + key].chunks, key=lambda chunk: chunk.offsets):
+        for chunk in sorted(self._metadata.state_dict_metadata[self._prefix + key].chunks, key=lambda chunk: chunk.offsets):
             first = chunk.offsets[0] if shape else 0
             rows = chunk.sizes[0] if shape else 1
             if rows and first < stop and first + rows > start:
                 assert tuple(chunk.sizes[1:]) == shape[1:]
-                whole = self._check(partial(self._read_chunk, MODEL_PREFIX + key, chunk.offsets))
+                whole = self._check(partial(self._read_chunk, self._prefix + key, chunk.offsets))
                 parts.append(whole[max(start - first, 0) : stop - first] if shape else whole)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -282,7 +303,7 @@ class CheckpointSource:
             return torch.load(io.BytesIO(file.read(location.length)), map_location="cpu", weights_only=True)
 
     def verify(self, share: int, shares: int) -> None:
-        own = {index: info for index, info in self._metadata.storage_data.items() if index.fqn.startswith(MODEL_PREFIX)}
+        own = {index: info for index, info in self._metadata.storage_data.items() if index.fqn.startswith(self._prefix)}
         self._check(partial(verify_tensors, self.folder, replace(self._metadata, storage_data=own), share, shares))
 
     def _check(self, action: Callable[[], T]) -> T:

@@ -189,7 +189,8 @@ BAD_COMMAND_LINES = {
             "optimizer.lr = -1 (command line): allowed is a finite number > 0",
             "training.compile = maybe (command line): allowed is true or false",
             "training.num_streams = 7 is not a multiple of ranks x workers = 2 x 1: "
-            "change training.num_workers or, for a new run, set num_streams to a multiple of 2",
+            "a run with 7 streams goes on with 1 or 7 ranks; for a new run set num_streams to a multiple of 2, such as 14, "
+            "which those divide too",
         ],
     ),
 }
@@ -553,3 +554,21 @@ def test_a_temperature_below_the_learnable_ones_is_refused(folder: Path) -> None
     (line,) = read_mistakes([*MODEL, *options])
     assert line.startswith("future_encoder.temperature = 0.005 is below 0.01, the lowest that")
     assert read_options([*MODEL, *options[:-1]], 1).get(FutureOptions).temperature == 0.005
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "advice"),
+    [
+        (
+            56,
+            [],
+            "a run with 192 streams goes on with 8, 12, 16, 24, 32, 48, 64 or 96 ranks; for a new run set num_streams to a ",
+        ),
+        (7, ["--training.num_streams=6"], "1, 2, 3 or 6 ranks; for a new run set num_streams to a multiple of 7, such as 42, "),
+        (64, ["--training.num_workers=2"], "set training.num_workers to 1 or 3"),
+        (6, ["--training.num_workers=7"], "set training.num_workers to 1, 2, 4, 8, 16 or 32"),
+    ],
+)
+def test_the_numbers_of_ranks_that_can_go_on_are_named(folder: Path, ranks, options, advice):
+    (line,) = read_mistakes([*MODEL, *options], world_size=ranks)
+    assert advice in line

@@ -8,6 +8,7 @@ import pytest
 
 from flame.config.check import list_unused
 from flame.config.schema import ANY_SOURCE, JobConfig
+from flame.config.table import list_types
 from flame.config.types import Section, When, get_declaration
 from flame.objectives.registry import BUILT_IN
 from flame.trainer.options import list_idle_options, read_options
@@ -31,8 +32,9 @@ def choose_other(key: str) -> object:
     schema = TABLE.schemas[key]
     if "enum" in schema:
         return next(value for value in schema["enum"] if value != schema["default"])
-    kinds = {"boolean": lambda: not schema["default"], "string": lambda: "x", "integer": lambda: schema["default"] + 2}
-    return kinds.get(schema["type"], lambda: 0.5 if schema["default"] != 0.5 else 0.25)()
+    kinds = {"boolean": lambda: not schema["default"], "string": lambda: "x", "integer": lambda: (schema["default"] or 0) + 2}
+    type_name = next(name for name in sorted(list_types(schema)) if name != "null")
+    return kinds.get(type_name, lambda: 0.5 if schema["default"] != 0.5 else 0.25)()
 
 
 def find_section(job: JobConfig, name: str) -> Section:

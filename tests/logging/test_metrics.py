@@ -21,7 +21,8 @@ from flame.logging.metrics import Metrics
 from flame.logging.run_log import RunLog
 from flame.logging.writers.base import MetricWriter, RunIdentity
 from flame.logging.writers.json_lines import METRICS_FILE
-from flame.logging.writers.wandb import _keep_id
+from flame.logging.writers.panels import name_panel
+from flame.logging.writers.wandb import WandbWriter, _keep_id
 from flame.objectives.future.objective import FutureObjective
 from tests.support.ranks import run_on_ranks
 
@@ -246,8 +247,57 @@ def test_tensorboard_shows_the_resumed_curve(tmp_path):
 
     events = event_accumulator.EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
     log.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "panel"),
+    [
+        ("ce_loss", "train/ce_loss"),
+        ("ce_loss/web", "train/ce_loss/web"),
+        ("tokens_seen", "train/tokens_seen"),
+        ("validation_ce_loss", "val/ce_loss"),
+        ("validation_exact_match/5x5", "val/exact_match/5x5"),
+        ("tokens_per_second", "perf/tokens_per_second"),
+        ("mfu_heads", "perf/mfu_heads"),
+        ("future/rank_predictions", "future/rank_predictions"),
+        ("my_objective/own", "my_objective/own"),
+    ],
+)
+def test_panels_are_grouped_by_what_they_show(name, panel):
+    assert name_panel(name) == panel
+
+
+class FakeWandb:
+    """What the writer uses of the package."""
+
+    def __init__(self, offline: bool):
+        self.offline, self.url, self.logged = offline, "https://wandb.example/run", []
+        self.Settings = dict
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def define_metric(self, *_args, **_options):
+        pass
+
+    def log(self, values):
+        self.logged.append(values)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_wandb_is_named_shown_and_grouped(tmp_path, monkeypatch, caplog, offline):
+    fake = FakeWandb(offline)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_NAME", "given")
+    monkeypatch.delenv("WANDB_RUN_NAME", raising=False)
+    caplog.set_level("INFO", "flame")
+    WandbWriter(describe_run(tmp_path)).log(3, {"loss": 1.0, "mfu": 0.5})
+    assert fake.options["name"] == "given" and fake.logged == [{"step": 3, "train/loss": 1.0, "perf/mfu": 0.5}]
+    (line,) = caplog.messages
+    assert line == f"Weights & Biases: {f'offline, in {tmp_path}/wandb' if offline else fake.url}"
 
 
 @pytest.fixture
@@ -274,7 +324,7 @@ assert sys.stdin is stdin
 run = wandb.run
 for step in range(start + 1, start + 4):
     log.log(step, {"loss": float(step)})
-facts = [run.id, run.project, run.name, run.notes, run.config["optimizer"]["lr"], run.offline, dict(run.summary)["loss"]]
+facts = [run.id, run.project, run.name, run.notes, run.config["optimizer"]["lr"], run.offline, dict(run.summary)["train/loss"]]
 print("hello")
 log.close()
 (folder / f"facts_{start}").write_text(repr(facts))
@@ -288,7 +338,7 @@ def test_wandb_offline_continues_the_same_run(tmp_path, clean_wandb):
     facts = []
     for start, name in ((0, None), (2, "given")):
         if name:
-            clean_wandb.setenv("WANDB_RUN_NAME", name)
+            clean_wandb.setenv("WANDB_NAME", name)
             clean_wandb.setenv("WANDB_PROJECT", "mine")
         process = subprocess.run(
             [sys.executable, "-c", WANDB_SCRIPT, str(folder), str(start)], capture_output=True, text=True, check=True

@@ -226,16 +226,19 @@ sys.stdin.read()
     ("before", "after", "expected"),
     [
         ({"validation__holdout_every": 5}, {}, "validation.holdout_every = 0, but the run in"),
-        ({"sources": ("a", "b")}, {"sources": ("a", "c")}, 'source "b" of the checkpoint is not trained on any more (now: a, c)'),
-        ({"sources": ("a",)}, {}, 'training.dataset = "json", but the run in'),
+        ({"sources": "ab"}, {"sources": "ac"}, 'source "b" of the checkpoint is not trained on any more (now: a, c)'),
+        ({"sources": "b"}, {}, 'source "b" of the checkpoint is not trained on any more (now: json)'),
     ],
 )
 def test_what_would_shift_the_data_is_refused(workspace, tmp_path, capsys, before, after, expected):
+    files = {"a": workspace / "corpus.jsonl", "b": tmp_path / "b.jsonl", "c": workspace / "corpus.jsonl"}
+    files["b"].write_text(files["a"].read_text().replace("alpha", "omega"))
+
     def expand(changes: dict) -> dict:
         if "sources" not in changes:
             return changes
         named = {f"sources__{name}__dataset": "json" for name in changes["sources"]}
-        named |= {f"sources__{name}__data_files": workspace / "corpus.jsonl" for name in changes["sources"]}
+        named |= {f"sources__{name}__data_files": files[name] for name in changes["sources"]}
         return named | {"training__dataset": None, "training__data_files": None}
 
     quick = {"training__steps": 1, "checkpoint__export_hf": False}

@@ -13,6 +13,7 @@ import os
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from flame.config.types import Section
@@ -120,6 +121,17 @@ class SourceKind(ABC):
         """The user's file that defines this kind; empty for a built-in kind."""
         is_users = self.corpus.dataset.endswith(USER_SUFFIX)
         return os.path.abspath(os.path.expanduser(self.corpus.dataset)) if is_users else ""
+
+    @property
+    def identity(self) -> str:
+        """What tells a streamed source from others, beside its local files."""
+        options = ("dataset_name", "dataset_split", "text_column")
+        read = [getattr(self.corpus, each) for each in options if each in self.uses]
+        return " ".join(filter(None, [self.name if self.user_file else self.corpus.dataset, *read]))
+
+    def list_content_files(self) -> list[Path]:
+        """Its local files, in the order of the documents; empty if it has none."""
+        return []
 
     def find_conflicts(self, job: JobConfig) -> Iterator[str]:
         """Yield one line for each option that would make this source yield something wrong. Reads no data."""

@@ -101,6 +101,9 @@ class FileKind(SourceKind):
         paths = [path.absolute() for pattern in patterns for path in _expand_glob(pattern) if path.is_file()]
         return list(dict.fromkeys(paths))
 
+    def list_content_files(self) -> list[Path]:
+        return self.list_files()
+
     def list_filled_files(self, count_content: Callable[[Path], int]) -> list[Path]:
         """The files that are not empty: `load_dataset` fails on an empty file that comes before another."""
         files = [path for path in self.list_files() if count_content(path)]

@@ -53,6 +53,10 @@ class Tokens(SourceKind):
     def open(self) -> NoReturn:
         raise AssertionError("a folder of tokens holds no text")
 
+    def list_content_files(self) -> list[Path]:
+        folder = Path(os.path.expanduser(self.corpus.data_files))
+        return [folder / TOKENS_FILE, folder / OFFSETS_FILE]
+
     def open_tokens(self, tokenizer: PreTrainedTokenizerFast) -> TokenFolder:
         option = f"{self.option} ({self.files_option})"
         return open_token_folder(self.corpus.data_files, option, self.short_name, tokenizer)
@@ -96,6 +100,12 @@ class TokenFolder:
     def __len__(self) -> int:
         """Number of documents."""
         return self._documents
+
+    def count_tokens(self, holdout_every: int) -> int:
+        """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
+        lengths = np.diff(_map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE))
+        held_out = lengths[::holdout_every] if holdout_every else lengths[:0]
+        return int(lengths.sum() - held_out.sum())
 
     def read(self, index: int) -> np.ndarray:
         """Return a document's token ids, uint16 or uint32 [n], n >= 1: a read-only view of the mapped file."""

@@ -167,6 +167,10 @@ class GeneratedDocuments:
         """Whether documents never repeat."""
         return len(self) == ENDLESS
 
+    def read_untokenized(self, index: int) -> str:
+        """The text of a document, generated without its block."""
+        return self._source.read(index)
+
     def read(self, index: int) -> np.ndarray:
         block, within = divmod(index, self.block_size)
         return self.read_block(block).read(within)

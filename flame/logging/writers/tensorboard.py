@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from flame.errors import UserError
 from flame.logging.writers.base import MetricWriter, RunIdentity
+from flame.logging.writers.panels import name_panels
 
 
 class TensorBoardWriter(MetricWriter):
@@ -23,7 +24,7 @@ class TensorBoardWriter(MetricWriter):
         self._events = SummaryWriter(str(run.folder / "tb"), purge_step=run.start_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
+        for name, value in name_panels(values).items():
             self._events.add_scalar(name, value, step)
         # Steps before a checkpoint are not repeated. If a crash lost them, the curve would have a gap.
         self._events.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -10,26 +11,31 @@ from typing import Any, ClassVar
 
 from flame.errors import UserError
 from flame.logging.writers.base import MetricWriter, RunIdentity
+from flame.logging.writers.panels import name_panels
 from flame.runtime.signals import signals_blocked
+
+logger = logging.getLogger("flame")
 
 WANDB_ID_FILE = "wandb_id.txt"
 
 
 class WandbWriter(MetricWriter):
-    """Enabled by `metrics.enable_wandb`. Follows WANDB_PROJECT, WANDB_RUN_NAME and WANDB_MODE in the environment."""
+    """Enabled by `metrics.enable_wandb`. Follows WANDB_PROJECT, WANDB_NAME (or WANDB_RUN_NAME) and WANDB_MODE in the
+    environment."""
 
     name: ClassVar[str] = "wandb"
 
     def __init__(self, run: RunIdentity):
         self._id = _keep_id(run.folder, run.service_id)
         self._run = _start(run, self._id)
+        logger.info("Weights & Biases: %s", f"offline, in {run.folder}/wandb" if self._run.offline else self._run.url)
 
     @property
     def service_id(self) -> str:
         return self._id
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log({"step": step, **values})
+        self._run.log({"step": step, **name_panels(values)})
 
     def close(self) -> None:
         """Finish writing. Waits for the upload if online."""
@@ -52,7 +58,7 @@ def _start(identity: RunIdentity, wandb_id: str) -> Any:
                     id=wandb_id,
                     resume="allow",
                     project=os.environ.get("WANDB_PROJECT") or "flame",
-                    name=os.environ.get("WANDB_RUN_NAME") or identity.folder.resolve().name,
+                    name=os.environ.get("WANDB_RUN_NAME") or os.environ.get("WANDB_NAME") or identity.folder.resolve().name,
                     notes=identity.description or None,
                     config=identity.options,
                     dir=str(identity.folder),

@@ -1,0 +1,106 @@
+"""What a source holds, told by a sample of it: a run knows its corpus again under another path or name.
+
+Compared are the number of documents, the bytes of its local files, and hashes of a few documents, evenly spaced. Of a streamed
+source the number of shards, hashes of pieces of its files, and its name are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flame.config.schema import JobConfig
+from flame.data.documents import TokenizedShards
+from flame.data.mixture import Mixture
+from flame.data.sources.base import Documents, SourceKind
+from flame.data.sources.registry import build_kind
+
+Content = dict[str, Any]
+"""JSON-serializable: `documents` or `shards`, `bytes` (None without local files), `name` (of a streamed source), and `sample`,
+hashes by number."""
+
+SAMPLED = 64
+LONGEST_SAMPLE = 1 << 16
+"""Characters, tokens or bytes of a document, or of a piece of a file, that are hashed."""
+UNITS = ("documents", "shards", "bytes")
+
+
+def describe_contents(job: JobConfig, mixture: Mixture) -> dict[str, Content]:
+    """The content of each source of the training data, by its name in the run."""
+    kinds = (build_kind(corpus, section, job.get) for section, corpus in job.corpora.items())
+    return {source.name: describe_content(kind, source) for kind, source in zip(kinds, mixture.sources, strict=True)}
+
+
+def describe_content(kind: SourceKind, source: Documents | TokenizedShards) -> Content:
+    """The content of one source. Reads at most `SAMPLED` documents, or pieces of as many files."""
+    files = kind.list_content_files()
+    size = sum(path.stat().st_size for path in files) if files else None
+    if not isinstance(source, TokenizedShards):
+        return {"documents": len(source), "bytes": size, "sample": _sample(len(source), _find_reader(source))}
+    sample = _sample(len(files), lambda number: _read_file(files[number]))
+    return {"shards": source.num_shards, "bytes": size, "name": kind.identity, "sample": sample}
+
+
+def list_differences(saved: Content, now: Content) -> list[str]:
+    """What differs, such as `41 documents instead of 40`; empty if nothing does."""
+    found = [
+        f"{now[unit]} {unit}" + (f" instead of {saved[unit]}" if unit in saved else "")
+        for unit in UNITS
+        if unit in now and saved.get(unit) != now[unit]
+    ]
+    if saved.get("name") != now.get("name"):
+        found.append(f"{now.get('name')} instead of {saved.get('name')}")
+    if found:
+        return found
+    shared = [number for number in saved["sample"] if number in now["sample"]]
+    other = [number for number in shared if saved["sample"][number] != now["sample"][number]]
+    unit = "document" if "documents" in now else "file"
+    return [f"{unit} {other[0]} is another ({len(other)} of the {len(shared)} compared are)"] if other else []
+
+
+def _sample(count: int, read: Callable[[int], bytes]) -> dict[str, str]:
+    """Hashes by number. What cannot be read is left out: the run reports it when it comes to it."""
+    hashes = {}
+    for number in _choose(count):
+        try:
+            hashes[str(number)] = sha256(read(number)).hexdigest()[:16]
+        except Exception:  # a source of the user's own can raise anything
+            continue
+    return hashes
+
+
+def _choose(count: int) -> Iterable[int]:
+    """At most `SAMPLED` numbers below `count`, with the first and the last."""
+    if count <= SAMPLED:
+        return range(count)
+    return [index * (count - 1) // (SAMPLED - 1) for index in range(SAMPLED)]
+
+
+def _find_reader(source: Documents) -> Callable[[int], bytes]:
+    """Reads a document as it is stored: tokenizing it would take longer."""
+    read: Callable[[int], str | np.ndarray | None] = getattr(source, "read_untokenized", source.read)
+
+    def encode(number: int) -> bytes:
+        document = read(number)
+        if document is None:
+            return b""
+        start = document[:LONGEST_SAMPLE]
+        content = start.encode("utf-8", "replace") if isinstance(start, str) else start.astype("<i8").tobytes()
+        return len(document).to_bytes(8, "little") + content
+
+    return encode
+
+
+def _read_file(path: Path) -> bytes:
+    """The beginning, the middle and the end of a file, and its size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        pieces = [size.to_bytes(8, "little")]
+        for start in (0, max(size // 2 - LONGEST_SAMPLE // 2, 0), max(size - LONGEST_SAMPLE, 0)):
+            file.seek(start)
+            pieces.append(file.read(LONGEST_SAMPLE))
+    return b"".join(pieces)

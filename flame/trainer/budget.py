@@ -1,0 +1,111 @@
+"""How many steps a budget is: `training.tokens`, `epochs` or `flops`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from typing import NamedTuple
+
+from flame.checkpoints.files import list_checkpoints, read_state
+from flame.checkpoints.going_back import find_wanted_step
+from flame.config.check import find_conflicts
+from flame.config.schema import JobConfig
+from flame.data.batch import PackedBatch, build_batch
+from flame.data.mixture import Mixture
+from flame.data.sources.tokens import TokenFolder
+from flame.errors import UserError
+from flame.models.flops import ModelFlops
+from flame.models.wrapper import TrainingModel
+from flame.objectives.step import get_objective
+from flame.runtime.agreement import run_on_main
+from flame.trainer.setup import build_weight_schedule
+
+SAMPLED = 16
+"""Packed sequences whose FLOPs are counted."""
+
+logger = logging.getLogger("flame")
+
+
+class Done(NamedTuple):
+    """What the checkpoint that the run goes on from has behind it."""
+
+    step: int = 0
+    tokens: int = 0
+    sequences: int = 0
+
+
+def resolve_budget(config: JobConfig, model: TrainingModel, mixture: Mixture) -> None:
+    """Replace a budget by `training.steps`, in place. All ranks call it. On any number of ranks, the same budget is trained.
+
+    Raises:
+        UserError: the budget cannot be resolved, or its steps do not go with other options.
+    """
+    training, budget = config.training, config.training.budget
+    if budget is None:
+        return
+    done = run_on_main(partial(_find_done, config))
+    per_step = training.gradient_accumulation_steps * config.world_size
+    if budget == "flops":
+        steps = run_on_main(partial(_resolve_flops, config, model, mixture, done))
+    else:
+        tokens = training.tokens or run_on_main(partial(_count_epochs, config, mixture))
+        steps = done.step + math.ceil((tokens - done.tokens) / (training.seq_len * per_step))
+    value, training.steps = getattr(training, budget), max(steps, done.step, 1)  # what is done stays done
+    training.tokens = training.epochs = training.flops = None  # what is recorded are the steps
+    tokens_per_step = training.seq_len * per_step
+    logger.info("training.%s = %g: up to step %d, of %d tokens each", budget, value, training.steps, tokens_per_step)
+    if faults := list(find_conflicts(config)):
+        raise UserError(*faults)
+
+
+def _find_done(config: JobConfig) -> Done:
+    folders = list_checkpoints(config.checkpoint_folder) if config.checkpoint.enable_checkpoint else []
+    wanted = find_wanted_step(config)
+    if wanted is not None:
+        folders = [folder for folder in folders if folder.name == f"step-{wanted}"]
+    for folder in [*([config.branch_folder] if config.branch_folder else []), *folders][::-1]:
+        try:
+            state = read_state(folder)
+            return Done(state["step"], state["counters"]["tokens_seen"], state["data"]["next_sequence"])
+        except (OSError, ValueError, LookupError):
+            continue  # a damaged one, which is passed over later
+    return Done()
+
+
+def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
+    """Tokens of `training.epochs`."""
+    epochs, source = config.training.epochs, mixture.sources[0]
+    assert epochs is not None
+    if len(mixture.sources) > 1 or not isinstance(source, TokenFolder):
+        found = f"{len(mixture.sources)} sources" if len(mixture.sources) > 1 else source.option
+        raise UserError(
+            f"training.epochs = {epochs:g} needs one source of counted tokens, and the run has {found}: write its tokens with "
+            'flame-preprocess and set training.dataset = "tokens", or give training.tokens'
+        )
+    return round(epochs * source.count_tokens(mixture.subset.every))
+
+
+def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, done: Done) -> int:
+    """Steps of `training.flops`, as `step_tflops` counts them, by the first packed sequences of the data."""
+    assert config.training.flops is not None
+    batches = _pack_first(config, mixture)
+    flops, objective, schedule = ModelFlops(model.lm), get_objective(model), build_weight_schedule(config)
+    is_frozen = config.experimental.freeze_lm_for_infonce
+    plain = sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches) / len(batches)
+    aux = sum(sum(objective.count_flops(batch, flops)) for batch in batches) / len(batches) if objective is not None else 0.0
+    per_step = config.training.gradient_accumulation_steps * config.world_size
+    without = max(schedule.start_step - 1, 0) * per_step
+    """Sequences before the objective's first step."""
+    left = config.training.flops - plain * done.sequences - aux * max(done.sequences - without, 0)
+    before = max(without - done.sequences, 0)
+    sequences = left / plain if left <= before * plain else before + (left - before * plain) / (plain + aux)
+    return done.step + math.ceil(sequences / per_step)
+
+
+def _pack_first(config: JobConfig, mixture: Mixture) -> list[PackedBatch]:
+    training, batches = config.training, []
+    for index in range(min(SAMPLED, training.num_streams)):
+        packer = mixture.open_packer(mixture.choose(index, training.num_streams), index, training.num_streams, training)
+        batches.append(build_batch(packer.next_sequence(packer.first_cursor), index))
+    return batches

@@ -1,0 +1,87 @@
+"""How long a run trains, by tokens, epochs or FLOPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flame.cli.preprocess import main as preprocess
+from tests.support.options import read_mistakes
+from tests.support.runs import SEQ_LEN, final_weights, measured, options, read_metrics, run_here
+
+QUICK = {"checkpoint__export_hf": False, "training__steps": None}
+TOKENS_PER_STEP = 4 * SEQ_LEN
+
+
+@pytest.fixture(scope="module")
+def token_folder(workspace, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("tokens") / "folder"
+    source = ["--dataset", "json", "--data_files", str(workspace / "corpus.jsonl"), "--tokenizer_path", "bytes"]
+    preprocess([*source, "--out", str(out), "--num_workers", "0"])
+    return out
+
+
+@pytest.mark.parametrize("tokens", [6 * TOKENS_PER_STEP, 5 * TOKENS_PER_STEP + 1])
+def test_tokens_are_as_many_steps_as_they_take(workspace, tmp_path, plain_run, caplog, tokens):
+    rows = run_here(workspace, tmp_path / "run", **QUICK, training__tokens=tokens)
+    assert measured(rows) == measured(read_metrics(plain_run))
+    assert f"training.tokens = {tokens:g}: up to step 6, of 256 tokens each" in caplog.messages
+    assert "steps = 6" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_budget_is_the_same_after_a_resume_with_larger_steps(workspace, tmp_path):
+    """Two steps of 4 sequences, then steps of 8."""
+    run = tmp_path / "run"
+    run_here(workspace, run, **QUICK, training__tokens=2 * TOKENS_PER_STEP)
+    rows = run_here(workspace, run, **QUICK, training__tokens=8 * TOKENS_PER_STEP, training__gradient_accumulation_steps=8)
+    assert (rows[-1]["step"], rows[-1]["tokens_seen"]) == (5, 8 * TOKENS_PER_STEP)
+    again = {"training__tokens": 8 * TOKENS_PER_STEP, "training__gradient_accumulation_steps": 8}
+    assert run_here(workspace, run, **QUICK, **again) == rows
+
+
+def test_epochs_of_a_token_folder(workspace, tmp_path, token_folder, caplog):
+    texts = [len(line) - len('{"text": ""}\n') for line in (workspace / "corpus.jsonl").read_text().splitlines(keepends=True)]
+    changes = QUICK | {"training__dataset": "tokens", "training__data_files": token_folder, "validation__holdout_every": 5}
+    rows = run_here(workspace, tmp_path / "run", **changes, training__epochs=0.5)
+    tokens = sum(length + 1 for index, length in enumerate(texts) if index % 5)
+    assert rows[-1]["step"] == -(-round(tokens / 2) // TOKENS_PER_STEP)
+
+
+def test_flops_are_counted_as_they_are_logged(workspace, tmp_path):
+    changes = QUICK | {"objective__start_step": 3, "training__seq_len": 128}
+    per_step = [row["step_tflops"] for row in run_here(workspace, tmp_path / "known", **changes | {"training__steps": 5})]
+    budget = sum(per_step[:4]) * 1e12
+    rows = run_here(workspace, tmp_path / "run", **changes, training__flops=budget * 0.97)
+    assert rows[-1]["step"] == 4
+    assert all(torch.isfinite(weight).all() for weight in final_weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"training__tokens": 512}, "training.steps = 6 and training.tokens = 512 all say how long to train"),
+        ({"training__steps": None, "training__flops": -1}, "training.flops = -1 (command line): allowed is a finite number > 0"),
+    ],
+)
+def test_one_budget_is_given(workspace, tmp_path, changes, expected):
+    (line,) = read_mistakes(options(workspace, tmp_path / "run", **changes))
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"training__epochs": 2.0}, "training.epochs = 2 needs one source of counted tokens, and the run has training.dataset"),
+        (
+            {"training__tokens": 512, "objective__start_step": 3},
+            "objective.start_step = 3 is after the last step, ",
+        ),
+    ],
+)
+def test_what_a_budget_comes_to_is_checked(workspace, tmp_path, capsys, changes, expected):
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **QUICK | changes)
+    line = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and line.startswith(expected) and "\n" not in line

@@ -1,0 +1,56 @@
+"""The schedule of learning rate and loss weight over starts of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.options import read_mistakes
+from tests.support.runs import final_weights, measured, options, read_metrics, run_here
+
+DECAYING = {"objective__warmup_steps": 2, "objective__decay_steps": 3, "checkpoint__export_hf": False}
+
+
+def test_half_a_run_is_the_first_half_of_the_whole_one(workspace, tmp_path, caplog):
+    run_here(workspace, tmp_path / "whole", **DECAYING)
+    half = DECAYING | {"lr_scheduler__total_steps": 6}
+    run_here(workspace, tmp_path / "half", **half, training__steps=3)
+    caplog.clear()
+    run_here(workspace, tmp_path / "half", **half)
+    whole, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "half")
+    assert measured(found) == measured(whole)
+    assert [row["loss_weight"] for row in found] == [row["loss_weight"] for row in whole]
+    expected, weights = final_weights(tmp_path / "whole"), final_weights(tmp_path / "half")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert "the schedule jumps" not in caplog.text
+
+
+def test_a_jump_is_said_with_both_values(workspace, tmp_path, caplog):
+    """A finished run that goes on: the rate, which had decayed, and the loss weight rise again."""
+    run = tmp_path / "run"
+    run_here(workspace, run, **DECAYING, training__steps=5)
+    rows = run_here(workspace, run, **DECAYING, training__steps=8)
+    (told,) = [message for message in caplog.messages if message.startswith("the schedule jumps: ")]
+    old, new = rows[4], rows[5]
+    assert told == (
+        f"the schedule jumps: learning rate {old['lr']:.3g} at step 5 -> {new['lr']:.3g} at step 6, loss weight "
+        f"{old['loss_weight']:.3g} at step 5 -> {new['loss_weight']:.3g} at step 6 (scheduled over 8 steps instead of 5)"
+    )
+    assert new["lr"] > 1.5 * old["lr"] and new["loss_weight"] > 2 * old["loss_weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lr_scheduler__total_steps": 5}, ["lr_scheduler.total_steps = 5 is less than training.steps = 6: "]),
+        ({"lr_scheduler__total_steps": 9, "objective__start_step": 8}, []),
+        (
+            {"lr_scheduler__total_steps": 9, "objective__start_step": 10},
+            ["after the last step, lr_scheduler.total_steps = 9"],
+        ),
+    ],
+)
+def test_the_horizon_is_not_before_the_end(workspace, tmp_path, changes, expected):
+    argv = options(workspace, tmp_path / "run", **changes)
+    lines = read_mistakes([*argv, "--training.seed=-1"])[1:]  # one mistake that is always there
+    assert len(lines) == len(expected) and all(part in line for part, line in zip(expected, lines, strict=True))
