@@ -125,6 +125,8 @@ class RunCheckpoints:
         if found.is_branch or not run_on_main((Path(config.job.dump_folder) / STARTS_FILE).exists):
             self._state.service_ids = {}  # of the run whose checkpoint it was, which goes on under them
         if dist.get_rank() == 0:
+            if found.is_branch:
+                logger.info("a branch of %s, from step %d on", found.label, self._state.step)
             for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
             if jump := describe_jump(saved["config"], config, self._state.step):

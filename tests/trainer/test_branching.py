@@ -79,11 +79,18 @@ def test_a_branch_goes_on_in_a_folder_of_its_own(workspace, tmp_path, parent, fi
     assert read_service_id(run) != read_service_id(finished_parent)
 
 
+def test_a_branch_that_saves_nothing(workspace, tmp_path, parent, finished_parent):
+    changes = {"checkpoint__branch_from": parent / "checkpoint" / "step-3", "checkpoint__enable_checkpoint": False}
+    rows = run_here(workspace, tmp_path / "branch", **changes)
+    assert measured(rows) == measured(read_metrics(finished_parent))[3:] and not (tmp_path / "branch" / "checkpoint").exists()
+
+
 def test_a_branch_at_another_rate_says_what_has_changed(workspace, tmp_path, parent, logged, caplog):
     changes = {"checkpoint__branch_from": parent / "checkpoint" / "step-3", "optimizer__lr": 1e-3, "training__steps": 4}
     changes |= {"checkpoint__initial_load_path": "not/needed/here"}
     rows = run_here(workspace, tmp_path / "branch", **logged | changes)
     assert [row["step"] for row in rows] == [4]
+    assert f'a branch of checkpoint.branch_from = "{parent}/checkpoint/step-3", from step 3 on' in caplog.messages
     assert "changed since the checkpoint: optimizer.lr: 0.01 -> 0.001" in caplog.messages
     assert "without effect in this run: checkpoint.initial_load_path" in caplog.text
 
