@@ -23,17 +23,18 @@ class Corpus(Section):
 
     dataset: str = option(STANDARD_LIBRARY, fixed=True)
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
-    (JSON lines), "parquet", "tokens" (a folder that flame-preprocess wrote), "pathstar" or "siblings" (generated, see their
-    sections), the name of a Hub dataset, or a Python file with a source of your own, such as "my_source.py"."""
+    (JSON lines), "csv", "parquet", "arrow", "tokens" (token ids in files), "pathstar" or "siblings" (generated, see their
+    sections), the name of a Hub dataset or a folder of one, or a Python file with a source of your own, such as
+    "my_source.py"."""
     dataset_name: str = option("", fixed=True)
     """Configuration of the Hub dataset, where it has several. For path-star graphs their size, arms x nodes of a path with the
     center, such as "5x5", or several sizes, equally often, such as "2x3,5x5"."""
     dataset_split: str = option("train", fixed=True)
     """Split of the Hub dataset."""
     data_files: str = option("", fixed=True)
-    """Local files for "text", "json" and "parquet": paths or globs, separated by commas. For "tokens", the folder."""
+    """Files: paths, folders, globs or remote addresses such as "s3://bucket/*.parquet", separated by commas."""
     text_column: str = option("text", fixed=True)
-    """Column or JSON key that holds the document."""
+    """Column or JSON key that holds the document: a text, a list of token ids, or the messages of a chat."""
     streaming: bool = option(False, fixed=True)
     """Read Hub datasets or local files shard by shard while they arrive, instead of fetching and indexing them first. In
     training each stream reads its own shards, so there must be at least training.num_streams of them."""

@@ -131,6 +131,11 @@ class RankShare(IterableDataset):
 
 def explain_no_answers(option: str, training: Training) -> str:
     """The error line for a source whose packed sequences hold no answer."""
+    if training.loss_on != "answer":
+        return (
+            f'{option} has nothing of an assistant that training.loss_on = "{training.loss_on}" could count: check its chats, '
+            f"and that training.context_len = {training.context_len} is more than the length of their prompts"
+        )
     return (
         f'{option} has no answers that training.loss_on = "answer" could count: check that training.answer_separator = '
         f"{json.dumps(training.answer_separator)} ends its prompts, and that training.context_len = {training.context_len} is "

@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import logging
+import lzma
 import pickle
 import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Callable
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
 import pyarrow as pa
+import pyarrow.feather as pa_feather
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from flame.config.schema import Training
 from flame.data.sources.base import TextRows
-from flame.data.sources.tables import TableShards
+from flame.data.sources.cells import FileShards
 from flame.errors import UserError
 from tests.support.sources import choose_kind
 from tests.support.sources import open_source as open_any_source
@@ -29,7 +39,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def open_source(training: Training) -> TextRows:
     source = open_any_source(training, "training")
-    assert not isinstance(source, TableShards)
+    assert not hasattr(source, "num_shards")
     return source
 
 
@@ -37,6 +47,17 @@ def read_all(source: TextRows) -> list[str | None]:
     rows = [source.read(index) for index in range(len(source))]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(index) for index in range(len(copy))] == rows, "workers must see the same rows"
+    return rows
+
+
+def read_either(training: Training) -> list[Any]:
+    """All rows, with random access or streamed, here and as a worker sees them."""
+    source = open_any_source(training, "training")
+    if not hasattr(source, "num_shards"):
+        return read_all(source)
+    copies = [source, pickle.loads(pickle.dumps(source))]
+    rows, again = ([row for shard in range(each.num_shards) for row in each.read_shard(shard, 0)] for each in copies)
+    assert rows == again
     return rows
 
 
@@ -191,10 +212,58 @@ def test_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     assert not handler.buffer, "the one line is all that the user sees"
 
 
-def test_files_of_different_columns_say_why(tmp_path: Path) -> None:
+OTHER_COLUMNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "null-typed in the first": ({"tag": pa.nulls(2)}, {"tag": ["x", "y"]}),
+    "null-typed in the second": ({"tag": ["x", "y"]}, {"tag": pa.nulls(2)}),
+    "only in the first": ({"id": [1, 2]}, {}),
+    "only in the second": ({}, {"id": [1, 2]}),
+    "of other types": ({"id": [1, 2]}, {"id": [["a"], []]}),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_may_differ_from_file_to_file(tmp_path: Path, case: str, kind: str, streaming: bool) -> None:
+    first, second = OTHER_COLUMNS[case]
+    texts = {"a": ["one", "two"], "b": ["three", None]}
+    write = pq.write_table if kind == "parquet" else pa_feather.write_feather
+    for name, others in (("a", first), ("b", second)):
+        write(pa.table({"text": texts[name], **others}), tmp_path / f"{name}.{kind}")
+    corpus = Training(dataset=kind, data_files=f"{tmp_path}/*.{kind}", streaming=streaming)
+    assert read_either(corpus) == ["one", "two", "three", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([pa.nulls(2), pa.array(["a", "b"])], [None, None, "a", "b"]),
+        ([pa.array(["a", None]), pa.nulls(1)], ["a", None, None]),
+        ([pa.array(["a"]), pa.array(["b"], pa.large_string())], ["a", "b"]),
+        ([pa.array(["a", "a"]).dictionary_encode(), pa.array(["b"])], ["a", "a", "b"]),
+    ],
+)
+def test_the_column_itself_may_be_null_or_another_kind_of_string(
+    tmp_path: Path, cells: list[pa.Array], expected: list[str | None], streaming: bool
+) -> None:
+    for number, column in enumerate(cells):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+    corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=streaming)
+    assert read_either(corpus) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_the_column_is_named(tmp_path: Path, streaming: bool) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "b.parquet")
-    expect_one_line(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet"), "cannot be loaded", "id", "column names")
+    corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=streaming)
+    for columns, parts in (
+        ({"body": ["b"]}, ["is not a column of", "b.parquet", "body (string)"]),
+        ({"text": [1]}, ["is a column of int64, not of strings", "b.parquet"]),
+        ({"text": [[1, 2]]}, ["is string in ", "and List in ", "a.parquet", "b.parquet"]),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+        expect_one_line(corpus, 'training.text_column = "text"', 'training.dataset = "parquet"', *parts)
 
 
 def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
@@ -207,7 +276,7 @@ def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
     for kind, files in (("json", "*.jsonl"), ("parquet", "*.parquet")):
         training = Training(dataset=kind, data_files=f"{tmp_path}/{files}", streaming=True)
         opened = open_any_source(training, "training")
-        assert isinstance(opened, TableShards) and opened.num_shards == 3
+        assert isinstance(opened, FileShards) and opened.num_shards == 3
         for source in (opened, pickle.loads(pickle.dumps(opened))):
             for shard in range(3):
                 expected = [f"{shard}-{row}" if row % 5 != 2 else None for row in range(700)]
@@ -221,7 +290,7 @@ def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=1000)
     corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=True)
     source = open_any_source(corpus, "sources.web")
-    assert isinstance(source, TableShards) and choose_kind(corpus, "sources.web").short_name == "web"
+    assert isinstance(source, FileShards) and choose_kind(corpus, "sources.web").short_name == "web"
     content = bytearray((tmp_path / "b.parquet").read_bytes())
     content[200:-5000] = bytes(len(content) - 5200)
     (tmp_path / "b.parquet").write_bytes(content)
@@ -229,3 +298,103 @@ def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'sources.web.dataset = "parquet": shard 1 of 2 cannot be read after row \d+') as caught:
         list(source.read_shard(1, 0))
     assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- streaming or not, and broken files
+
+
+def compress(name: str, content: bytes) -> bytes:
+    if name == "zip":
+        with io.BytesIO() as buffer:
+            with zipfile.ZipFile(buffer, "w") as archive:
+                archive.writestr("rows", content)
+            return buffer.getvalue()
+    if name == "tar":
+        with io.BytesIO() as buffer:
+            with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+                member = tarfile.TarInfo("rows")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            return buffer.getvalue()
+    if name == "lz4":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "lz4") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    how: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+        "two frames": lambda part: zstandard.compress(part[:7]) + zstandard.compress(part[7:]),
+        "plain": lambda part: part,
+    }
+    return how[name](content)
+
+
+COMPRESSIONS = ["gz", "bz2", "xz", "zst", "two frames", "lz4", "zip", "tar", "plain"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_content_says_how_lines_are_compressed(tmp_path: Path, compression: str, suffix: str, streaming: bool) -> None:
+    lines = b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "caf\xc3\xa9"}\n{broken\n'
+    (tmp_path / f"a.{suffix}").write_bytes(compress(compression, lines))
+    (tmp_path / f"b.{suffix}").write_bytes(compress(compression, b""))
+    (tmp_path / f"c.{suffix}").write_bytes(compress(compression, b'{"text": "last"}'))
+    corpus = Training(dataset="json", data_files=f"{tmp_path}/*.{suffix}", streaming=streaming)
+    assert read_either(corpus) == ["one", "café", None, "last"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_content_says_how_texts_are_compressed(tmp_path: Path, compression: str, streaming: bool) -> None:
+    for name, content in (("a", b""), ("b", b"\xef\xbb\xbfone\r\ntwo"), ("c", b"\xef\xbb\xbf"), ("d", b"caf\xe9")):
+        (tmp_path / f"{name}.txt").write_bytes(compress(compression, content))
+    corpus = Training(dataset="text", data_files=f"{tmp_path}/*.txt", streaming=streaming)
+    assert read_either(corpus) == [None, "one\ntwo", None, None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_archive_is_its_files_in_order(tmp_path: Path, streaming: bool) -> None:
+    names = ["b.txt", "a/z.txt", "a/b/c.txt", ".hidden", "__MACOSX/b.txt", "a.txt"]
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    corpus = Training(dataset="text", data_files=f"{tmp_path}/*", streaming=streaming)
+    assert read_either(corpus) == ["a.txt", "b.txt", "a/z.txt", "a/b/c.txt"] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "content", "reason"),
+    [
+        ("json", gzip.compress(b'{"text": "x"}\n' * 100)[:-9], "Compressed file ended"),
+        ("json", zstandard.compress(b'{"text": "x"}\n' * 100)[:-9], "Truncated compressed stream"),
+        ("json", b"7z\xbc\xaf\x27\x1cxxxx", "it is a 7z archive, which is not read: unpack it"),
+        ("text", b"PK\x03\x04 broken", "not a zip file"),
+        ("parquet", b"PAR1 broken", "Parquet magic bytes not found"),
+        ("arrow", b"ARROW1 broken", "File is too small"),
+        ("csv", b'text,b\n"a,b\n', "EOF inside string"),
+    ],
+)
+def test_a_broken_file_among_good_ones_is_named(tmp_path: Path, kind: str, content: bytes, reason: str, streaming: bool) -> None:
+    table = pa.table({"text": ["good"]})
+    for name in ("a", "c"):
+        if kind in ("parquet", "arrow"):
+            (pq.write_table if kind == "parquet" else pa_feather.write_feather)(table, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(b'{"text": "good"}\n' if kind == "json" else b"text\ngood\n")
+    (tmp_path / "b").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_either(Training(dataset=kind, data_files=f"{tmp_path}/*", streaming=streaming))
+    assert len(caught.value.lines) == 1
+    for part in (f'"{tmp_path}/b"', reason, f'training.dataset = "{kind}"'):
+        assert part in str(caught.value)
+    assert f"{tmp_path}/*" not in str(caught.value)

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.attention.masks import count_anchors, draw_anchors, find_anchors, find_neighbors
+from flame.attention.masks import draw_anchors, find_anchors, find_neighbors
 from flame.errors import UserError
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.wrapper import TrainingModel
+from flame.objectives.future.anchors import count_anchors
+from flame.objectives.future.options import FutureOptions
 from flame.objectives.step import Requested, compute_losses
 from flame.runtime.seeds import derive_seed
 from flame.trainer.options import read_options
@@ -31,7 +33,8 @@ def test_drawn_anchors(seed, at_most, chunks):
     positions, valid = draw_anchors(anchors, at_most, seed)
     assert positions.tolist() == sorted(set(positions.tolist())) and len(positions) == at_most
     assert torch.equal(valid, anchors[positions])
-    assert valid.sum() == count_anchors(cu, 1, at_most) == min(at_most, int(anchors.sum()))
+    counted = count_anchors(random_batch(cu), FutureOptions(target_shift=1), at_most)
+    assert valid.sum() == counted == min(at_most, int(anchors.sum()))
     again, _ = draw_anchors(anchors, at_most, seed)
     assert torch.equal(again, positions)
 
@@ -114,7 +117,8 @@ def test_a_projected_run_trains_and_its_projection_is_saved():
 def test_more_anchors_than_tokens_are_all_of_them():
     batch = random_batch(random_cu_seqlens(TOTAL, 4, seed=0))
     every, many = (model(compute_losses, batch, Requested(aux=True)).aux for model in (build_once(0, 0), build_once(0, TOTAL)))
-    assert every.loss_sum == many.loss_sum and every.num_items == many.num_items == count_anchors(batch.cu_seqlens, 1)
+    assert every.loss_sum == many.loss_sum and every.num_items == many.num_items
+    assert many.num_items == count_anchors(batch, FutureOptions(target_shift=1), 0)
 
 
 def test_options_that_cannot_be(tmp_path):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flame.attention.masks import count_anchors, draw_anchors, find_anchors, find_neighbors, round_up_to_bucket
+from flame.attention.masks import draw_anchors, find_anchors, find_neighbors, round_up_to_bucket
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.objectives.future.options import FutureOptions
 from flame.runtime.seeds import derive_seed
@@ -52,9 +52,18 @@ def find_anchor_bucket(batch: PackedBatch, options: FutureOptions) -> int:
     total = batch.input_ids.shape[1]
     bucket = min(options.max_anchors or total, total)
     if batch.answers_only:
-        count = count_anchors(batch.cu_seqlens, options.target_shift, bucket, batch.chunk_labels)
-        bucket = round_up_to_bucket(count, bucket)
+        bucket = round_up_to_bucket(count_anchors(batch, options, bucket), bucket)
     return bucket
+
+
+def count_anchors(batch: PackedBatch, options: FutureOptions, at_most: int) -> int:
+    """Number of positions that have a target. Does not wait for the device.
+
+    Args:
+        at_most: upper bound of the result; 0 means none.
+    """
+    count = batch.count_ahead(max(options.target_shift, 1))
+    return min(count, at_most) if at_most else count
 
 
 def find_excluded(batch: PackedBatch, anchors: Anchors, distance: int) -> tuple[Tensor, Tensor] | None:

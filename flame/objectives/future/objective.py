@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention.backends import is_recurrent
-from flame.attention.masks import count_anchors
 from flame.data.batch import PackedBatch
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
 from flame.models.causal_lm import build_on_meta, find_decoder_layers
@@ -31,7 +30,7 @@ from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup
-from flame.objectives.future.anchors import Anchors, find_anchor_bucket, find_excluded, select_anchors
+from flame.objectives.future.anchors import Anchors, count_anchors, find_anchor_bucket, find_excluded, select_anchors
 from flame.objectives.future.duplicates import hash_futures
 from flame.objectives.future.negatives import GlobalCandidates, LocalCandidates, agree_on_size, gather_candidates
 from flame.objectives.future.options import TAUGHT, FutureOptions, PredictorOptions
@@ -135,7 +134,7 @@ class FutureObjective(Objective):
     # ---------------------------------------------------------------- in a step
 
     def count(self, batch: PackedBatch) -> int:
-        return count_anchors(batch.cu_seqlens, self.options.target_shift, self.options.max_anchors, batch.chunk_labels)
+        return count_anchors(batch, self.options, self.options.max_anchors)
 
     def prepare_step(
         self, backbone: TrainingModel, batches: Sequence[PackedBatch]
@@ -234,8 +233,7 @@ class FutureObjective(Objective):
 
     def _count_comparison(self, batch: PackedBatch) -> float:
         options, total = self.options, batch.input_ids.shape[1]
-        chunk_labels = batch.chunk_labels if batch.answers_only else None
-        anchors = count_anchors(batch.cu_seqlens, options.target_shift, options.max_anchors, chunk_labels)
+        anchors = count_anchors(batch, options, options.max_anchors)
         predictions = anchors if batch.answers_only else min(total, options.max_anchors or total)
         packs = self.setup.packs_per_step if options.negatives == "global" else 1
         compared = self.estimator.count_flops(anchors, anchors * packs)
