@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from flame.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, When, option
 
@@ -35,6 +37,11 @@ class Corpus(Section):
     """Files: paths, folders, globs or remote addresses such as "s3://bucket/*.parquet", separated by commas."""
     text_column: str = option("text", fixed=True)
     """Column or JSON key that holds the document: a text, a list of token ids, or the messages of a chat."""
+    token_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = option("", fixed=True)
+    """Type of the ids in token files that do not say it, such as nanoGPT's. Empty: "uint16" where the tokenizer's vocabulary fits
+    it, else "uint32"."""
+    end_of_text_id: Annotated[int, Field(ge=-1)] = option(-1, fixed=True)
+    """Id that ends each document in token files of other programs. -1 takes the tokenizer's."""
     streaming: bool = option(False, fixed=True)
     """Read Hub datasets or local files shard by shard while they arrive, instead of fetching and indexing them first. In
     training each stream reads its own shards, so there must be at least training.num_streams of them."""
@@ -90,6 +97,10 @@ class Validation(Corpus):
     """As training.data_files."""
     text_column: str = option("text", applies=_OWN_CORPUS)
     """As training.text_column."""
+    token_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = option("", applies=_OWN_CORPUS)
+    """As training.token_dtype."""
+    end_of_text_id: Annotated[int, Field(ge=-1)] = option(-1, applies=_OWN_CORPUS)
+    """As training.end_of_text_id."""
     streaming: bool = option(False, applies=_OWN_CORPUS)
     """As training.streaming."""
 

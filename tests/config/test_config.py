@@ -293,7 +293,7 @@ def test_a_missing_value_is_not_followed_by_what_it_may_have_set(folder: Path) -
     assert len(read_mistakes([*MODEL, "--lr_scheduler.decay_ratio"])) == 1
 
 
-@pytest.mark.parametrize("value", ["/", "", "**x", "~nobody/x", "a" * 300, "a\0b", "a\nb"])
+@pytest.mark.parametrize("value", ["", "**x", "~nobody/x", "a" * 300, "a\0b", "a\nb"])
 def test_texts_that_cannot_be_paths_are_mistakes_of_one_line(value: str, folder: Path) -> None:
     argv = ["--training.dataset=text", f"--training.data_files={value}", f"--model.config=./{value}.json"]
     lines = read_mistakes([*argv, "--model.tokenizer_path=bytes"])
@@ -517,7 +517,7 @@ def test_mistakes_in_sources_are_named(folder: Path) -> None:
         "sources.wbe.dataset is not set: did you mean sources.web?",
         'training.dataset = "json" beside [sources.NAME]: move it into a source of its own',
         "sources.code.weight = 1e-09 is less than a millionth of the largest, 2: raise it, or set it to 0 to draw nothing",
-        'sources.web.dataset = "tokens" needs sources.web.data_files (a folder)',
+        'sources.web.dataset = "tokens" needs sources.web.data_files (a folder of flame-preprocess, or token files)',
     ]
 
 

@@ -77,7 +77,7 @@ def test_a_wrong_name_is_one_line_of_the_run():
     [
         (["text"], ["needs training.data_files (paths, folders or globs"]),
         (["json"], ["needs training.data_files (paths, folders or globs"]),
-        (["tokens"], ["needs training.data_files (a folder)"]),
+        (["tokens"], ["needs training.data_files (a folder of flame-preprocess, or token files)"]),
         (["parquet", "--training.data_files", "/none/*.parquet"], ['training.data_files: "/none/*.parquet" matches no file']),
         (
             ["stdlib", "--training.data_files", "a"],

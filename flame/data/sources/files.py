@@ -17,34 +17,33 @@ def split_patterns(data_files: str) -> list[str]:
     return [pattern.strip() for pattern in data_files.split(",") if pattern]
 
 
-def find_missing(data_files: str, option: str, suffixes: Sequence[str]) -> Iterator[str]:
-    """Yield one line for each part of `data_files` without a file. Remote addresses are not asked.
+def find_missing(data_files: str, option: str) -> Iterator[str]:
+    """Yield one line for each part of `data_files` that is nothing. What is in folders and at remote addresses is not asked.
 
     Args:
         option: such as "training.data_files".
-        suffixes: of the files that are meant in a folder.
     """
     for pattern in split_patterns(data_files):
-        if is_remote(pattern) or any(map(os.path.isfile, _expand_local(pattern, suffixes))):
-            continue
-        fault = f'{option}: "{pattern}" matches no file'
-        if os.path.isdir(os.path.expanduser(pattern)):
-            fault += f": a folder is read for the files in it that end with {' or '.join(suffixes)}, compressed or not"
-        yield fault
+        if not (is_remote(pattern) or _is_folder(pattern) or any(map(os.path.isfile, _expand_local(pattern, ())))):
+            yield f'{option}: "{pattern}" matches no file'
 
 
 def list_data_files(data_files: str, option: str, suffixes: Sequence[str]) -> list[str]:
     """The files, in order, without duplicates: absolute paths here, or remote addresses.
 
     Raises:
-        UserError: a remote address cannot be listed, or has no file.
+        UserError: a folder or a remote address has no file, or cannot be listed.
     """
     found: list[str] = []
     for pattern in split_patterns(data_files):
         if is_remote(pattern):
             found += _expand_remote(pattern, option, suffixes)
         else:
-            found += [str(path.absolute()) for path in _expand_local(pattern, suffixes) if path.is_file()]
+            here = [str(path.absolute()) for path in _expand_local(pattern, suffixes) if path.is_file()]
+            if not here and _is_folder(pattern):
+                ends = " or ".join(suffixes)
+                raise UserError(f'{option}: "{pattern}" matches no file: of a folder, those that end with {ends} are read')
+            found += here
     return list(dict.fromkeys(found))
 
 
@@ -66,16 +65,20 @@ def has_suffix(name: str, suffixes: Sequence[str]) -> bool:
 def _expand_local(pattern: str, suffixes: Sequence[str]) -> list[Path]:
     """Paths that a pattern matches, sorted; `**` matches sub-folders. A folder stands for its files with these suffixes."""
     path = os.path.expanduser(pattern)
-    try:
-        if os.path.isdir(path):
-            return sorted(Path(found) for found in _walk(path) if has_suffix(found, suffixes))
-    except ValueError:  # no path at all
-        return []
+    if _is_folder(pattern):
+        return sorted(Path(found) for found in walk(path) if has_suffix(found, suffixes))
     # Unlike pathlib's glob, this accepts any string: one that cannot be a path matches nothing.
     return sorted(map(Path, glob.glob(path, recursive=True)))
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _is_folder(pattern: str) -> bool:
+    try:
+        return os.path.isdir(os.path.expanduser(pattern))
+    except ValueError:  # no path at all
+        return False
+
+
+def walk(folder: str) -> Iterator[str]:
     """Files in a folder and its sub-folders, but hidden ones and those of caches."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]

@@ -38,7 +38,7 @@ class FileKind(SourceKind):
         yield from super().find_conflicts(job)
         if not self.corpus.data_files:
             yield f"{self.option} needs {self.section}.data_files (paths, folders or globs, separated by commas)"
-        yield from find_missing(self.corpus.data_files, f"{self.section}.data_files", self.suffixes)
+        yield from find_missing(self.corpus.data_files, f"{self.section}.data_files")
 
     def list_files(self) -> list[str]:
         """The files that `data_files` names, in order, without duplicates.
