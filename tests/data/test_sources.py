@@ -1,20 +1,28 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import http.server
 import io
 import logging
 import lzma
 import pickle
 import sysconfig
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.feather as pa_feather
@@ -166,18 +174,39 @@ def test_dataset_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_save_to_disk_says_how_it_can_be_read(tmp_path: Path, streaming: bool) -> None:
-    """The library would advise to call one of its own functions."""
-    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
-    rows.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "several")
-    for name, split in (("one", ""), ("several", '["dev"]')):
-        expect_one_line(
-            Training(dataset=f"{tmp_path}/{name}", dataset_split="dev", streaming=streaming, text_column="body"),
-            f'training.dataset = "{tmp_path}/{name}" is a folder of save_to_disk, which is not read: write it with ',
-            f'datasets.load_from_disk("{tmp_path}/{name}"){split}.to_parquet("NEW.parquet"), and give',
-            'training.dataset = "parquet" with training.data_files',
-        )
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, streaming: bool) -> None:
+    rows = datasets.Dataset.from_dict({"body": ["a", "b", None, "d"], "id": [1, 2, 3, 4]})
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=rows, dev=rows.select([3, 0])).save_to_disk(tmp_path / "several")
+    one, several = (
+        Training(dataset=f"{tmp_path}/{name}", streaming=streaming, text_column="body") for name in ("one", "several")
+    )
+    assert read_either(one) == read_either(several) == ["a", "b", None, "d"]
+    several.dataset_split = "dev"
+    assert read_either(several) == ["d", "a"]
+    ids = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    ids.save_to_disk(tmp_path / "ids")
+    found = read_either_ids(Training(dataset=f"{tmp_path}/ids", streaming=streaming, text_column="input_ids"))
+    assert found == [[1, 2], [3]]
+
+    several.dataset_split = "test"
+    expect_one_line(several, 'training.dataset_split = "test" is no split of', "which has: train, dev")
+    several.dataset_split, several.text_column = "train", "text"
+    expect_one_line(several, 'training.text_column = "text" is not a column of', "body (string), id (int64)")
+    one.dataset_split = "dev"
+    expect_one_line(one, 'training.dataset_split = "dev"', "with one split")
+    one.dataset_split, one.dataset_name = "train", "en"
+    expect_one_line(one, 'training.dataset_name = "en"', "no configurations")
+    (tmp_path / "one" / "state.json").write_text("{")
+    one.dataset_name = ""
+    expect_one_line(one, "is a folder of save_to_disk that cannot be read")
+
+
+def read_either_ids(training: Training) -> list[Any]:
+    source = open_any_source(training, "training")
+    if hasattr(source, "num_shards"):
+        return [row.tolist() for shard in range(source.num_shards) for row in source.read_shard(shard, 0)]
+    return [source.read(index).tolist() for index in range(len(source))]
 
 
 def test_dataset_out_of_reach() -> None:
@@ -398,3 +427,110 @@ def test_a_broken_file_among_good_ones_is_named(tmp_path: Path, kind: str, conte
     for part in (f'"{tmp_path}/b"', reason, f'training.dataset = "{kind}"'):
         assert part in str(caught.value)
     assert f"{tmp_path}/*" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- folders, csv, remote addresses
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet", "arrow"])
+def test_a_folder_is_its_files_of_the_kind(tmp_path: Path, kind: str, streaming: bool) -> None:
+    suffix = {"json": "jsonl", "text": "txt"}.get(kind, kind)
+    folder = tmp_path / "data"
+    for name in ("b", "a", "sub/c", ".hidden/d", "_e"):
+        path = folder / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, kind, Path(name).name)
+    (folder / "README.html").write_text("no")
+    if kind in ("json", "text", "csv"):
+        plain = (folder / f"b.{suffix}").read_bytes()
+        (folder / f"b.{suffix}").unlink()
+        (folder / f"b.{suffix}.zst").write_bytes(zstandard.compress(plain))
+    corpus = Training(dataset=kind, data_files=str(folder), streaming=streaming)
+    assert read_either(corpus) == ["_e", "a", "b", "c"]
+    (tmp_path / "none").mkdir()
+    corpus.data_files = f"{tmp_path}/none"
+    expect_one_line(corpus, f'training.data_files: "{tmp_path}/none" matches no file: of a folder, those that end with .{suffix}')
+
+
+def write_text(path: Path, kind: str, text: str) -> None:
+    """One file with one document."""
+    if kind in ("parquet", "arrow"):
+        (pq.write_table if kind == "parquet" else pa_feather.write_feather)(pa.table({"text": [text]}), path)
+    else:
+        path.write_text({"json": f'{{"text": "{text}"}}\n', "text": text, "csv": f"id,text\n1,{text}\n"}[kind])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_csv_cells_are_texts(tmp_path: Path, streaming: bool) -> None:
+    """As Python's own reader has them; numbers and words such as NA are texts too."""
+    rows = [["1", 'a, "b"\nc'], ["2", "NA"], ["x", "12"], ["3", ""], ["4", " "], ["5", "é✓"]]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["id", "text"], *rows])
+    with open(tmp_path / "b.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "extra"], ["q,r", "1"]])
+    (tmp_path / "c.csv").write_bytes(b"text\ncaf\xe9\nok\n")
+    (tmp_path / "d.csv").write_bytes(b"")
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8-sig") as file:
+        expected: list[str | None] = [row["text"] for row in csv.DictReader(file)]
+    assert expected[0] == rows[0][1]
+    expected = [text if text and text.strip() else None for text in expected]
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/*", streaming=streaming)
+    assert read_either(corpus) == [*expected, "q,r", None, "ok"]
+    expect_one_line(replace(corpus, text_column="body"), 'training.text_column = "body" is not a column of', "id (string)")
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A remote place that is in memory."""
+    file_system = fsspec.filesystem("memory")
+    yield file_system
+    file_system.rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet", "arrow"])
+def test_remote_files_are_read_as_those_here(tmp_path: Path, memory: Any, kind: str, streaming: bool) -> None:
+    suffix = {"json": "jsonl", "text": "txt"}.get(kind, kind)
+    for name in ("a", "b"):
+        write_text(tmp_path / name, kind, name)
+        memory.pipe(f"/bucket/{name}.{suffix}", (tmp_path / name).read_bytes())
+    memory.pipe("/bucket/README.html", b"no")
+    for files in ("memory://bucket", f"memory://bucket/*.{suffix}", f"memory://bucket/a.{suffix}, memory://bucket/b.{suffix}"):
+        assert read_either(Training(dataset=kind, data_files=files, streaming=streaming)) == ["a", "b"]
+    if kind != "parquet":
+        return
+    write_text(tmp_path / "a", kind, "changed")
+    memory.pipe("/bucket/a.parquet", (tmp_path / "a").read_bytes())
+    assert read_either(Training(dataset=kind, data_files="memory://bucket", streaming=streaming)) == ["changed", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet"])
+def test_files_of_a_web_server(tmp_path: Path, kind: str, streaming: bool) -> None:
+    """One that knows no ranges."""
+    write_text(tmp_path / "file", kind, "from afar")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, redirect_stderr(io.StringIO()):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/file"
+        assert read_either(Training(dataset=kind, data_files=address, streaming=streaming)) == ["from afar"]
+        expect_one_line(Training(dataset=kind, data_files=f"{address}x"), "cannot be listed", "filex")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        pytest.param(
+            "s3://bucket/a.jsonl",
+            ["needs a package that is not installed", "s3fs"],
+            marks=pytest.mark.skipif(find_spec("s3fs") is not None, reason="s3fs is installed"),
+        ),
+        ("memory://none/a.jsonl", ["cannot be listed"]),
+        ("memory://none/*.jsonl", ["matches no file"]),
+        ("nothing://a", ["cannot be listed", "nothing"]),
+    ],
+)
+def test_addresses_that_cannot_be_read(address: str, parts: list[str]) -> None:
+    expect_one_line(Training(dataset="json", data_files=address), f'training.data_files: "{address}"', *parts)

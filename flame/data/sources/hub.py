@@ -1,11 +1,12 @@
-"""`dataset` is a name on the Hugging Face Hub, such as "owner/name", or a folder of data files in the Hub's layout."""
+"""`dataset` is a name on the Hugging Face Hub, such as "owner/name", or a folder: of data files in the Hub's layout, or of
+`save_to_disk`."""
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
+from flame.data.sources.saved import is_saved, open_saved
 from flame.data.sources.tables import FILE_KINDS, ColumnKind, load_table
 from flame.errors import UserError
 
@@ -17,8 +18,10 @@ class HubDataset(ColumnKind):
 
     uses = frozenset({"dataset_name", "dataset_split", "text_column", "streaming"})
 
+    def open(self) -> Any:
+        return open_saved(self) if is_saved(self.corpus.dataset) else super().open()
+
     def load(self) -> Any:
-        import datasets
         from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
         corpus = self.corpus
@@ -26,15 +29,6 @@ class HubDataset(ColumnKind):
             raise UserError(
                 f"{self.option} is a reader of the datasets library, not a dataset: give the name of a dataset, such as "
                 f'"owner/name", or read local files as {FILE_KINDS}'
-            )
-        marks = datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME
-        is_one, is_several = (os.path.isfile(os.path.join(corpus.dataset, mark)) for mark in marks)
-        if is_one or is_several:
-            split = f'["{corpus.dataset_split}"]' if is_several else ""
-            raise UserError(
-                f"{self.option} is a folder of save_to_disk, which is not read: write it with "
-                f'datasets.load_from_disk("{corpus.dataset}"){split}.to_parquet("NEW.parquet"), and give '
-                f'{self.section}.dataset = "parquet" with {self.section}.data_files'
             )
         return load_table(self, corpus.dataset, name=corpus.dataset_name or None, split=corpus.dataset_split)
 
