@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -89,7 +90,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, chat: Rendered) -> Labelled:
     backend = tokenizer.backend_tokenizer
     _encode_whole(backend)
     backend.encode_special_tokens = False
-    encoding = backend.encode(chat.text, add_special_tokens=False)
+    with _naming(tokenizer):
+        encoding = backend.encode(chat.text, add_special_tokens=False)
     tokens = _end(tokenizer, np.asarray(encoding.ids, dtype=np.int64))
     offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     spans = []
@@ -113,6 +115,18 @@ def _join_touching(spans: list[list[int]]) -> np.ndarray:
     return np.asarray(joined, dtype=np.int64).reshape(-1, 2)
 
 
+@contextmanager
+def _naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Name the tokenizer in errors of its library, which are bare exceptions."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f'model.tokenizer_path = "{tokenizer.name_or_path}" cannot encode a text ({" ".join(str(error).split())[:300]}): '
+            "give a tokenizer that knows all text, or has a token for unknown text (unk_token)"
+        ) from error
+
+
 def _end(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> np.ndarray:
     """The ids, int32, ending with eos."""
     if len(ids) == 0 or ids[-1] != tokenizer.eos_token_id:
@@ -134,7 +148,9 @@ def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> l
     # No part of a text is a special token. Calls of `tokenizer` itself set this again.
     backend.encode_special_tokens = True
     documents = []
-    for encoding in backend.encode_batch_fast(texts):  # "fast" does not compute the offsets of tokens in the text
+    with _naming(tokenizer):
+        encodings = backend.encode_batch_fast(texts)  # "fast" does not compute the offsets of tokens in the text
+    for encoding in encodings:
         ids = encoding.ids
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
