@@ -48,10 +48,11 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
     source, rows = _open_text(corpus)
     tokenizer = load_tokenizer(tokenizer_path)
     rows = prepare_rows(source, rows, tokenizer)
+    chat_template = getattr(rows, "chat_template", "")
     vocabulary_size = max(tokenizer.get_vocab().values()) + 1
     dtype: TokenDtype = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
     origin = {option: getattr(corpus, option) for option in ORIGIN_OPTIONS}
-    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows))
+    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows), chat_template=chat_template)
     manifest = read_finished(out, recipe)
     if manifest is not None:
         print(f"{out} is complete already: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
@@ -78,6 +79,7 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
                 tokenizer_fingerprint=recipe.tokenizer_fingerprint,
                 eos_id=tokenizer.eos_token_id,
                 vocabulary_size=vocabulary_size,
+                chat_template=chat_template,
                 **origin,
             )
         )

@@ -5,6 +5,7 @@ Step 2 in the life of a batch (`flame.data.loader`).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class ChatRenderer:
                 f'{option} holds chats, but model.tokenizer_path = "{tokenizer.name_or_path}" has no chat template to render '
                 "them: give a tokenizer with one (chat_template.jinja in its folder), or a column of texts"
             ) from error
+        self.chat_template = hashlib.sha256(template.encode()).hexdigest()
         self._has_marks = GENERATION_MARK.search(template) is not None
 
     def __call__(self, chat: Conversation, row: str) -> Rendered | None:
@@ -146,6 +148,8 @@ class PreparedRows:
 
     def __init__(self, rows: TextRows, prepare: Any):
         self._rows, self._prepare = rows, prepare
+        self.chat_template: str = getattr(prepare, "chat_template", "")
+        """SHA-256 of what renders chats; empty for other documents."""
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -3,7 +3,7 @@
 The life of a batch:
 
 1. A source is opened (`sources`, `tasks`): rows of text, shards of rows, or token ids.
-2. Its documents become token ids when they are read (`documents`, `encoding`, `tokenizer`).
+2. Its documents become token ids when they are read (`documents`, `chats`, `encoding`, `tokenizer`).
 3. Each source has S document streams. A stream reads its own documents in a seeded order, starting at a cursor
    (`document_streams`, `order`).
 4. A packer joins the documents of one stream end to end and cuts them into packed sequences (`packing`).

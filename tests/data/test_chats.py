@@ -263,5 +263,9 @@ def test_preprocess_writes_chats_and_ids(tmp_path: Path, capsys: pytest.CaptureF
             choose_kind(Training(dataset="tokens", data_files=f"{tmp_path}/{column}")),
             load_tokenizer(str(tmp_path / "tokenizer")),
         )
+        if column == "messages":
+            make_chat_tokenizer(CHATML + " ").save_pretrained(tmp_path / "other")
+            assert preprocess([*command, f"--out={tmp_path}/{column}", f"--tokenizer_path={tmp_path}/other"]) == 2
+            assert "was made with another chat template" in capsys.readouterr().err
         expected = [write_out(chat)[0] for chat in CHATS] if column == "messages" else [[1, 2, 256], [3, 256]]
         assert [folder.read(index).tolist() for index in range(len(folder))] == expected  # type: ignore[arg-type,union-attr]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from flame.data.sources.contents import Content, Decode, Document
@@ -52,13 +53,21 @@ def read_cells(reader: CellReader, path: str) -> Iterator[pa.Array]:
         raise UnreadableFile(path) from error
 
 
-class _Rows:
+class _Rows(ABC):
     """Rows whose cells are decoded into documents."""
 
     def __init__(self, decode: Decode, content: Content):
         self._decode = decode
         self.content = content
         """What the rows hold."""
+
+    @abstractmethod
+    def list_cells(self) -> Iterator[Any]:
+        """Yield all cells, undecoded."""
+
+    def list_first_cells(self) -> Iterator[Any]:
+        """Yield the first of `list_cells`."""
+        return islice(self.list_cells(), ROWS_AT_ONCE)
 
     def decode_as(self, content: Content, decode: Decode) -> None:
         """Take the cells for something else."""
@@ -81,12 +90,11 @@ class TableRows(_Rows):
         except UnicodeDecodeError:  # Arrow does not check the bytes of its strings until one is read
             return None
 
-    def read_first_cells(self) -> list[Any]:
-        """Return undecoded cells, for error lines."""
-        return self._table[:ROWS_AT_ONCE][self._column]
+    def list_cells(self) -> Iterator[Any]:
+        return (self._table[index][self._column] for index in range(len(self)))
 
 
-class _Shards(_Rows, ABC):
+class _Shards(_Rows):
     """One document per row, in shards that are read in order."""
 
     num_shards: int
@@ -117,15 +125,8 @@ class _Shards(_Rows, ABC):
                 "last checkpoint"
             ) from error
 
-    def read_first_cells(self) -> list[Any]:
-        """Return undecoded cells, for error lines."""
-        found: list[Any] = []
-        for shard in range(self.num_shards):
-            for cells in self._read_arrays(shard):
-                found += cells[: ROWS_AT_ONCE - len(found)].to_pylist()
-                if len(found) == ROWS_AT_ONCE:
-                    return found
-        return found
+    def list_cells(self) -> Iterator[Any]:
+        return (cell.as_py() for shard in range(self.num_shards) for cells in self._read_arrays(shard) for cell in cells)
 
     def _decode_cell(self, cell: pa.Scalar) -> Document | None:
         try:

@@ -64,9 +64,14 @@ def is_list(cell_type: pa.DataType) -> bool:
 
 
 def classify_values(values: Iterable[Any]) -> Content:
-    """What a column of JSON values holds, by the first of them: text if any is one."""
-    kinds = [_classify_value(value) for value in values]
-    return next((kind for kind in ("text", "ids", "chat") if kind in kinds), "text")
+    """What a column of JSON values holds: text if any is one, which ends the search."""
+    found: set[Content] = set()
+    for value in values:
+        kind = _classify_value(value)
+        if kind == "text":
+            return kind
+        found |= {kind} if kind else set()
+    return "ids" if "ids" in found else "chat" if "chat" in found else "text"
 
 
 def _classify_value(value: Any) -> Content | None:

@@ -42,7 +42,7 @@ class JsonLines(FileKind):
     def advise(self, rows: TextRows | TextShards) -> str:
         assert isinstance(rows, TableRows | FileShards)
         column = f'{self.section}.text_column = "{self.corpus.text_column}"'
-        objects = [content for content in map(_parse_json_line, rows.read_first_cells()) if isinstance(content, dict)]
+        objects = [content for content in map(_parse_json_line, rows.list_first_cells()) if isinstance(content, dict)]
         keys = list(dict.fromkeys(key for content in objects for key in content))
         if not keys:
             return f"the first rows are no JSON objects: check {self.files_option}"
@@ -61,12 +61,11 @@ def decode_json_line(row: str, key: str, content: Content = "text") -> Document 
 
 
 def _find_content(rows: TableRows | FileShards, key: str) -> Content:
+    objects = filter(lambda parsed: isinstance(parsed, dict), map(_parse_json_line, rows.list_first_cells()))
     try:
-        cells = rows.read_first_cells()
+        return classify_values(parsed.get(key) for parsed in objects)
     except Exception:  # reading the rows reports it
         return "text"
-    objects = [parsed for parsed in map(_parse_json_line, cells) if isinstance(parsed, dict)]
-    return classify_values(parsed.get(key) for parsed in objects)
 
 
 def _parse_json_line(row: str) -> Any:

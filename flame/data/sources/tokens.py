@@ -115,6 +115,8 @@ class Manifest:
     dataset_split: str
     data_files: str
     text_column: str
+    chat_template: str = ""
+    """SHA-256 of what rendered chats; empty for other documents."""
 
 
 def name_folder(folder: str) -> str:
