@@ -46,6 +46,8 @@ def test_an_existing_folder_is_read_as_the_hub_is(tmp_path: Path):
         ("corpus.json.gz", ['write training.dataset = "json"']),
         ("/data/a.parquet", ['write training.dataset = "parquet" with training.data_files = "/data/a.parquet"']),
         ("notes.TXT", ['write training.dataset = "text"']),
+        ("data/train.bin", ['write training.dataset = "tokens" with training.data_files = "data/train.bin"']),
+        ("a.csv.gz", ['write training.dataset = "csv"']),
         ("", ["is no source", '"stdlib", "text", "json", "csv", "parquet", "arrow", "tokens", "pathstar"', "owner/name"]),
         ("a/b/c", ["is no source", "an existing folder"]),
         ("./missing", ["is no source"]),

@@ -264,6 +264,15 @@ def test_other_columns_may_differ_from_file_to_file(tmp_path: Path, case: str, k
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_of_a_hub_dataset_may_differ(tmp_path: Path, case: str, streaming: bool) -> None:
+    first, second = OTHER_COLUMNS[case]
+    pq.write_table(pa.table({"text": ["one", "two"], **first}), tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["three", None], **second}), tmp_path / "train-00001-of-00002.parquet")
+    assert read_either(Training(dataset=str(tmp_path), streaming=streaming)) == ["one", "two", "three", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [

@@ -267,6 +267,19 @@ def test_what_a_folder_is_instead(tmp_path: Path) -> None:
         expect_refusal(tmp_path / name, *parts)
 
 
+def test_a_dtype_that_the_file_denies(tmp_path: Path) -> None:
+    write_numpy(tmp_path / "a.npy", DOCUMENTS, "int64")
+    expect_refusal(tmp_path / "a.npy", "says int64 itself, and token_dtype is uint32", token_dtype="uint32")
+    assert len(open_files(tmp_path / "a.npy", token_dtype="int64")) == 5
+
+
+def test_a_folder_of_tokens_as_dataset(tmp_path: Path) -> None:
+    write_nanogpt(tmp_path / "train.bin", DOCUMENTS)
+    with pytest.raises(UserError) as caught:
+        open_documents(choose_kind(Training(dataset=str(tmp_path))), BYTES)
+    expect_one_line(caught.value, f'training.dataset = "{tmp_path}" is a folder of token ids', "training.data_files")
+
+
 def test_a_damaged_megatron_index(tmp_path: Path) -> None:
     write_megatron(tmp_path / "a.bin", DOCUMENTS, "uint16")
     index = (tmp_path / "a.idx").read_bytes()

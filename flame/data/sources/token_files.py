@@ -144,14 +144,14 @@ def examine_file(path: str, token_dtype: str, vocabulary_size: int) -> TokenFile
     if size == 0:
         raise ValueError("it is empty")
     if head.startswith(b"\x93NUMPY"):
-        return _examine_numpy(path)
+        return _agree(_examine_numpy(path), token_dtype)
     index = path.removesuffix(".bin") + INDEX_SUFFIX
     if path.endswith(".bin") and os.path.exists(index):
         dtype = _read_megatron_dtype(index)
-        return _make_file(path, "Megatron", dtype, 0, size)
+        return _agree(_make_file(path, "Megatron", dtype, 0, size), token_dtype)
     mark, version = np.frombuffer(head[:8].ljust(8, b"\0"), dtype="<i4")
     if int(mark) in LLMC_MARKS and size >= LLMC_HEADER and 0 < version < 100:
-        return _make_file(path, "llm.c", LLMC_MARKS[int(mark)], LLMC_HEADER, size)
+        return _agree(_make_file(path, "llm.c", LLMC_MARKS[int(mark)], LLMC_HEADER, size), token_dtype)
     if what := name_other(path, head):
         raise ValueError(f"it is {what}")
     dtype = token_dtype or ("uint16" if vocabulary_size <= SHORT_VOCABULARY else "uint32")
@@ -181,6 +181,14 @@ def _make_file(path: str, kind: str, dtype: str, start: int, size: int, *, is_gu
         how = "set token_dtype" if is_guessed else "copy it again"
         raise ValueError(f"a {kind} token file of {np.dtype(dtype).name}: its {size - start} bytes are not whole ids: {how}")
     return TokenFile(path, kind, dtype, start, count, is_guessed)
+
+
+def _agree(file: TokenFile, token_dtype: str) -> TokenFile:
+    """The file, unless the user says another dtype than it does itself."""
+    own = np.dtype(file.dtype).name
+    if token_dtype not in ("", own):
+        raise ValueError(f"it is a {file.kind} token file that says {own} itself, and token_dtype is {token_dtype}: leave it out")
+    return file
 
 
 def _examine_numpy(path: str) -> TokenFile:
