@@ -230,6 +230,28 @@ def test_a_run_with_both_losses_counts_the_assistant_alone(workspace: Path, tmp_
     assert all(0 < row["anchors"] < 4 * 256 / 3 for row in steps) and "validation_loss" in rows[-1]
 
 
+def test_held_out_chats_without_an_assistant_are_refused(workspace: Path, tmp_path: Path) -> None:
+    make_chat_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    corpus = write_chats(tmp_path, CHATS * 10)
+    (tmp_path / "held").mkdir()
+    held = write_chats(tmp_path / "held", [CHATS[2][:1]] * 40)
+    changes = {
+        "training__data_files": corpus.data_files,
+        "training__text_column": "messages",
+        "training__loss_on": "assistant",
+        "training__seq_len": 128,
+        "training__context_len": 128,
+        "model__tokenizer_path": tmp_path / "tokenizer",
+        "validation__dataset": "json",
+        "validation__data_files": held.data_files,
+        "validation__text_column": "messages",
+        "validation__interval": 2,
+    }
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **changes)
+    assert stop.value.code == UserError.EXIT_CODE
+
+
 # ---------------------------------------------------------------- token ids
 
 
