@@ -330,7 +330,7 @@ class Trainer:
             for line in lines:
                 logger.info(line)
         if not is_resumed and self.objective is not None:
-            self.objective.load_teacher(self.model)
+            self.objective.start_new_run(self.model)
         self.checkpoints.prepare()
 
     def _write_assets(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from flame.config.schema import JobConfig
 from flame.config.types import Section, get_declaration, list_fixed
 from flame.data.sources.registry import list_used
 from flame.errors import UserError
-from flame.objectives.registry import BUILT_IN, choose_objective
+from flame.objectives.registry import BUILT_IN, choose_objective, load_user_objective
 
 FORMAT = 2
 """Format of a checkpoint's `trainer.json`. To be incremented when older checkpoints cannot be resumed any more."""
@@ -63,7 +63,9 @@ def list_used_sections(config: JobConfig) -> set[str]:
     """Sections that this run reads: all but those of other objectives and of unused data sources."""
     kind = choose_objective(config)
     idle_sources, _ = list_used(config)
-    idle = {name for each in BUILT_IN.values() for name in each.sections} - set(kind.sections if kind else ())
+    user = load_user_objective(config.objective.name, config.objective.path)
+    known = (*BUILT_IN.values(), *filter(None, [user]))
+    idle = {name for each in known for name in each.sections} - set(kind.sections if kind else ())
     return {name for name, _ in config.list_sections() if name not in idle and name not in idle_sources}
 
 

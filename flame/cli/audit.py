@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoints.files import list_checkpoints, read_state
 from flame.config.run import CHECKPOINT_FOLDER
 from flame.data.audit import read_audit
 from flame.errors import UserError, end_on_user_error
@@ -113,7 +112,9 @@ def list_gaps(steps: set[int], last: int) -> list[str]:
 @end_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Check that a run was trained on each token exactly once per epoch.", allow_abbrev=False
+        prog="flame-audit",
+        description="Check that a run was trained on each token exactly once per epoch.",
+        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="folder of a run with training.audit = true (job.dump_folder)")
     folder = parser.parse_args(argv).folder
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     token_counts = count_tokens(note_steps(read_audit(folder), steps))
     if not token_counts:
         raise UserError(f'"{folder}" holds no audit: give the folder of a run with training.audit = true')
+    from flame.checkpoints.files import list_checkpoints, read_state  # torch takes seconds to load
+
     bad_rows = None
     last = max(steps)
     for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:

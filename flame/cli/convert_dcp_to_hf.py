@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 
 from flame.errors import end_on_user_error
-from flame.models.custom_model import import_custom_model
-from flame.weights.export import convert
 
 
 @end_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint to an ordinary Hugging Face folder.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="flame-convert-dcp-to-hf",
+        description="Convert a checkpoint to an ordinary Hugging Face folder.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step-N folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an exported model in it is replaced")
     parser.add_argument(
@@ -32,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         "--custom_model_path", default="", help="package that registers the architecture (experimental.custom_model_path)"
     )
     arguments = parser.parse_args(argv)
+    from flame.models.custom_model import import_custom_model  # torch takes seconds to load
+    from flame.weights.export import convert
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("flame").setLevel(logging.INFO)
     import_custom_model(arguments.custom_model_path)

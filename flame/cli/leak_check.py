@@ -1,10 +1,10 @@
 """Test a causal language model for leaks in packed sequences.
 
     flame-leak-check Qwen/Qwen3-0.6B
-    python -m flame.cli.leak_check configs/models/transformer_340M.json
+    python -m flame.cli.leak_check configs/models/llama_340M.json
 
-Several documents in one sequence must not see each other, and no token what is ahead of it. One token after another is changed,
-and whose hidden states change is looked at. Ends with 0 without a leak, with 1 with one, and with 2 on a mistake in the call.
+Several documents in one sequence must not see each other, and no token what is ahead of it. The check changes
+one token at a time and compares the hidden states. Exit codes: 0 no leak, 1 a leak, 2 a mistake in the call.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
         return
 
     start = time.monotonic()
-    encoder = SpanEncoder(rows, tokenizer, dtype, vocabulary_size, source.user_file)
+    encoder = SpanEncoder(rows, tokenizer, dtype, vocabulary_size)
     with closing(TokenFolderWriter(out, Progress(recipe=recipe, tokenizer=tokenizer_path), dtype)) as writer:
         before = writer.progress
         _write_spans(writer, encoder, num_workers, start)

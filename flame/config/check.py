@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 
 from flame.config.data import Corpus, find_mixture_conflicts
 from flame.config.schema import JobConfig
 from flame.config.types import get_declaration
+from flame.errors import UserError
+
+OWN_PACKAGE = __name__.partition(".")[0]
 
 
 def find_conflicts(job: JobConfig) -> Iterator[str]:
@@ -22,6 +25,20 @@ def find_conflicts(job: JobConfig) -> Iterator[str]:
         if name not in job.extensions:
             yield from section.find_conflicts(job, name)
     yield from find_mixture_conflicts(job)
+
+
+def call_rules(find: Callable[..., Iterator[str]], *arguments: object) -> Iterator[str]:
+    """Yield the lines of a `find_conflicts` or `find_model_conflicts`, which may be a user's. One that fails is a line, too."""
+    try:
+        lines = list(find(*arguments))
+    except UserError as error:
+        yield from error.lines
+    except Exception as error:
+        if find.__module__.partition(".")[0] == OWN_PACKAGE:
+            raise
+        yield f"{find.__module__}: {find.__qualname__}() fails: {type(error).__name__}: {error}"
+    else:
+        yield from lines
 
 
 def list_unused(job: JobConfig, idle_sections: Collection[str], used_by_corpus: dict[str, frozenset[str]]) -> list[str]:

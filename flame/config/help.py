@@ -45,7 +45,9 @@ def describe_section(name: str, kind: type[Section], table: OptionTable) -> list
         if declaration.applies:
             sentences.append(f"Has an effect only with {' and '.join(when.describe(name) for when in declaration.applies)}.")
         if declaration.fixed:
-            sentences.append("A resumed run must keep it." if declaration.fixed is True else "Fixed for a run that learns it.")
+            sentences.append(
+                "A resumed run must keep it." if declaration.fixed is True else "A resumed run must keep it if it is learned."
+            )
         default = {"": "unset", None: "none"}.get(schema["default"]) or json.dumps(schema["default"]).strip('"')
         options.append(OptionHelp(each.name, " ".join(filter(None, sentences)), describe_allowed(schema), default))
     return options

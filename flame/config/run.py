@@ -82,11 +82,6 @@ class ObjectiveChoice(Section):
     """Steps, the last of the run, over which the weight falls linearly to 0, which it reaches one step after the last."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if (self.name or self.path) and self.name != NEXT_TOKEN and self.start_step > job.training.steps:
-            yield (
-                f"objective.start_step = {self.start_step} is after the last step, training.steps = {job.training.steps}: start "
-                f'earlier or set objective.name = "{NEXT_TOKEN}"'
-            )
         if job.experimental.freeze_lm_for_infonce and self.start_step > 1:
             yield (
                 "experimental.freeze_lm_for_infonce = true leaves nothing to train before objective.start_step = "

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig, Source, list_core_sections
-from flame.config.types import Section
+from flame.config.types import Section, get_declaration
 
 JsonSchema = dict[str, Any]
 
@@ -104,10 +104,24 @@ def find_section_fault(kind: Any, base: type[Section]) -> str | None:
             adapter.validator.validate_assignment(kind(), name, schema["default"])
     except Exception as error:  # whatever pydantic makes of a type
         reason = " ".join(str(error).split())[:200]
-        return (
-            f"has an option that is no number, text, truth value or choice, or another default ({type(error).__name__}: {reason})"
-        )
+        return f"has an option of an unsupported type, or a default of the wrong type ({type(error).__name__}: {reason})"
     return None
+
+
+def find_unknown_conditions(name: str, sections: Mapping[str, type[Section]]) -> list[str]:
+    """One line for each option of a user's section whose `applies` names an option that does not exist.
+
+    Args:
+        name: of the section.
+        sections: all sections by name.
+    """
+    lines = []
+    for each in fields(sections[name]):  # type: ignore[arg-type]  # every section is a dataclass
+        for when in get_declaration(each).applies:
+            section, _, option = when.resolve(name).rpartition(".")
+            if section not in sections or option not in {other.name for other in fields(sections[section])}:  # type: ignore[arg-type]
+                lines.append(f'{name}.{each.name} applies When("{when.key}"), which is no option: name one as "section.option"')
+    return lines
 
 
 def name_table(section: str) -> str:

@@ -130,25 +130,18 @@ class Optimizer(Section):
     """What updates the weights."""
 
     lr: PositiveFloat = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     beta1: Probability = 0.9
     """Decay of the first moment."""
     beta2: Probability = 0.95
     """Decay of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices. Norms, biases and embeddings have none."""
-    name: Literal["AdamW", "Muon"] = option("AdamW", fixed=True)
+    name: Literal["AdamW", "Muon"] = option("AdamW", fixed=True, applies=When("experimental.freeze_lm_for_infonce", (False,)))
     """"Muon" takes the matrices of the decoder layers, at the same learning rate (its updates are scaled to AdamW's size); all
     else stays with AdamW."""
     state_dtype: Literal["float32", "bfloat16"] = option("float32", fixed=True)
     """Dtype of the optimizer's moments. "bfloat16" halves their memory, with stochastic rounding, so that small changes count."""
-
-    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if self.name == "Muon" and job.experimental.freeze_lm_for_infonce:
-            yield (
-                'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true: Muon trains the decoder layers alone, '
-                'which are frozen; set it to "AdamW"'
-            )
 
 
 @dataclass(kw_only=True)

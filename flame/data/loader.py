@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -148,19 +149,29 @@ def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence
 
     Workers send token ids and boundaries as numpy arrays, by value. Tensors would be sent through shared memory, of which
     containers have only 64 MiB by default.
+
+    A server process imports everything once and forks the workers. It has neither CUDA nor threads, which a fork would break.
     """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__, *_find_main_module()])
     loader: DataLoader = DataLoader(
         share,
         batch_size=None,
         collate_fn=_pass_through,
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
-        multiprocessing_context="spawn" if num_workers else None,  # a forked worker inherits CUDA and locks in a broken state
+        multiprocessing_context=server if num_workers else None,
         worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # using the global generator would change the run's dropout
     )
     with signals_blocked():
         return iter(loader)
+
+
+def _find_main_module() -> list[str]:
+    """Name of the module that `python -m` runs. Python imports it again in each worker, unless it is a `__main__.py`."""
+    name = getattr(sys.modules["__main__"].__spec__, "name", "__main__")
+    return [] if name.endswith("__main__") else [name]
 
 
 def _pass_through(sequence: Any) -> Any:

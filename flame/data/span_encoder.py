@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from flame.data.encoding import Row, encode_documents
-from flame.data.sources.base import TextRows, WithUserCode
+from flame.data.sources.base import TextRows
 from flame.data.sources.tokens import TOKEN_DTYPES, TokenDtype
 from flame.errors import UserError
 from flame.runtime.signals import signals_blocked
@@ -52,20 +53,30 @@ def plan_spans(done: int, rows: int, num_workers: int) -> Iterator[Span]:
     return (Span(start, min(start + length, rows)) for start in range(done, rows, length))
 
 
-class SpanEncoder(WithUserCode):
-    """Reads and tokenizes spans of a source. It is pickled into each worker.
+class SpanEncoder:
+    """Reads and tokenizes spans of a source."""
 
-    Args:
-        user_file: the user's file that defines the source; empty for a built-in source.
-    """
-
-    def __init__(
-        self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int, user_file: str = ""
-    ):
+    def __init__(self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int):
         self._rows: Any = rows
         self._tokenizer = tokenizer
-        self.user_files = (user_file,) if user_file else ()
         self._dtype, self._vocabulary_size = TOKEN_DTYPES[dtype], vocabulary_size
+
+    def check_rows(self) -> None:
+        """Check that worker processes can have rows of their own.
+
+        Raises:
+            UserError: the rows cannot be pickled. An open file is an example.
+        """
+        try:
+            pickle.dumps(self._rows)
+        except Exception as error:  # a user's class may raise anything
+            raise UserError(
+                f"the source cannot be sent to worker processes ({error}): open files inside read(), or give --num_workers 0"
+            ) from error
+
+    def reopen_rows(self) -> None:
+        """Replace the rows by a copy. A forked process shares the position in each open file with its parent."""
+        self._rows = pickle.loads(pickle.dumps(self._rows))
 
     def encode(self, span: Span) -> EncodedSpan:
         documents: list[np.ndarray] = []
@@ -96,20 +107,25 @@ def encode_in_order(
 ) -> Generator[tuple[Span, EncodedSpan], None, None]:
     """Yield each span with its documents, in order. `num_workers` processes encode them ahead; with 0, this process does.
 
+    The workers are forked. A spawned one would import everything again, which takes seconds, and it would read the tokenizer from
+    a pipe that is too small for it: the next worker would start only when the one before has finished its imports.
+
     Raises:
-        UserError: a worker process died. The process pool may instead wait forever (CPython gh-94777); then kill and restart.
+        UserError: the rows cannot be sent to a worker process, or one died. The process pool may instead wait forever (CPython
+            gh-94777); then kill and restart.
     """
     if not num_workers:
         for span in spans:
             yield span, encoder.encode(span)
         return
+    encoder.check_rows()
     others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(encoder,))
     pending: deque[tuple[Span, Future[EncodedSpan]]] = deque()
     try:
         for span in spans:
-            with signals_blocked():  # `submit` starts workers as needed, which inherit the blocked signals
+            with signals_blocked():  # the first `submit` starts the workers, which inherit the blocked signals
                 pending.append((span, pool.submit(_encode_in_worker, span)))
             if len(pending) == SPANS_AHEAD * num_workers:
                 first, future = pending.popleft()
@@ -135,6 +151,7 @@ _worker_encoder: SpanEncoder
 
 def _start_worker(encoder: SpanEncoder) -> None:
     global _worker_encoder
+    encoder.reopen_rows()
     _worker_encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     parent = multiprocessing.parent_process()

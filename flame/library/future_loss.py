@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from flame.library.packs import IGNORED_LABEL, Pack
 from flame.library.passes import check_window, encode_future, encode_past, find_device, find_lm, read_tokens
 from flame.models.causal_lm import find_logit_changes
 from flame.models.estimator import AuxLoss, Candidates
+from flame.models.estimators import ESTIMATORS
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator
 from flame.objectives.future.duplicates import hash_futures
@@ -70,10 +72,16 @@ class FutureLoss(nn.Module):
             "max_anchors": max_anchors,
             "exclude_neighbors": exclude_neighbors,
         }.items():
-            if value < 0:
+            if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} = {value}: allowed are integers >= 0")
-        if not temperature > 0:
-            raise ValueError(f"temperature = {temperature}: allowed are numbers > 0")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature = {temperature}: allowed are finite numbers > 0")
+        if projection_dim >= lm.config.hidden_size:
+            raise ValueError(
+                f"projection_dim = {projection_dim}: allowed is less than the model's width, {lm.config.hidden_size}"
+            )
+        if max_anchors == 1 and estimator_type in ESTIMATORS and ESTIMATORS[estimator_type].has_negatives:
+            raise ValueError("max_anchors = 1 leaves no negatives: allowed are 0 (all) and 2 or more")
         if is_recurrent(lm.config) and target_shift == 0:
             raise UserError(
                 f'target_shift = 0: model_type "{lm.config.model_type}" reads reversed documents, whose summaries hold their own '
@@ -131,6 +139,8 @@ class FutureLoss(nn.Module):
         wanted = pack.list_next_tokens() if labels is None else labels.reshape(-1).to(states.device)
         if len(wanted) != pack.total:
             raise ValueError(f"labels holds {len(wanted)} entries for {pack.total} tokens: they must be equal")
+        if labels is not None:
+            _check_labels(wanted, head.out_features)
         device = states.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else torch.promote_types(states.dtype, head.weight.dtype)
@@ -231,6 +241,16 @@ class FutureLoss(nn.Module):
         config = find_lm(self._model[0]).config
         limits = [self.window_k] if is_recurrent(config) else [tighten(n, self.window_k) for n in list_layer_limits(config)]
         return sum(limits) + 1 if all(limits) else 0
+
+
+def _check_labels(labels: Tensor, vocabulary_size: int) -> None:
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels is {labels.dtype}: allowed is torch.int64")
+    is_allowed = (labels == IGNORED_LABEL) | ((labels >= 0) & (labels < vocabulary_size))
+    if not is_allowed.all():
+        raise ValueError(
+            f"labels holds {int(labels[~is_allowed][0])}: allowed are {IGNORED_LABEL} and the ids 0 to {vocabulary_size - 1}"
+        )
 
 
 def _is_mean(reduction: Reduction) -> bool:

@@ -56,16 +56,16 @@ PANELS = (
         (Curve("ce_loss", "cross entropy"), Curve("validation_ce_loss", "validation", ":", "C1")),
     ),
     Panel(
-        "Future loss",
-        "InfoNCE (nats per anchor)",
+        "Auxiliary loss",
+        "nats per item",
         (
-            Curve("aux_loss", "InfoNCE"),
+            Curve("aux_loss", "training"),
             Curve("validation_aux_loss", "validation", ":", "C1"),
             Curve(LN_N, "ln N (chance)", "--", "0.45"),
         ),
     ),
     Panel(
-        "Guess of the future",
+        "Predictions of the future",
         "accuracy, cosine similarity",
         (
             Curve("infonce_accuracy", "accuracy"),

@@ -29,7 +29,7 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
         option: name of the option that gave the path, for messages.
 
     Raises:
-        UserError: it cannot be read, or the model cannot be trained with a future loss yet.
+        UserError: it cannot be read, or the trainer does not support the model.
     """
     option = f'{option} = "{path}"'
     try:
@@ -79,7 +79,7 @@ def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[s
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
         is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
         if is_random and not unused and isinstance(value, int | float) and value != 0:
-            faults.append(f"{key} = {value} is not supported, since it would make the summaries random: set it to 0.0")
+            faults.append(f"{key} = {value} is not supported: the attention kernels here have no dropout; set it to 0.0")
     return faults + find_misspelt_keys(config, given)
 
 

@@ -56,7 +56,7 @@ class Setup:
     """T."""
     context_len: int
     """Longest chunk of a document, in tokens."""
-    packs_per_step: int
+    sequences_per_step: int
     """Packed sequences of one optimizer step, over micro-steps and ranks."""
 
     def get(self, kind: type[S]) -> S:
@@ -142,8 +142,8 @@ class Objective(nn.Module):
         """
         draw(self, OBJECTIVE_DRAW)
 
-    def load_teacher(self, backbone: TrainingModel) -> None:
-        """Copy what depends on the language model's initial weights. Called on all ranks at the start of a new run."""
+    def start_new_run(self, backbone: TrainingModel) -> None:
+        """Copy what depends on the language model's initial weights. Called on all ranks, but not in a resumed run."""
 
     def list_parameter_groups(self) -> Sequence[ParameterGroup]:
         """Learning rate and weight decay of its parameters. The first matching prefix wins."""
@@ -158,9 +158,9 @@ class Objective(nn.Module):
         return []
 
     def find_future_pass(self) -> FuturePass | None:
-        """The anti-causal pass that it reads, in which a model of an unknown family is checked for leaks; None for none.
+        """The anti-causal pass that it reads, in which a model of an unknown family is checked for leaks.
 
-        By default that of the language model: one that is not read is checked in vain, one that leaks teaches nothing.
+        Return None if the objective reads no such pass. The default is the language model's, so that none goes unchecked.
         """
         return FuturePass()
 

@@ -90,6 +90,8 @@ def load_user_objective(name: str | None, path: str) -> ObjectiveKind | None:
 
 
 def _describe_class(kind: type[Objective], label: str) -> ObjectiveKind:
+    from flame.objectives.base import Objective
+
     name, options = kind.name, kind.Options
     if not (isinstance(name, str) and name.isidentifier()) or name in (*BUILT_IN, NEXT_TOKEN):
         raise UserError(
@@ -101,6 +103,8 @@ def _describe_class(kind: type[Objective], label: str) -> ObjectiveKind:
         fault = next((f"has a companion that {each}" for each in faults if each), None)
     if fault:
         raise UserError(f"{label}: {kind.__name__}.Options {fault}")
+    if kind.loss is Objective.loss:
+        raise UserError(f"{label}: {kind.__name__} does not define loss()")
     if not options.section:
         text = options.__doc__ or f"Options of {name}."
         kind.Options = options = type(options.__name__, (options,), {"section": name, "__doc__": text})
@@ -109,6 +113,16 @@ def _describe_class(kind: type[Objective], label: str) -> ObjectiveKind:
 
 def choose_objective(job: JobConfig) -> ObjectiveKind | None:
     """The objective of a run; None for next-token prediction alone, which includes a `loss_weight` of 0.
+
+    Raises:
+        UserError: as `choose_kind`.
+    """
+    kind = choose_kind(job)
+    return kind if kind is not None and job.get(kind.options).loss_weight > 0 else None
+
+
+def choose_kind(job: JobConfig) -> ObjectiveKind | None:
+    """The objective that the options name, whatever its `loss_weight`; None for next-token prediction.
 
     Raises:
         UserError: `objective.name` is unknown, or the user's objective cannot be loaded.
@@ -121,4 +135,4 @@ def choose_objective(job: JobConfig) -> ObjectiveKind | None:
     if name not in known:
         names = " or ".join(f'"{each}"' for each in (NEXT_TOKEN, *known))
         raise UserError(f'objective.name = "{name}": allowed is {names}; objective.path names a file with one of your own')
-    return known[name] if job.get(known[name].options).loss_weight > 0 else None
+    return known[name]

@@ -22,6 +22,11 @@ EPSILON = 1e-8
 """Added to the root of AdamW's second moment."""
 
 
+VECTORS = frozenset({"A_log", "lower_bounds", "r_k"})
+"""Parameters with two dimensions that are no matrices: decay rates (Mamba), lower bounds of gates by layer (HGRN-2), the bonus of
+the current token by head (RWKV-7)."""
+
+
 class _Optimizers(OptimizersContainer):
     """torchtitan's container, with the optimizers that are used here."""
 
@@ -37,7 +42,7 @@ class Group(NamedTuple):
     lr_scale: float
     """Factor of `optimizer.lr`."""
     weight_decay: float
-    """Weight decay of matrices; norms, biases and embeddings have none."""
+    """Weight decay of matrices; norms, biases, embeddings and other vectors have none."""
 
 
 def build_optimizer(
@@ -86,12 +91,11 @@ def build_optimizer(
 
 
 def _select_for_muon(model: nn.Module, layers: nn.ModuleList) -> set[str]:
-    """Names of the parameters that Muon trains."""
+    """Names of the parameters that Muon trains; none if the decoder layers are frozen."""
     matrices = {id(parameter) for parameter in select_matrices(layers)}
-    chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in matrices}
-    if not chosen:
+    if not matrices:
         raise UserError('optimizer.name = "Muon", but the decoder layers have no matrices to train: set it to "AdamW"')
-    return chosen
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in matrices}
 
 
 def _select(model: nn.Module, prefix: str, earlier: Sequence[Group], decayed: bool) -> list[str]:
@@ -104,8 +108,13 @@ def _select(model: nn.Module, prefix: str, earlier: Sequence[Group], decayed: bo
         if parameter.requires_grad
         and name.startswith(prefix)
         and not name.startswith(taken)
-        and (parameter.ndim > 1 and id(parameter) not in embeddings) == decayed
+        and (_is_matrix(name, parameter) and id(parameter) not in embeddings) == decayed
     ]
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: more than one dimension is larger than 1, as in weights of linear maps and convolutions."""
+    return sum(size > 1 for size in parameter.shape) > 1 and name.rpartition(".")[2] not in VECTORS
 
 
 def _configure(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from flame.data.batch import PackedBatch
 from flame.errors import UserError
+from flame.logging.counters import Counters
 from flame.logging.metrics import Metrics
+from flame.logging.throughput import SPEED_METRICS
 from flame.objectives.step import Losses
 from flame.runtime.measures import Mean, Measure
 
 RESERVED = frozenset(
-    {"loss", "ce_loss", "aux_loss", "grad_norm", "lr", "loss_weight", "temperature", "step_tflops", "mfu", "anchors"}
+    {"loss", "ce_loss", "aux_loss", "grad_norm", "lr", "loss_weight", *SPEED_METRICS, *(each.name for each in fields(Counters))}
 )
 """Metrics of the trainer, which an objective's own cannot be called."""
 

@@ -9,17 +9,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flame.config.check import find_conflicts, list_unused
+from flame.config.check import call_rules, find_conflicts, list_unused
 from flame.config.help import print_help, render_commented
 from flame.config.parse import list_typed, parse_config
 from flame.config.run import Metrics
 from flame.config.schema import SOURCES, JobConfig, list_core_sections
-from flame.config.table import OptionTable
+from flame.config.table import OptionTable, find_unknown_conditions
 from flame.config.types import Section
 from flame.data.sources.registry import find_data_conflicts, list_sections, list_used, load_user_sections
 from flame.errors import UserError
 from flame.logging.run_log import choose_writers
-from flame.objectives.registry import BUILT_IN, choose_objective, load_user_objective
+from flame.objectives.registry import BUILT_IN, choose_kind, choose_objective, load_user_objective
 
 HELP = ("--help", "-h")
 PRINT_CONFIG = "--print-config"
@@ -93,6 +93,7 @@ def _find_extensions(values: Mapping[str, Any]) -> tuple[dict[str, type[Section]
             else:
                 sections[name] = section
 
+    built_in = set(sections)
     name, path = values.get("objective.name"), values.get("objective.path")
     try:
         user = load_user_objective(name if isinstance(name, str) else None, path if isinstance(path, str) else "")
@@ -105,6 +106,9 @@ def _find_extensions(values: Mapping[str, Any]) -> tuple[dict[str, type[Section]
         add(load_user_sections((section, value) for section, value in datasets if isinstance(value, str)), "a data source")
     except UserError as error:
         faults += error.lines
+    known = {**list_core_sections(), **sections}
+    for section in sections.keys() - built_in:
+        faults += find_unknown_conditions(section, known)
     return sections, faults
 
 
@@ -122,7 +126,7 @@ def find_all_conflicts(job: JobConfig) -> Iterator[str]:
         yield from error.lines
         return
     for name, section in (kind.sections if kind else {}).items():
-        yield from job.get(section).find_conflicts(job, name)
+        yield from call_rules(job.get(section).find_conflicts, job, name)
     if job.experimental.freeze_lm_for_infonce and not (kind and kind.options.trains_without_lm):
         yield (
             "experimental.freeze_lm_for_infonce = true leaves nothing to train: it needs an objective that trains modules of its "
@@ -139,7 +143,8 @@ def list_idle_options(job: JobConfig) -> list[str]:
     idle_sources, used_by_corpus = list_used(job)
     idle = list_unused(job, {*others, *idle_sources}, used_by_corpus)
     idle = [key for key in idle if not (key.endswith(".loss_weight") and kind is None and _switches_off(job, key))]
-    if job.objective.path and user is not None and (kind is None or kind.name != user.name):
+    chosen = choose_kind(job)
+    if job.objective.path and user is not None and (chosen is None or chosen.name != user.name):
         idle.append("objective.path")
     if kind is None:
         schedule = ("start_step", "warmup_steps", "decay_steps")
@@ -152,5 +157,5 @@ def list_idle_options(job: JobConfig) -> list[str]:
 def _switches_off(job: JobConfig, key: str) -> bool:
     """Whether an option is the loss weight of 0 that has turned the chosen objective off."""
     section = key.rpartition(".")[0]
-    chosen = BUILT_IN.get(job.objective.name or "")
+    chosen = choose_kind(job)
     return chosen is not None and section == chosen.options.section and getattr(job.extensions[section], "loss_weight", 1) == 0

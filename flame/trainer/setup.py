@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from flame.attention.backends import build_backend, check_attention, choose_attention
+from flame.config.check import call_rules
 from flame.config.schema import JobConfig
 from flame.data.mixture import Mixture, open_held_out, open_mixture
 from flame.data.tokenizer import load_tokenizer
@@ -66,7 +67,7 @@ def open_inputs(config: JobConfig) -> RunInputs:
     faults = list(find_model_conflicts(model_config, len(tokenizer), config.training.context_len, exports=exports))
     kind = choose_objective(config)
     if kind is not None:
-        faults += kind.load().find_model_conflicts(config.get(kind.options), model_config)
+        faults += call_rules(kind.load().find_model_conflicts, config.get(kind.options), model_config)
     if faults:
         raise UserError(*faults)
     return RunInputs(tokenizer, model_config, open_mixture(config, tokenizer))
@@ -128,7 +129,7 @@ def build_modules(config: JobConfig, model_config: PretrainedConfig, device_type
             seed=training.seed,
             seq_len=training.seq_len,
             context_len=training.context_len,
-            packs_per_step=training.gradient_accumulation_steps * config.world_size,
+            sequences_per_step=training.gradient_accumulation_steps * config.world_size,
         )
         with torch.device("meta"):
             objective = kind.load()(setup)

@@ -59,7 +59,10 @@ def report_start(
         logger.info("the model's configuration has keys that %s lacks, and that most likely nothing reads: %s", own, names)
     schedule = build_weight_schedule(config)
     if schedule.loss_weight and not schedule.reaches_weight():
-        logger.warning("loss_weight = %s is not reached: warm-up and decay leave no step between", schedule.loss_weight)
+        logger.warning(
+            "loss_weight = %s is not reached: objective.start_step, warmup_steps and decay_steps leave no step for it",
+            schedule.loss_weight,
+        )
     logger.info("run folder: %s", Path(config.job.dump_folder))
     if start_step:
         logger.info("resumed after step %d of %d", start_step, training.steps)

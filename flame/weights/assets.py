@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.errors import UserError
+from flame.weights.older_names import adapt_tokenizer, write_config
 
 Settings = dict[str, Any]
 
@@ -30,15 +31,19 @@ def write_hf_assets(
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model_config = copy.deepcopy(model_config)
     for name, number in special.items():
-        setattr(model_config, name, number)
-    model_config.save_pretrained(folder)
+        setattr(model_config, name, _keep_list(getattr(model_config, name, None), number))
+    write_config(model_config, folder)
     tokenizer.save_pretrained(folder)
+    adapt_tokenizer(folder)
     if generation:
-        settings = generation | {name: number for name, number in special.items() if number is not None}
-        ends = generation.get("eos_token_id")
-        if isinstance(ends, list) and tokenizer.eos_token_id in ends:  # chat models have several end tokens
-            settings["eos_token_id"] = ends
+        known = {name: number for name, number in special.items() if number is not None}
+        settings = generation | {name: _keep_list(generation.get(name), number) for name, number in known.items()}
         (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _keep_list(before: Any, number: int | None) -> Any:
+    """The tokenizer's token, or the list of several that has it: chat models have several end tokens."""
+    return before if isinstance(before, list) and number in before else number
 
 
 def read_generation_settings(folder: Path, label: str) -> Settings:

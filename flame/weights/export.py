@@ -33,6 +33,7 @@ from flame.errors import UserError
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
+from flame.weights.older_names import adapt_tokenizer, write_config
 from flame.weights.tensors import ModelTensors
 
 logger = logging.getLogger("flame")
@@ -68,6 +69,7 @@ def convert(
     target = getattr(torch, dtype)
     with _written_aside(out) as folder:
         shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
+        adapt_tokenizer(folder)
         config = _read_config(checkpoint, tensors)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=target)
@@ -77,7 +79,7 @@ def convert(
         write_weights(folder, layout, weights, max_shard_bytes)
         model.config.dtype = dtype
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        write_config(model.config, folder)
         generation = getattr(model, "generation_config", None)  # None for models that cannot generate
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
             generation.save_pretrained(folder)

@@ -39,15 +39,14 @@ def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_the_laptop_task_needs_the_future_loss(tmp_path: Path):
-    """Both commands of the README, as they are."""
-    match = {}
-    for name in ("future", "next_token"):
-        options = ["--objective.name", name, "--job.dump_folder", str(tmp_path / name)]
-        command = ["bash", "train.sh", "--job.config_file", "configs/pathstar_cpu.toml", *options]
-        subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-        match[name] = [row["validation_exact_match"] for row in read_rows(tmp_path / name) if "validation_exact_match" in row]
-    assert match["future"][-1] >= 0.99 and max(match["next_token"]) < 0.6
+@pytest.mark.parametrize(("name", "lowest", "highest"), [("future", 0.99, 1.0), ("next_token", 0.0, 0.6)])
+def test_the_laptop_task_needs_the_future_loss(tmp_path: Path, name: str, lowest: float, highest: float):
+    """Both commands of the README, half as long: the plan is there by step 300."""
+    options = ["--objective.name", name, "--job.dump_folder", str(tmp_path), "--training.steps", "500"]
+    command = ["bash", "train.sh", "--job.config_file", "configs/pathstar_cpu.toml", *options]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    matches = [row["validation_exact_match"] for row in read_rows(tmp_path) if "validation_exact_match" in row]
+    assert lowest <= matches[-1] and max(matches) <= highest
 
 
 def test_laptop_runs_are_those_of_the_readme(monkeypatch: pytest.MonkeyPatch):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flame.checkpoints.manager import TRAINER_FILE, list_checkpoints
-from flame.cli.convert_dcp_to_hf import convert
 from flame.errors import UserError
+from flame.weights.export import convert
 from tests.support.runs import run_here
 
 

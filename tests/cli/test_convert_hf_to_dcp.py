@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flame.cli import convert_dcp_to_hf
-from flame.cli.convert_hf_to_dcp import convert
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
+from flame.weights import export
 from flame.weights.load import load_hf_weights
 from flame.weights.source import WEIGHTS_FILE, SafetensorsSource, find_weights
 from flame.weights.tensors import read_model_tensors
+from flame.weights.to_checkpoint import convert_to_checkpoint as convert
 from tests.support.models import tiny_llama
 from tests.support.paths import REPO
 from tests.support.weights import CONFIGS, assert_same_weights, build, save_reference
@@ -43,7 +43,7 @@ def test_a_checkpoint_of_it_has_the_same_weights(tmp_path, family, capsys):
     load_hf_weights(model, find_weights(str(step)))
     assert_same_weights(model.lm, reference)
 
-    convert_dcp_to_hf.convert(step, tmp_path / "back")
+    export.convert(step, tmp_path / "back")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     assert_same_weights(back, reference)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "back")) == 258

@@ -277,7 +277,7 @@ def test_workers_end_with_a_killed_process(corpus: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_one_line_and_spawned_workers_write_the_same(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_and_workers_write_the_same(corpus: Path, tmp_path: Path) -> None:
     preprocess.main(options(corpus, tmp_path / "whole"))
     out = tmp_path / "out"
     # Tests that a script has started in the background ignore SIGINT, and what they start inherits that; a terminal's does not.
@@ -362,8 +362,7 @@ def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == "without effect: --text_column\n"
 
 
-@pytest.mark.slow
-def test_a_source_of_ones_own_is_read_by_spawned_workers(tmp_path: Path) -> None:
+def test_a_source_of_ones_own_is_read_by_workers(tmp_path: Path) -> None:
     (tmp_path / "own_poems.py").write_text(
         "from flame.data.sources.base import SourceKind\n\n\n"
         "class Rows:\n    def __len__(self):\n        return 9\n\n"
@@ -374,6 +373,19 @@ def test_a_source_of_ones_own_is_read_by_spawned_workers(tmp_path: Path) -> None
     assert preprocess.main([*argv, "--num_workers", "1"]) == 0
     folder = open_token_folder(str(tmp_path / "out"), "option", "name", BYTES)
     assert [BYTES.decode(folder.read(index)[:-1]) for index in range(len(folder))] == [f"poem {index}" for index in range(9)]
+
+
+def test_rows_with_an_open_file_are_not_shared_by_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "open_lines.py").write_text(
+        "from flame.data.sources.base import SourceKind\n\n\n"
+        "class Lines:\n    def __init__(self):\n        self.file = open(__file__)\n\n"
+        "    def __len__(self):\n        return 3\n\n"
+        "    def read(self, index):\n        return self.file.readline()\n\n\n"
+        "class OpenLines(SourceKind):\n    name = 'lines'\n\n    def open(self):\n        return Lines()\n"
+    )
+    argv = ["--out", str(tmp_path / "out"), "--tokenizer_path", "bytes", "--dataset", str(tmp_path / "open_lines.py")]
+    expect_refusal(capsys, [*argv, "--num_workers", "2"], "cannot be sent to worker processes", "--num_workers 0")
+    assert preprocess.main([*argv, "--num_workers", "0"]) == 0
 
 
 def test_files_of_others_are_not_overwritten(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

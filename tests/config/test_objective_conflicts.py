@@ -18,11 +18,6 @@ FROZEN = "--experimental.freeze_lm_for_infonce"
     ("argv", "start", "end"),
     [
         (
-            [FUTURE, "--objective.start_step=11", "--training.steps=10"],
-            "objective.start_step = 11 is after the last step, training.steps = 10: ",
-            'start earlier or set objective.name = "next_token"',
-        ),
-        (
             [FROZEN],
             "experimental.freeze_lm_for_infonce = true leaves nothing to train: ",
             'such as objective.name = "future", with a loss_weight above 0',
@@ -61,11 +56,6 @@ FROZEN = "--experimental.freeze_lm_for_infonce"
             [FUTURE, FROZEN, "--objective.start_step=2"],
             "experimental.freeze_lm_for_infonce = true leaves nothing to train before objective.start_step = 2: ",
             "set it to 0",
-        ),
-        (
-            [FUTURE, FROZEN, "--optimizer.name=Muon"],
-            'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true: ',
-            'set it to "AdamW"',
         ),
         (
             [FUTURE, "--future_encoder.target_shift=8", "--training.context_len=8"],

@@ -21,6 +21,7 @@ import torch
 from flame.config.types import Section
 from flame.objectives.base import Objective, ObjectiveOptions
 """
+LOSS = "    def loss(self, *arguments, **named): ...\n"
 OWN = """
 @dataclass(kw_only=True)
 class Options(ObjectiveOptions):
@@ -34,6 +35,7 @@ class Options(ObjectiveOptions):
 class Mine(Objective):
     name = "mine"
     Options = Options
+    def loss(self, *arguments, **named): ...
 """
 
 
@@ -51,7 +53,7 @@ def write(file: Path, code: str) -> list[str]:
 
 def declare(options: str) -> str:
     """An objective with the class Options."""
-    return f"{options}\nclass Mine(Objective):\n    name = 'mine'\n    Options = Options\n"
+    return f"{options}\nclass Mine(Objective):\n    name = 'mine'\n    Options = Options\n{LOSS}"
 
 
 def test_an_objective_of_ones_own_is_trained_with_its_options(file):
@@ -105,9 +107,9 @@ def test_help_shows_its_options(file, tmp_path, capsys, is_in_file, words):
         ("class Mine(Objective):\n    name = 'a b'\n", ['Mine.name = "a b"']),
         ("class Mine(Objective):\n    name = 'mtp'\n", ['Mine.name = "mtp"', "no other objective"]),
         ("class Mine(Objective):\n    name = 'next_token'\n", ['Mine.name = "next_token"', "no other objective"]),
-        ("class Mine(Objective):\n    name = 'training'\n", ['the section "training"', "taken"]),
-        ("class Mine(Objective):\n    name = 'pathstar'\n", ['the section "pathstar"', "taken"]),
-        ("class Mine(Objective):\n    name = 'sources'\n", ['the section "sources"', "taken"]),
+        ("class Mine(Objective):\n    name = 'training'\n" + LOSS, ['the section "training"', "taken"]),
+        ("class Mine(Objective):\n    name = 'pathstar'\n" + LOSS, ['the section "pathstar"', "taken"]),
+        ("class Mine(Objective):\n    name = 'sources'\n" + LOSS, ['the section "sources"', "taken"]),
         (
             declare("@dataclass(kw_only=True)\nclass Options(ObjectiveOptions):\n    section: ClassVar[str] = 'a.b'\n"),
             ['the section "a.b"', "identifier"],

@@ -252,5 +252,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path, body: str, parts: lis
 def test_two_sources_with_one_table_are_refused(tmp_path: Path):
     first, second = (write_source(tmp_path, COUNTER) for _ in range(2))
     argv = configure(first, "--validation.dataset", second, "--validation.interval", "1")
-    assert read_faults(argv) == [f'validation.dataset = "{second}": its table [counter] has another owner: rename it']
+    assert read_faults(argv) == [
+        f'validation.dataset = "{second}": its section [counter] is already used by another source: rename it'
+    ]
     assert choose_kind(read_job(configure(first)).training).short_name == "counter"

@@ -45,10 +45,10 @@ def read_curves(axes: Any) -> dict[str, list[float | None]]:
 def test_three_panels_hold_the_numbers_of_the_file(tmp_path):
     rows = read_metrics(write_run(tmp_path / "a", CE | FUTURE, {"ce_loss": 2.5, "aux_loss": 3.0, "mi_lower_bound": 3.5}))
     figure = draw({"a": rows})
-    assert read_titles(figure) == ["Next-token loss", "Future loss", "Guess of the future"]
+    assert read_titles(figure) == ["Next-token loss", "Auxiliary loss", "Predictions of the future"]
     left, middle, right = get_panels(figure)
     assert read_curves(left) == {"cross entropy": [3.0, 2.5]}
-    assert read_curves(middle) == {"InfoNCE": [4.0, 3.0], "ln N (chance)": [6.0, 6.5]}
+    assert read_curves(middle) == {"training": [4.0, 3.0], "ln N (chance)": [6.0, 6.5]}
     assert read_curves(right) == {
         "accuracy": [0.25, None], "cosine, own future": [0.5, None], "cosine, others": [-0.1, None],
     }  # fmt: skip
@@ -60,7 +60,7 @@ def test_three_panels_hold_the_numbers_of_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "titles"),
-    [(CE, ["Next-token loss"]), (FUTURE, ["Future loss", "Guess of the future"]),
+    [(CE, ["Next-token loss"]), (FUTURE, ["Auxiliary loss", "Predictions of the future"]),
      (CE | {"infonce_accuracy": math.nan}, ["Next-token loss"])],
 )  # fmt: skip
 def test_panels_without_numbers_are_left_out(tmp_path, row, titles):

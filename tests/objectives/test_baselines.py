@@ -53,7 +53,7 @@ def build(
     """The objective alone, with weights."""
     kind, lm = BUILT_IN[name], build_on_meta(model_config or small_llama(), "cpu", attention)
     chosen = {"tokens": tokens} if name == "mtp" else {"window": window}
-    setup = Setup(kind.options(**chosen), {}, lm, attention, "cpu", 42, 64, context_len, packs_per_step=1)
+    setup = Setup(kind.options(**chosen), {}, lm, attention, "cpu", 42, 64, context_len, sequences_per_step=1)
     with torch.device("meta"):
         objective = kind.load()(setup)
     assert isinstance(objective, LabelObjective)

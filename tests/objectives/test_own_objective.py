@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flame.checkpoints.resume import list_used_sections
 from flame.config.run import ObjectiveChoice
 from flame.config.schema import JobConfig
 from flame.errors import UserError
@@ -19,7 +20,7 @@ from flame.objectives.options import ObjectiveOptions
 from flame.objectives.registry import load_user_objective
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.loss_metrics import record_losses
-from flame.trainer.options import read_options
+from flame.trainer.options import list_idle_options, read_options
 from flame.trainer.setup import build_run_optimizer
 from tests.support.models import CPU, build_unsharded, get_own, random_batch, random_cu_seqlens
 from tests.support.objectives import choose_file
@@ -166,10 +167,69 @@ def test_the_other_defaults(tmp_path):
     assert objective.describe_metrics({"aux_loss": 1.0}) == "" and '"mine"' in objective.describe_training()
 
 
-def test_an_objective_without_a_loss_does_not_run(tmp_path):
-    model = build(write(tmp_path, "objective_lossless", PARTS))
-    with pytest.raises(NotImplementedError):
-        model(compute_losses, random_batch(random_cu_seqlens(30, 4, seed=0)), Requested(aux=True))
+@pytest.fixture
+def in_model_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.json").write_text('{"model_type": "llama"}')
+
+
+OPTIONS = """
+from dataclasses import dataclass
+
+from flame.config.types import When, option
+from flame.objectives.base import ObjectiveOptions
+
+
+@dataclass(kw_only=True)
+class MyOptions(ObjectiveOptions):
+    depth: int = option(3, applies=When("{when}"))
+
+    def find_conflicts(self, job, name):
+        {rule}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        ("objective_lossless", PARTS, "Mine does not define loss()"),
+        ("objective_when", (OPTIONS, "nosuch", "yield from ()"), 'mine.depth applies When("nosuch"), which is no option'),
+        ("objective_where", (OPTIONS, "training.nosuch", "yield from ()"), 'mine.depth applies When("training.nosuch")'),
+        ("objective_raises", (OPTIONS, "loss_weight", "yield 1 / 0"), "MyOptions.find_conflicts() fails: ZeroDivisionError"),
+        ("objective_silent", (OPTIONS, "loss_weight", "return None"), "MyOptions.find_conflicts() fails: TypeError"),
+    ],
+)
+def test_a_wrong_class_is_one_line(in_model_folder, tmp_path, name, source, expected):
+    if isinstance(source, tuple):
+        options, when, rule = source
+        source = options.replace("{when}", when).replace("{rule}", rule) + PARTS + "    Options = MyOptions\n" + LOSS
+    lines = read_mistakes([*MODEL, "--objective.path", str(write(tmp_path, name, source))])
+    assert len(lines) == 1 and expected in lines[0], lines
+
+
+def test_a_weight_of_zero_switches_off_and_is_told_as_nothing_else(in_model_folder, tmp_path):
+    path = str(write(tmp_path, "objective_off", PARTS + LOSS))
+    argv = [*MODEL, "--objective.path", path, "--mine.loss_weight", "0", "--objective.start_step", "5"]
+    assert list_idle_options(read_options(argv, 1)) == ["objective.start_step"]
+    next_token = read_options([*MODEL, "--objective.path", path, "--objective.name", "next_token"], 1)
+    assert list_idle_options(next_token) == ["objective.path"]
+
+
+def test_options_of_an_objective_that_does_not_train_may_change_at_a_resume(in_model_folder, tmp_path):
+    argv = [*MODEL, "--objective.path", str(write(tmp_path, "objective_unused", PARTS + LOSS))]
+    used, unused = (
+        list_used_sections(read_options(argv, 1)),
+        list_used_sections(read_options([*argv, "--objective.name", "mtp"], 1)),
+    )
+    assert "mine" in used and "mine" not in unused and "mtp" in unused
+
+
+@pytest.mark.parametrize("name", ["tokens_seen", "step_seconds", "peak_memory_gib", "ce_loss"])
+def test_a_metric_cannot_take_the_name_of_one_of_the_trainer(one_process, tmp_path, name):
+    source = REDUCTIONS.replace("sum_of_tokens", name)
+    model, batch = build(write(tmp_path, f"objective_takes_{name}", source)), random_batch(random_cu_seqlens(30, 4, seed=0))
+    with pytest.raises(UserError, match=f'measures "{name}", which is a metric of the trainer'):
+        record_losses(Metrics(CPU), model(compute_losses, batch, Requested(aux=True)), batch, ["text"])
 
 
 # ---------------------------------------------------------------- its section

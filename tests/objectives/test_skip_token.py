@@ -162,3 +162,8 @@ def test_the_page_shows_the_file():
     page, source = (REPO / "docs" / "add_an_objective.md").read_text(), SKIP_TOKEN.read_text().splitlines()
     excerpt = page.partition("```python\n")[2].partition("```")[0].splitlines()
     assert len(excerpt) > 15 and {line for line in excerpt if line.strip() != "..."} <= set(source)
+
+
+def test_the_page_shows_the_file_as_it_is():
+    page = (REPO / "docs" / "add_an_objective.md").read_text()
+    assert f"```python\n{SKIP_TOKEN.read_text()}```" in page

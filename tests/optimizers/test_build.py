@@ -18,14 +18,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3MoeConfig
 
 from flame.config.schema import Experimental, JobConfig
-from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
 from flame.objectives.future.options import PredictorOptions
 from flame.optimizers.build import build_schedule, seek_schedule
 from flame.optimizers.muon import MOMENTUM, Muon, orthogonalize, select_matrices
 from flame.optimizers.random_rounding import round_into
 from flame.optimizers.rounded_adamw import RoundedAdamW
-from flame.trainer.setup import build_run_optimizer
+from flame.trainer.setup import build_modules, build_run_optimizer
+from tests.support import fla_families
 from tests.support.models import build_unsharded, future_config, tiny_llama
 
 SHAPES = [(32, 16), (7, 20), (5, 5), (2, 9), (20, 7), (4, 8, 6)]
@@ -67,10 +67,10 @@ def test_a_frozen_model_is_not_in_the_optimizer():
     config = future_config()
     config.experimental = Experimental(freeze_lm_for_infonce=True)
     model = build_unsharded(config)
-    assert list_groups(config, model).keys() == {name for name, _ in model.named_parameters() if not name.startswith("lm.")}
-    config.optimizer.name = "Muon"
-    with pytest.raises(UserError, match=r'optimizer\.name = "Muon"'):
-        build_run_optimizer(config, model)
+    groups = list_groups(config, model)
+    assert groups.keys() == {name for name, _ in model.named_parameters() if not name.startswith("lm.")}
+    config.optimizer.name = "Muon"  # has no effect
+    assert list_groups(config, model) == groups
 
 
 def test_muon_takes_what_multiplies():
@@ -332,3 +332,19 @@ def test_muon_is_the_same_on_any_number_of_ranks(tmp_path, mesh_shape, dtype):
             assert torch.equal(found, expected)
         else:
             assert (found - expected).norm() < 1e-2 * (expected - start).norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "vectors"),
+    [("rwkv7", {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "r_k"}), ("hgrn2", {"lower_bounds"}), ("mamba2", set())],
+)
+def test_only_weight_matrices_decay(family, vectors):
+    """Of the recurrent families, too: their other parameters are mixing vectors, bounds, rates, biases and norms."""
+    config = future_config()
+    model = build_modules(config, fla_families.build_toy(family), "cuda")  # on the meta device: nothing runs
+    decays = {name: decay for name, (_, _, decay) in list_groups(config, model).items()}
+    of_model = {name: decay for name, decay in decays.items() if name.startswith("lm.")}
+    assert {decay for name, decay in of_model.items() if name.rpartition(".")[2] in vectors} <= {0.0}
+    maps = {name for name in of_model if name.endswith(("proj.weight", "conv1d.weight", "lm_head.weight"))}
+    assert len(maps) > 4 and {of_model[name] for name in maps} == {config.optimizer.weight_decay}
+    assert {name.rpartition(".")[2] for name, decay in of_model.items() if decay} == {"weight"}

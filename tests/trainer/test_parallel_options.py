@@ -92,10 +92,6 @@ def test_data_parallelism_of_another_section_is_found():
         ({"future_encoder__precision": "fp8"}, 'future_encoder.precision = "fp8" beside training.float8 = true'),
         ({"training__mixed_precision_param": "float32"}, 'training.mixed_precision_param = "float32"'),
         ({"training__seq_len": 72}, "training.seq_len = 72 is not a multiple of 16"),
-        (
-            {"training__float8": False, "optimizer__name": "Muon", "experimental__freeze_lm_for_infonce": True},
-            'optimizer.name = "Muon" beside experimental.freeze_lm_for_infonce = true',
-        ),
     ],
 )
 def test_combinations_that_cannot_be(workspace, tmp_path, changes, expected):

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from flame.checkpoints.manager import HF_FOLDER
-from flame.cli import convert_hf_to_dcp
 from flame.cli.convert_dcp_to_hf import main
 from flame.config.run import Checkpoint
 from flame.errors import UserError
@@ -39,6 +38,7 @@ from flame.weights.check import ExportMismatch
 from flame.weights.export import convert, name_objective_file
 from flame.weights.exporter import Exporter
 from flame.weights.tensors import ModelTensors
+from flame.weights.to_checkpoint import convert_to_checkpoint
 from tests.support.exports import build_model, make_checkpoint
 from tests.support.models import tiny_llama
 from tests.support.paths import REPO
@@ -113,7 +113,11 @@ def test_the_folder_is_what_save_pretrained_writes(tmp_path, family, dtype):
             with safe_open(out / file, "pt") as shard:
                 assert name in shard.keys()  # noqa: SIM118 - it is no dictionary
                 assert shard.metadata() == {"format": "pt"}
-        assert json.loads((out / "config.json").read_text()) == json.loads((tmp_path / "expected" / "config.json").read_text())
+        settings, expected_settings = (json.loads((path / "config.json").read_text()) for path in (out, tmp_path / "expected"))
+        assert {key: settings[key] for key in expected_settings} == expected_settings
+        read = type(model.config).from_pretrained(out).to_dict()  # with older names beside these, which mean the same
+        meant = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        assert {key: read[key] for key in meant} == meant
         generation = [json.loads((path / "generation_config.json").read_text()) for path in (out, tmp_path / "expected")]
         assert generation[0] == generation[1]
 
@@ -369,7 +373,7 @@ def test_a_converted_model_comes_back(tmp_path):
     model.generation_config.top_k = 7
     model.generation_config.do_sample = True
     model.save_pretrained(tmp_path / "in")
-    convert_hf_to_dcp.convert(str(tmp_path / "in"), tmp_path / "step-0")
+    convert_to_checkpoint(str(tmp_path / "in"), tmp_path / "step-0")
     convert(tmp_path / "step-0", tmp_path / "out")
     assert_same_weights(read_weights(tmp_path / "out"), read_weights(tmp_path / "in"))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from flame.cli.convert_hf_to_dcp import convert
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.objectives.step import Requested, compute_losses
@@ -19,6 +18,7 @@ from flame.runtime.distributed import end_processes, set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
 from flame.weights.assets import read_generation_settings, write_hf_assets
+from flame.weights.to_checkpoint import convert_to_checkpoint as convert
 from tests.support.families import build_toy
 from tests.support.runs import measured, options, run_here
 
@@ -123,6 +123,14 @@ def test_generation_stops_where_training_ended_documents(ends, tmp_path):
     write_hf_assets(build_toy("qwen3_moe", vocab_size=264), tokenizer, {"top_k": 7, "eos_token_id": ends}, tmp_path)
     settings = read_settings(tmp_path)
     assert settings["eos_token_id"] == tokenizer.eos_token_id and settings["top_k"] == 7
+
+
+def test_several_end_tokens_stay_several(tmp_path):
+    """Those of the configuration that the model was built from, and those of the settings for generation."""
+    config = build_toy("llama", vocab_size=264, eos_token_id=[1, 256, 3])
+    write_hf_assets(config, build_bytes_tokenizer(), {"top_k": 7, "eos_token_id": [3, 256]}, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [1, 256, 3]
+    assert read_settings(tmp_path)["eos_token_id"] == [3, 256]
 
 
 def test_what_the_tokenizer_lacks_stays(tmp_path):

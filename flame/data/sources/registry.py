@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
+from flame.config.check import call_rules
 from flame.config.schema import Corpus, JobConfig, list_core_sections
 from flame.config.table import find_section_fault
 from flame.config.types import Section
@@ -123,7 +124,8 @@ def _find_all_conflicts(job: JobConfig) -> Iterator[str]:
             yield from error.lines
             continue
         if kind.Options and not isinstance(job.extensions.get(kind.Options.section, kind.Options()), kind.Options):
-            yield f'{section}.dataset = "{corpus.dataset}": its table [{kind.Options.section}] has another owner: rename it'
+            used = f"its section [{kind.Options.section}] is already used by another source"
+            yield f'{section}.dataset = "{corpus.dataset}": {used}: rename it'
             continue
         source = build_kind(corpus, section, job.get)
         yield from find_source_conflicts(source, job)
@@ -136,12 +138,12 @@ def _find_all_conflicts(job: JobConfig) -> Iterator[str]:
 
 def find_source_conflicts(source: SourceKind, job: JobConfig) -> Iterator[str]:
     """Like `find_data_conflicts`, for one source and its own section."""
-    if source.corpus.data_files and "data_files" not in source.uses:
+    if source.corpus.data_files and "data_files" not in source.uses:  # the run would read another corpus
         readers = ", ".join(f'"{name}"' for name, kind in BUILT_IN.items() if "data_files" in kind.uses)
         yield f"{source.section}.data_files is set but {source.option} does not read files: allowed with {readers}"
-    yield from source.find_conflicts(job)
+    yield from call_rules(source.find_conflicts, job)
     if source.options is not None:
-        yield from source.options.find_conflicts(job, source.options.section)
+        yield from call_rules(source.options.find_conflicts, job, source.options.section)
 
 
 def list_used(job: JobConfig) -> tuple[set[str], dict[str, frozenset[str]]]:

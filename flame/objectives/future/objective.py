@@ -76,7 +76,7 @@ class FutureObjective(Objective):
         if options.target in TAUGHT:
             teacher = build_on_meta(config, setup.device_type, setup.attention).requires_grad_(False)
         self._fp8: Fp8Switch | None = None
-        if options.precision == "fp8" and options.target not in ("mean_embedding", "causal"):
+        if options.uses_fp8:
             check_fp8(setup.device_type)
             self._fp8 = install_fp8(find_decoder_layers(setup.lm if teacher is None else teacher))
         with torch.device("meta"):
@@ -113,7 +113,7 @@ class FutureObjective(Objective):
         if self.teacher is not None:
             draw(self.teacher, TEACHER_DRAW)
 
-    def load_teacher(self, backbone: TrainingModel) -> None:
+    def start_new_run(self, backbone: TrainingModel) -> None:
         self._move_average(backbone, decay=0.0)
 
     def list_parameter_groups(self) -> Sequence[ParameterGroup]:
@@ -235,7 +235,7 @@ class FutureObjective(Objective):
         options, total = self.options, batch.input_ids.shape[1]
         anchors = count_anchors(batch, options, options.max_anchors)
         predictions = anchors if batch.answers_only else min(total, options.max_anchors or total)
-        packs = self.setup.packs_per_step if options.negatives == "global" else 1
+        packs = self.setup.sequences_per_step if options.negatives == "global" else 1
         compared = self.estimator.count_flops(anchors, anchors * packs)
         return float(6 * count_matrix_weights(self.predictor) * predictions + compared)
 

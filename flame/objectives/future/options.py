@@ -109,6 +109,11 @@ class FutureOptions(ObjectiveOptions):
         """Whether the temperature is a parameter."""
         return self.learnable_temperature and ESTIMATORS[self.estimator_type].can_learn_temperature
 
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether there is an anti-causal pass, in 8-bit floats."""
+        return self.precision == "fp8" and _HAS_PASS.holds(self.target)
+
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
         if self.target_shift >= job.training.context_len:
             yield (
@@ -138,7 +143,7 @@ class FutureOptions(ObjectiveOptions):
             )
 
     def _find_precision_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if self.precision != "fp8":
+        if not self.uses_fp8:
             return
         if job.training.mixed_precision_param != "bfloat16":
             yield (
