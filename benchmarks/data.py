@@ -1,4 +1,4 @@
-"""Speed of the data pipeline: preprocessing, packing from text, tokens and generated graphs, and starting in the middle of a run.
+"""Speed of the data pipeline: packing from text, tokens and generated graphs, and starting in the middle of a run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.data OUT
 
@@ -85,17 +85,6 @@ def open_tokens(folder: Path):
 
 def open_loader(source, training: Training, state: DataState) -> PackedLoader:
     return PackedLoader(training, Mixture((source,), (1.0,)), 0, 1, state)
-
-
-def measure_preprocess(out: Path) -> None:
-    for workers in sorted({1, len(os.sched_getaffinity(0))}):
-        rates = []
-        for _ in range(PASSES):
-            shutil.rmtree(out / "stdlib", ignore_errors=True)
-            command = [sys.executable, "-m", "flame.cli.preprocess", "--out", str(out / "stdlib"), "--tokenizer_path", "bytes"]
-            done = subprocess.run([*command, "--num_workers", str(workers)], capture_output=True, text=True, check=True, cwd=REPO)
-            rates.append(float(done.stdout.split(" tokens/s")[0].split()[-1].replace(",", "")) / 1e6)
-        show(f"preprocess, {workers} worker{'s' if workers > 1 else ''}, start of the workers included", rates, "M tokens/s")
 
 
 def measure_packing_text() -> None:
@@ -230,7 +219,6 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Speed of the data pipeline.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder for the data")
     parts = {
-        "preprocess": measure_preprocess,
         "text": lambda out: measure_packing_text(),
         "tokens": measure_packing_tokens,
         "generated": lambda out: measure_generating(),

@@ -32,7 +32,7 @@ class SkipToken(Objective):
         self.map = nn.Linear(width, width, bias=False)
 
     def count(self, batch):
-        return int((batch.chunk_labels - (self.setup.options.distance - 1)).clip(min=0).sum())
+        return batch.count_ahead(self.setup.options.distance)
 
     def loss(self, backbone, hidden_states, batch, prepared, *, with_sample=False):
         distance, tokens, documents = self.setup.options.distance, batch.input_ids[0], batch.segment_ids[0]

@@ -8,7 +8,6 @@ These dense masks are for reference and drawings. The model runs on those of `fl
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,25 +98,12 @@ def find_anchors(segment_ids: Tensor, target_shift: int) -> Tensor:
         target_shift: s >= 0.
 
     Returns:
-        bool [T]. The number of anchors is the sum of max(l - max(s, 1), 0) over document lengths l (`count_anchors`).
+        bool [T]. The number of anchors is the sum of max(l - max(s, 1), 0) over document lengths l.
     """
     shift = max(target_shift, 1)
     anchors = torch.zeros_like(segment_ids, dtype=torch.bool)
     anchors[: segment_ids.numel() - shift if shift < segment_ids.numel() else 0] = segment_ids[shift:] == segment_ids[:-shift]
     return anchors
-
-
-def count_anchors(cu_seqlens: Tensor, target_shift: int, at_most: int = 0, labels: np.ndarray | None = None) -> int:
-    """Number of true entries of `find_anchors`, computed from the document lengths.
-
-    Args:
-        at_most: upper bound of the result; 0 means none.
-        labels: int64 [S], number of labels at the end of each document. If given, only positions with a label are anchors.
-    """
-    cu = cu_seqlens.reshape(-1)
-    lengths = cu[1:] - cu[:-1] if labels is None else torch.from_numpy(labels) + 1
-    count = int((lengths - max(target_shift, 1)).clamp(min=0).sum())
-    return min(count, at_most) if at_most else count
 
 
 def list_marked(marks: Tensor, bucket: int) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flame.config.schema import Corpus, JobConfig
+from flame.data.chats import prepare_rows
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind, TextRows, explain_no_text, open_texts
 from flame.data.sources.registry import find_kind, find_source_conflicts
@@ -46,10 +47,12 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
     """
     source, rows = _open_text(corpus)
     tokenizer = load_tokenizer(tokenizer_path)
+    rows = prepare_rows(source, rows, tokenizer)
+    chat_template = getattr(rows, "chat_template", "")
     vocabulary_size = max(tokenizer.get_vocab().values()) + 1
     dtype: TokenDtype = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
     origin = {option: getattr(corpus, option) for option in ORIGIN_OPTIONS}
-    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows))
+    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows), chat_template=chat_template)
     manifest = read_finished(out, recipe)
     if manifest is not None:
         print(f"{out} is complete already: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
@@ -76,6 +79,7 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
                 tokenizer_fingerprint=recipe.tokenizer_fingerprint,
                 eos_id=tokenizer.eos_token_id,
                 vocabulary_size=vocabulary_size,
+                chat_template=chat_template,
                 **origin,
             )
         )
@@ -141,12 +145,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         default=defaults.dataset,
-        help='"stdlib", "text", "json", "parquet", a Hub name, or a file with a source of your own, "my_source.py"',
+        help='"stdlib", "text", "json", "csv", "parquet", "arrow", a Hub name, a folder of a Hub dataset, or a file with a '
+        'source of your own, "my_source.py"',
     )
     parser.add_argument("--dataset_name", default=defaults.dataset_name, help="configuration of the Hub dataset")
     parser.add_argument("--dataset_split", default=defaults.dataset_split, help="split of the Hub dataset (%(default)s)")
-    parser.add_argument("--data_files", default=defaults.data_files, help="local files: paths or globs, separated by commas")
-    parser.add_argument("--text_column", default=defaults.text_column, help="column or JSON key of the text (%(default)s)")
+    parser.add_argument(
+        "--data_files", default=defaults.data_files, help="files: paths, folders, globs or addresses, separated by commas"
+    )
+    parser.add_argument("--text_column", default=defaults.text_column, help="column or JSON key of the documents (%(default)s)")
     parser.add_argument(
         "--num_workers", type=_parse_count, default=cores, help="processes that tokenize; 0: only this process (%(default)s)"
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from flame.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, When, option
 
@@ -25,17 +27,23 @@ class Corpus(Section):
 
     dataset: str = STANDARD_LIBRARY
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"
-    (JSON lines), "parquet", "tokens" (a folder that flame-preprocess wrote), "pathstar" or "siblings" (generated, see their
-    sections), the name of a Hub dataset, or a Python file with a source of your own, such as "my_source.py"."""
+    (JSON lines), "csv", "parquet", "arrow", "tokens" (token ids in files), "pathstar" or "siblings" (generated, see their
+    sections), the name of a Hub dataset or a folder of one, or a Python file with a source of your own, such as
+    "my_source.py"."""
     dataset_name: str = ""
     """Configuration of the Hub dataset, where it has several. For path-star graphs their size, arms x nodes of a path with the
     center, such as "5x5", or several sizes, equally often, such as "2x3,5x5"."""
     dataset_split: str = "train"
     """Split of the Hub dataset."""
     data_files: str = ""
-    """Local files for "text", "json" and "parquet": paths or globs, separated by commas. For "tokens", the folder."""
+    """Files: paths, folders, globs or remote addresses such as "s3://bucket/*.parquet", separated by commas."""
     text_column: str = "text"
-    """Column or JSON key that holds the document."""
+    """Column or JSON key that holds the document: a text, a list of token ids, or the messages of a chat."""
+    token_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = ""
+    """Type of the ids in token files that do not say it, such as nanoGPT's. Empty: "uint16" where the tokenizer's vocabulary fits
+    it, else "uint32"."""
+    end_of_text_id: Annotated[int, Field(ge=-1)] = -1
+    """Id that ends each document in token files of other programs. -1 takes the tokenizer's."""
     streaming: bool = False
     """Read Hub datasets or local files shard by shard while they arrive, instead of fetching and indexing them first. In
     training each stream reads its own shards, so there must be at least training.num_streams of them."""
@@ -91,6 +99,10 @@ class Validation(Corpus):
     """As training.data_files."""
     text_column: str = option("text", applies=_OWN_CORPUS)
     """As training.text_column."""
+    token_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = option("", applies=_OWN_CORPUS)
+    """As training.token_dtype."""
+    end_of_text_id: Annotated[int, Field(ge=-1)] = option(-1, applies=_OWN_CORPUS)
+    """As training.end_of_text_id."""
     streaming: bool = option(False, applies=_OWN_CORPUS)
     """As training.streaming."""
 

@@ -49,6 +49,38 @@ def find_own_checkpoint(folder: Path) -> str:
     return found[max(complete)] if complete else ""
 
 
+LARGEST_FILE = 16 << 20
+"""Bytes of a configuration, many times those of any. A larger file, such as /dev/zero, is something else."""
+
+
+def read_small(path: str | Path) -> bytes:
+    """Read a configuration file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than any configuration.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB, which no configuration is")
+    return content
+
+
+def check_readable(config: str) -> None:
+    """Check the size of a model configuration, if it is here.
+
+    Args:
+        config: a JSON file, a folder, or a Hub name.
+
+    Raises:
+        OSError, ValueError: as `read_small`.
+    """
+    path = os.path.join(config, "config.json") if os.path.isdir(config) else config
+    if os.path.exists(path):
+        read_small(path)
+
+
 def find_beside_weights(weights: str) -> str:
     """Where configuration and tokenizer of what a run starts from are; empty where that is."""
     return os.path.join(weights, "hf") if weights and is_checkpoint(Path(os.path.expanduser(weights))) else weights
@@ -85,8 +117,13 @@ def find_model_conflicts(config: str, tokenizer_path: str, start: Start) -> Iter
         yield f"{label} comes without a tokenizer: name the model's in model.tokenizer_path"
     elif tokenizer_path.endswith(".py"):
         return  # of a data source of the user's own, which answers for it
-    elif looks_like_path(tokenizer_path) and not os.path.isdir(os.path.expanduser(tokenizer_path)):
-        yield f'model.tokenizer_path = "{tokenizer_path}": no such folder'
+    elif looks_like_path(tokenizer_path) and not _is_file_or_folder(tokenizer_path):
+        yield f'model.tokenizer_path = "{tokenizer_path}": no such folder or tokenizer.json'
+
+
+def _is_file_or_folder(path: str) -> bool:
+    path = os.path.expanduser(path)
+    return os.path.isdir(path) or os.path.isfile(path)
 
 
 def find_branch_conflicts(branch_from: str, own_folder: Path) -> Iterator[str]:
@@ -144,7 +181,7 @@ def _find_json_faults(config: str, key: str) -> Iterator[str]:
     path = Path(os.path.expanduser(config))
     path = path / "config.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         yield f'{key} = "{config}": {path.name} cannot be read as JSON ({error})'
         return

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tomli
 
+from flame.config.locations import read_small
 from flame.config.renamed import explain_absence
 from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig
 from flame.config.table import OptionTable, format_toml, list_types, name_table
@@ -152,7 +152,7 @@ def _read_file(path: str) -> list[_Setting]:
     Raises:
         OSError, ValueError, RecursionError: the file cannot be read as TOML; the message names the line where there is one.
     """
-    content = Path(path).read_bytes()
+    content = read_small(path)
     try:
         text = content.decode()
         tree = tomli.loads(text)

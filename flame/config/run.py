@@ -54,8 +54,8 @@ class Model(Section):
     """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
     unless there is checkpoint.initial_load_path or branch_from, whose configuration is taken where this is empty."""
     tokenizer_path: str = ""
-    """Tokenizer: a folder, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or the name of a
-    generated dataset, such as "pathstar", for its own. Empty: the one in checkpoint.initial_load_path or
+    """Tokenizer: a folder, a tokenizer.json, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or
+    the name of a generated dataset, such as "pathstar", for its own. Empty: the one in checkpoint.initial_load_path or
     branch_from."""
     resize_embeddings: bool = option(False, applies=When("checkpoint.initial_load_path"))
     """Grow the vocabulary to the tokenizer's where that has more entries. New rows start at the mean of the old ones."""

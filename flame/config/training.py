@@ -74,9 +74,10 @@ class Training(Corpus):
     flops: PositiveFloat | None = None
     """Required arithmetic of the whole run, such as 1e18, instead of training.steps. It is counted as step_tflops is, on the
     first packed sequences."""
-    loss_on: Literal["all", "answer"] = option("all", fixed=True)
-    """Tokens that both losses count: all, or only those after the first training.answer_separator of their document. A chunk
-    that does not begin its document has lost its prompt and counts for nothing."""
+    loss_on: Literal["all", "answer", "assistant"] = option("all", fixed=True)
+    """Tokens that both losses count: all; "answer", only those after the first training.answer_separator of their document; or
+    "assistant", only what the assistant says in chats. Of a cut document only the first chunk counts: later ones have lost their
+    prompt."""
     answer_separator: str = option(DEFAULT_SEPARATOR, fixed=True, applies=When("loss_on", ("answer",)))
     """Text of the one token that ends the prompt."""
     max_norm: Annotated[float, Field(ge=0, json_schema_extra={"allows_infinity": True})] = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class PackedBatch:
     num_labels: int
     """Labels that are not -100."""
     chunk_labels: np.ndarray
-    """int64 [S]: number of labels in each chunk. They are the last tokens of the chunk."""
+    """int64 [S]: number of labels in each chunk."""
     source: str
     """Name of the source of all its documents."""
     stream: int
@@ -50,7 +50,19 @@ class PackedBatch:
     bad_rows: int
     """Rows without usable text that were skipped while packing this sequence."""
     answers_only: bool = False
-    """Whether only the tokens of answers are labels. Otherwise every token of a chunk except the first is a label."""
+    """Whether only some tokens are labels. Otherwise every token of a chunk except the first is one."""
+    answers: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    """int64 [A, 2], if only some tokens are labels: in each chunk with labels, the positions from the one that predicts the first
+    label to the end of the chunk."""
+    tokens_left: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """int64 [num_labels], if only some tokens are labels: for each, how many tokens of its chunk follow the position that
+    predicts it, at least 1."""
+
+    def count_ahead(self, distance: int) -> int:
+        """How many positions with a label have a token of their chunk `distance` >= 1 ahead. Does not wait for the device."""
+        if self.answers_only:
+            return int((self.tokens_left >= distance).sum())
+        return int((self.chunk_labels - (distance - 1)).clip(min=0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return a copy with all tensors on `device`."""
@@ -61,7 +73,7 @@ class PackedBatch:
         return self._map_tensors(torch.Tensor.pin_memory)
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **changed)
 
@@ -71,16 +83,20 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
     starts, ends = sequence.cu_seqlens[:-1], sequence.cu_seqlens[1:]
     lengths = ends.astype(np.int64) - starts
     input_ids = sequence.input_ids
-    if sequence.num_labels is None:
+    own: dict[str, Any] = {}
+    if sequence.label_spans is None:
         chunk_labels = lengths - 1
         labels = np.append(input_ids[1:], NO_LABEL)
         labels[ends - 1] = NO_LABEL
     else:
-        chunk_labels = sequence.num_labels
+        labelled = list_positions(sequence.label_spans) - 1
         labels = np.full_like(input_ids, NO_LABEL)
-        before = chunk_labels.cumsum() - chunk_labels  # labels in the chunks before each
-        labelled = np.arange(chunk_labels.sum()) + np.repeat(ends - 1 - chunk_labels - before, chunk_labels)
         labels[labelled] = input_ids[labelled + 1]
+        chunks = np.searchsorted(ends, labelled, side="right")
+        chunk_labels = np.bincount(chunks, minlength=len(ends))
+        with_labels, first = np.unique(chunks, return_index=True)
+        answers = np.stack([labelled[first], ends[with_labels].astype(np.int64)], axis=1)
+        own = {"answers_only": True, "answers": answers, "tokens_left": ends[chunks] - 1 - labelled}
     positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     return PackedBatch(
@@ -97,5 +113,12 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         cursor=sequence.cursor,
         documents=sequence.documents,
         bad_rows=sequence.bad_rows,
-        answers_only=sequence.num_labels is not None,
+        **own,
     )
+
+
+def list_positions(spans: np.ndarray) -> np.ndarray:
+    """All numbers in the spans [start, end), int64 [k, 2] -> int64 [n]."""
+    starts, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+    before = lengths.cumsum() - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

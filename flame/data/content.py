@@ -6,17 +6,17 @@ source the number of shards, hashes of pieces of its files, and its name are com
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from flame.config.schema import JobConfig
 from flame.data.documents import TokenizedShards
 from flame.data.mixture import Mixture
 from flame.data.sources.base import Documents, SourceKind
+from flame.data.sources.containers import is_remote
+from flame.data.sources.files import find_size
 from flame.data.sources.registry import build_kind
 
 Content = dict[str, Any]
@@ -38,7 +38,7 @@ def describe_contents(job: JobConfig, mixture: Mixture) -> dict[str, Content]:
 def describe_content(kind: SourceKind, source: Documents | TokenizedShards) -> Content:
     """The content of one source. Reads at most `SAMPLED` documents, or pieces of as many files."""
     files = kind.list_content_files()
-    size = sum(path.stat().st_size for path in files) if files else None
+    size = sum(map(find_size, files)) if files else None
     if not isinstance(source, TokenizedShards):
         return {"documents": len(source), "bytes": size, "sample": _sample(len(source), _find_reader(source))}
     sample = _sample(len(files), lambda number: _read_file(files[number]))
@@ -82,12 +82,13 @@ def _choose(count: int) -> Iterable[int]:
 
 def _find_reader(source: Documents) -> Callable[[int], bytes]:
     """Reads a document as it is stored: tokenizing it would take longer."""
-    read: Callable[[int], str | np.ndarray | None] = getattr(source, "read_untokenized", source.read)
+    read: Callable[[int], Any] = getattr(source, "read_untokenized", source.read)
 
     def encode(number: int) -> bytes:
         document = read(number)
         if document is None:
             return b""
+        document = getattr(document, "text", document)  # of a rendered chat
         start = document[:LONGEST_SAMPLE]
         content = start.encode("utf-8", "replace") if isinstance(start, str) else start.astype("<i8").tobytes()
         return len(document).to_bytes(8, "little") + content
@@ -95,10 +96,12 @@ def _find_reader(source: Documents) -> Callable[[int], bytes]:
     return encode
 
 
-def _read_file(path: Path) -> bytes:
-    """The beginning, the middle and the end of a file, and its size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+def _read_file(path: str) -> bytes:
+    """The beginning, the middle and the end of a file, and its size. Of a remote file its name and its size."""
+    size = find_size(path)
+    if is_remote(path):
+        return f"{os.path.basename(path)} {size}".encode()
+    with open(path, "rb") as file:
         pieces = [size.to_bytes(8, "little")]
         for start in (0, max(size // 2 - LONGEST_SAMPLE // 2, 0), max(size - LONGEST_SAMPLE, 0)):
             file.seek(start)

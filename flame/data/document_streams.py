@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from flame.data.documents import Subset, TokenizedShards, TokenizedSource
+from flame.data.encoding import Labelled
 from flame.data.order import shuffled_index
 from flame.data.sources.base import Documents
 from flame.data.tasks.generated import ENDLESS, Block, GeneratedDocuments
@@ -40,6 +41,15 @@ class StreamDocument(NamedTuple):
     epoch: int
     following: Cursor
     """Start of the next document."""
+    spans: np.ndarray | None = None
+    """int64 [k, 2]: tokens [start, end) that count, if the source says so."""
+
+
+def make_document(document: int | str, content: np.ndarray | Labelled | None, epoch: int, following: Cursor) -> StreamDocument:
+    """A document as its source has read it."""
+    if isinstance(content, Labelled):
+        return StreamDocument(document, content.tokens, epoch, following, content.spans)
+    return StreamDocument(document, content, epoch, following)
 
 
 class DocumentStream(Protocol):
@@ -89,7 +99,7 @@ class IndexedStream:
         if self._misses == self._count:
             self._require_text()
             self._misses = 0
-        return StreamDocument(document, tokens, cursor.epoch, self._point_at(ordinal + self._num_streams))
+        return make_document(document, tokens, cursor.epoch, self._point_at(ordinal + self._num_streams))
 
     def _point_at(self, ordinal: int) -> Cursor:
         epoch, position = divmod(ordinal, self._count)
@@ -142,7 +152,7 @@ class ShardStream:
         self._stream, self._num_streams, self._seed = stream, num_streams, seed
         self.first = self._point_at(stream, 0)
         self._next: Cursor | None = None
-        self._rows: Iterator[tuple[int, np.ndarray | None]] = iter(())
+        self._rows: Iterator[tuple[int, np.ndarray | Labelled | None]] = iter(())
         self._dry_shards = -1  # shards in a row without text; the first one does not count, as it may be entered in the middle
         self._has_text = False
 
@@ -155,7 +165,7 @@ class ShardStream:
             for row, tokens in self._rows:
                 self._dry_shards = self._dry_shards if tokens is None else -1
                 self._next = self._point_at(ordinal, row + 1)
-                return StreamDocument(f"{self._locate(epoch, position)}/{row}", tokens, epoch, self._next)
+                return make_document(f"{self._locate(epoch, position)}/{row}", tokens, epoch, self._next)
             self._dry_shards += 1
             if self._dry_shards > self._shards.num_shards:
                 self._require_text()

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flame.data.encoding import encode_document
+from flame.data.chats import ASSISTANT, explain_no_chats, prepare_rows
+from flame.data.encoding import Labelled, encode_chat, encode_document
 from flame.data.sources.base import Documents, SourceKind, TextRows, TextShards, explain_no_text, open_texts
+from flame.data.sources.contents import Document
+from flame.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Encode = Callable[[str], np.ndarray]
+Encode = Callable[[Any], np.ndarray | Labelled]
 
 
 class Subset(NamedTuple):
@@ -68,11 +71,11 @@ class TokenizedSource(_Tokenized):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read_untokenized(self, index: int) -> str | None:
-        """The text of a document, None for a bad row."""
+    def read_untokenized(self, index: int) -> Document | None:
+        """The document as it is encoded, None for a bad row."""
         return self._rows.read(index)
 
-    def read(self, index: int) -> np.ndarray | None:
+    def read(self, index: int) -> np.ndarray | Labelled | None:
         text = self._rows.read(index)
         return None if text is None else self._encode(text)
 
@@ -86,7 +89,7 @@ class TokenizedShards(_Tokenized):
     def num_shards(self) -> int:
         return self._rows.num_shards
 
-    def read_shard(self, shard: int, row: int, subset: Subset = WHOLE) -> Iterator[tuple[int, np.ndarray | None]]:
+    def read_shard(self, shard: int, row: int, subset: Subset = WHOLE) -> Iterator[tuple[int, np.ndarray | Labelled | None]]:
         """Yield row number and document of each row of a shard, starting at `row`. Documents are as from `Documents.read`.
 
         Args:
@@ -100,14 +103,20 @@ class TokenizedShards(_Tokenized):
                 yield number, None if text is None else self._encode(text)
 
 
-def open_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast) -> Documents | TokenizedShards:
+def open_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast, loss_on: str = "all") -> Documents | TokenizedShards:
     """Open a source as token ids.
 
+    Args:
+        loss_on: as `training.loss_on`. With "assistant", documents say which tokens count.
+
     Raises:
-        UserError: it cannot be read, is empty, or was tokenized by another tokenizer.
+        UserError: it cannot be read, is empty, was tokenized by another tokenizer, or lacks what the loss is to be on.
     """
     tokens = kind.open_tokens(tokenizer)
     if tokens is not None:
+        if loss_on == ASSISTANT:
+            raise UserError(explain_no_chats(kind.option, "holds tokens alone"))
         return tokens
-    rows, encode = open_texts(kind), partial(encode_document, tokenizer)
+    rows = prepare_rows(kind, open_texts(kind), tokenizer, loss_on)
+    encode = partial(encode_chat if loss_on == ASSISTANT else encode_document, tokenizer)
     return TokenizedShards(kind, rows, encode) if hasattr(rows, "num_shards") else TokenizedSource(kind, rows, encode)

@@ -3,7 +3,7 @@
 The life of a batch:
 
 1. A source is opened (`sources`, `tasks`): rows of text, shards of rows, or token ids.
-2. Its documents become token ids when they are read (`documents`, `encoding`, `tokenizer`).
+2. Its documents become token ids when they are read (`documents`, `chats`, `encoding`, `tokenizer`).
 3. Each source has S document streams. A stream reads its own documents in a seeded order, starting at a cursor
    (`document_streams`, `order`).
 4. A packer joins the documents of one stream end to end and cuts them into packed sequences (`packing`).
@@ -41,7 +41,7 @@ from flame.data.mixture import Mixture
 from flame.data.packing import PackedSequence, Packer
 from flame.data.state import DataState
 from flame.errors import UserError
-from flame.runtime.signals import signals_blocked
+from flame.runtime.signals import block_signals, signals_blocked
 
 PARENT_CHECK_SECONDS = 1.0
 PREFETCH = 4
@@ -132,6 +132,11 @@ class RankShare(IterableDataset):
 
 def explain_no_answers(option: str, training: Training) -> str:
     """The error line for a source whose packed sequences hold no answer."""
+    if training.loss_on != "answer":
+        return (
+            f'{option} has nothing of an assistant that training.loss_on = "{training.loss_on}" could count: check its chats, '
+            f"and that training.context_len = {training.context_len} is more than the length of their prompts"
+        )
     return (
         f'{option} has no answers that training.loss_on = "answer" could count: check that training.answer_separator = '
         f"{json.dumps(training.answer_separator)} ends its prompts, and that training.context_len = {training.context_len} is "
@@ -175,6 +180,7 @@ def _pass_through(sequence: Any) -> Any:
 
 def _end_with_parent(_worker: int) -> None:
     """End this worker when the training process is gone, even if it was killed, or when it sends SIGTERM at its exit."""
+    block_signals()  # they are, unless somebody else has started the server process
     parent = multiprocessing.parent_process()
     assert parent is not None
 

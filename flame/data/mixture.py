@@ -101,8 +101,8 @@ def open_mixture(job: JobConfig, tokenizer: PreTrainedTokenizerFast) -> Mixture:
         UserError: a source cannot be opened, or is too small for the run's streams or for holding out documents.
     """
     kinds = [build_kind(corpus, section, job.get) for section, corpus in job.corpora.items()]
-    sources = tuple(open_documents(kind, tokenizer) for kind in kinds)
     training = job.training
+    sources = tuple(open_documents(kind, tokenizer, training.loss_on) for kind in kinds)
     separator = find_separator(tokenizer, training.answer_separator) if training.loss_on == "answer" else None
     weights = tuple(corpus.weight for corpus in job.corpora.values())
     user_files = tuple(dict.fromkeys(kind.user_file for kind in kinds if kind.user_file))
@@ -116,7 +116,7 @@ def open_held_out(job: JobConfig, tokenizer: PreTrainedTokenizerFast, trained: M
     """Open the sources of validation: its own dataset, or the documents held out from each source of training."""
     if not job.validation.dataset:
         return replace(trained, subset=Subset(job.validation.holdout_every, is_held_out=True))
-    source = open_documents(build_kind(job.validation, "validation", job.get), tokenizer)
+    source = open_documents(build_kind(job.validation, "validation", job.get), tokenizer, job.training.loss_on)
     return replace(trained, sources=(source,), weights=(1.0,), subset=WHOLE)
 
 

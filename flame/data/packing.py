@@ -74,12 +74,13 @@ class PackedSequence:
     """The S chunks, in order."""
     bad_rows: int
     """Rows without usable text that were skipped."""
-    num_labels: np.ndarray | None = None
-    """int64 [S]: how many of the last tokens of each chunk are labels. None: all tokens of a chunk except the first."""
+    label_spans: np.ndarray | None = None
+    """int64 [k, 2]: the tokens [start, end) of the sequence that are labels, ascending and apart. None: all but the first of each
+    chunk."""
 
     def has_labels(self) -> bool:
-        """Whether any token counts as a label; always true if `num_labels` is None."""
-        return self.num_labels is None or bool(self.num_labels.any())
+        """Whether any token counts as a label; always true if `label_spans` is None."""
+        return self.label_spans is None or len(self.label_spans) > 0
 
 
 class Packer:
@@ -95,7 +96,8 @@ class Packer:
             index: number of the stream.
             seq_len: tokens in a sequence, T.
             context_len: longest chunk, in tokens.
-            separator: token that ends the prompt of a document, if only answers count.
+            separator: token that ends the prompt of a document, if only answers count. Documents that say themselves which
+                tokens count need none.
         """
         self._documents, self._source, self._index = documents, source, index
         self._seq_len, self._context_len, self._separator = seq_len, context_len, separator
@@ -115,10 +117,10 @@ class Packer:
         input_ids = np.empty(self._seq_len, dtype=np.int64)
         chunks: list[Chunk] = []
         boundaries = [0]
-        num_labels: list[int] = []
+        spans: list[np.ndarray] | None = None
         filled = bad_rows = 0
         while filled < self._seq_len:
-            document, tokens, epoch, following = self._open(cursor)
+            document, tokens, epoch, following, counted = self._open(cursor)
             if tokens is None:
                 bad_rows += 1
                 cursor = following
@@ -134,14 +136,14 @@ class Packer:
             filled += end - offset
             boundaries.append(filled)
             if self._separator is not None:
-                num_labels.append(_count_answer(tokens, self._separator, offset, end))
+                counted = find_answer(tokens[:end], self._separator)
+            if counted is not None:
+                spans = [*(spans or ()), clip_spans(counted, offset, end) + (filled - end)]
             chunks.append(Chunk(document, offset, end, epoch, end == len(tokens)))
             cursor = following if end == len(tokens) else cursor._replace(offset=end)
         cu_seqlens = np.asarray(boundaries, dtype=np.int32)
-        if self._separator is None:
-            return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, ChunkTable(chunks), bad_rows)
-        counts = np.asarray(num_labels, dtype=np.int64)
-        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, ChunkTable(chunks), bad_rows, counts)
+        labels = None if spans is None else np.concatenate(spans)
+        return PackedSequence(input_ids, cu_seqlens, self._source, self._index, cursor, ChunkTable(chunks), bad_rows, labels)
 
     def _open(self, cursor: Cursor) -> StreamDocument:
         """The document at a cursor. It is cached, since several chunks may come from it."""
@@ -151,13 +153,18 @@ class Packer:
         return self._document
 
 
-def _count_answer(tokens: np.ndarray, separator: int, start: int, end: int) -> int:
-    """Number of tokens of the chunk [start, end) after the first separator of the document.
-
-    It is 0 for a chunk that does not begin its document: its prompt is incomplete, so the answer cannot be predicted.
-    """
-    if start:
-        return 0
-    is_separator = tokens[:end] == separator
+def find_answer(tokens: np.ndarray, separator: int) -> np.ndarray:
+    """The answer of a document: the tokens after its first separator, as int64 [k, 2] with k = 0 or 1."""
+    is_separator = tokens == separator
     first = int(is_separator.argmax())
-    return end - 1 - first if is_separator[first] else 0
+    return np.asarray([[first + 1, len(tokens)]] if is_separator[first] else [], dtype=np.int64).reshape(-1, 2)
+
+
+def clip_spans(spans: np.ndarray, start: int, end: int) -> np.ndarray:
+    """What of a document's spans is a label in its chunk [start, end): int64 [k, 2], in tokens of the document.
+
+    The first token of a chunk is never predicted. A chunk that does not begin its document has no labels: its prompt is
+    incomplete, so that what follows cannot be predicted.
+    """
+    clipped = np.clip(spans, 1, end)
+    return clipped[(clipped[:, 0] < clipped[:, 1]) & (start == 0)]

@@ -12,11 +12,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from flame.data.encoding import encode_documents
+from flame.data.encoding import Row, encode_documents
 from flame.data.sources.base import TextRows
 from flame.data.sources.tokens import TOKEN_DTYPES, TokenDtype
 from flame.errors import UserError
@@ -56,7 +57,8 @@ class SpanEncoder:
     """Reads and tokenizes spans of a source."""
 
     def __init__(self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int):
-        self._rows, self._tokenizer = rows, tokenizer
+        self._rows: Any = rows
+        self._tokenizer = tokenizer
         self._dtype, self._vocabulary_size = TOKEN_DTYPES[dtype], vocabulary_size
 
     def check_rows(self) -> None:
@@ -79,7 +81,7 @@ class SpanEncoder:
     def encode(self, span: Span) -> EncodedSpan:
         documents: list[np.ndarray] = []
         bad_rows = 0
-        texts: list[str] = []
+        texts: list[Row] = []
         characters = 0
         for text in map(self._rows.read, range(span.start, span.stop)):
             if text is None:
@@ -94,7 +96,7 @@ class SpanEncoder:
         tokens = np.concatenate([np.empty(0, self._dtype), *documents])
         return EncodedSpan(tokens, np.array([len(ids) for ids in documents], dtype=np.int64), bad_rows)
 
-    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode_batch(self, texts: list[Row]) -> list[np.ndarray]:
         documents = encode_documents(self._tokenizer, texts)
         assert all(ids.max() < self._vocabulary_size for ids in documents)
         return [ids.astype(self._dtype) for ids in documents]

@@ -48,6 +48,8 @@ class Recipe:
     text_column: str
     tokenizer_fingerprint: str
     rows: int
+    chat_template: str = ""
+    """SHA-256 of what renders chats; empty for other documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,8 @@ def _require_same_recipe(out: Path, before: Recipe, now: Recipe, tokenizer_befor
             differences.append(f'another tokenizer (--tokenizer_path was "{tokenizer_before}")')
         elif field.name == "rows":
             differences.append(f"{old} rows of data, now {new}")
+        elif field.name == "chat_template":
+            differences.append("another chat template")
         else:
             differences.append(f'--{field.name} "{old}", now "{new}"')
     if differences:

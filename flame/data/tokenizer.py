@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -18,6 +19,13 @@ from flame.data.sources.registry import find_tokenizer_kind
 from flame.errors import UserError
 
 PADDING = "<|pad|>"
+TOKENIZER_FILE, SETTINGS_FILE, PIECES_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>")
+"""What tokenizers call the end of a text."""
+ONLY_PIECES = (
+    f"it has a SentencePiece model ({PIECES_FILE}) and no {TOKENIZER_FILE}: pip install sentencepiece protobuf, which convert "
+    f"it, or give a folder with a {TOKENIZER_FILE}"
+)
 
 
 def load_tokenizer(
@@ -48,6 +56,14 @@ def load_tokenizer(
 
 def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     option = f'model.tokenizer_path = "{path}"'
+    place = os.path.expanduser(path)
+    if os.path.isfile(place):
+        folder = os.path.dirname(place)
+        if os.path.basename(place) != TOKENIZER_FILE or not os.path.exists(os.path.join(folder, SETTINGS_FILE)):
+            return _load_file(place, option)
+        path = folder or "."
+    if _has_only_pieces(place):
+        raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers raise many types
@@ -63,6 +79,31 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
     if tokenizer.eos_token_id is None:
         raise UserError(f'{option} has no eos token, which ends each document: set "eos_token" in its tokenizer_config.json')
     return tokenizer
+
+
+def _load_file(path: str, option: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer.json without the settings that name its end-of-text token, which is found by its name."""
+    try:
+        backend = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare exceptions
+        raise UserError(
+            f"{option} cannot be loaded as a tokenizer ({' '.join(str(error).split())[:300]}): give a tokenizer.json"
+        ) from error
+    found = [name for name in END_NAMES if backend.token_to_id(name) is not None]
+    if len(found) != 1:
+        what = f"several tokens that may end a text ({', '.join(found)})" if found else "no end-of-text token of a known name"
+        raise UserError(
+            f'{option} has {what}: write {{"eos_token": "..."}} into a {SETTINGS_FILE} beside it, as {TOKENIZER_FILE}, and give '
+            "the folder"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=found[0], name_or_path=path)
+
+
+def _has_only_pieces(folder: str) -> bool:
+    """Whether this is a folder with a SentencePiece model and without what reads it."""
+    if not os.path.isfile(os.path.join(folder, PIECES_FILE)) or os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
+        return False
+    return find_spec("sentencepiece") is None
 
 
 def build_bytes_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from flame.attention.backends import IMPLEMENTATIONS, Attention, is_recurrent
 from flame.attention.families import find_unsupported_layers
 from flame.attention.fla_families import find_unsupported_fla, init_weights, register_fla_family
+from flame.config.locations import check_readable
 from flame.errors import UserError
 from flame.models.config_keys import find_misspelt_keys, show_value
+from flame.models.config_values import find_impossible_values
 
 
 def load_model_config(path: str, trust_remote_code: bool = False, option: str = "model.config") -> PretrainedConfig:
@@ -32,10 +34,15 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
     option = f'{option} = "{path}"'
     try:
         path = os.path.expanduser(path)
+        check_readable(path)
         settings, _ = PretrainedConfig.get_config_dict(path)
+        if impossible := list(find_impossible_values(settings)):
+            raise UserError(*(f"{option}: {fault}" for fault in impossible))
         if not ("auto_map" in settings and trust_remote_code):
             register_fla_family(settings.get("model_type"))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many types: missing file, unknown model_type, bad value, no network
         reason = _find_reason(error)
         if "trust_remote_code" in str(error):

@@ -61,9 +61,9 @@ def measure_lengths(batch: PackedBatch) -> Tensor:
 
 
 def measure_suffixes(batch: PackedBatch) -> Tensor:
-    """float64 [answers]: tokens of each answer, plus the last token of its prompt."""
-    labels: np.ndarray = batch.chunk_labels
-    return torch.from_numpy(labels[labels > 0] + 1).double()
+    """float64 [answers]: tokens of each answer, plus the last token of its prompt (`PackedBatch.answers`)."""
+    answers: np.ndarray = batch.answers
+    return torch.from_numpy(answers[:, 1] - answers[:, 0]).double()
 
 
 def count_predicted(batch: PackedBatch) -> float:

@@ -33,11 +33,16 @@ LOOK_SECONDS = 1.0
 def signals_blocked() -> Iterator[None]:
     """Block Ctrl-C and STOP_SIGNALS. Processes started inside never get them; this process gets them after the block."""
     resource_tracker.ensure_running()  # if it started inside, it would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOP_SIGNALS))
+    before = block_signals()
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def block_signals() -> set[signal.Signals]:
+    """Block Ctrl-C and STOP_SIGNALS in this thread, and return what was blocked before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOP_SIGNALS))  # type: ignore[return-value]
 
 
 class SignalThread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -25,6 +26,7 @@ from flame.models.causal_lm import (
 )
 from flame.models.custom_model import import_custom_model
 from flame.models.leak_check import check_no_leak, needs_leak_check
+from flame.models.memory import Share, check_memory
 from flame.models.parallelize import parallelize, place_buffers
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import FuturePass, Objective, Setup
@@ -158,6 +160,10 @@ def build_model(config: JobConfig, model_config: PretrainedConfig, device: torch
         UserError: the options do not suit the model, or it belongs to an unknown family and the leak check fails.
     """
     model = build_modules(config, model_config, device.type)
+    label = f'{config.model_key} = "{config.model_source}"'
+    home = torch.device("cpu") if config.training.cpu_offload else device
+    moment_bytes = 4 if config.optimizer.state_dtype == "bfloat16" else 8
+    check_memory(model, model_config, label, home, find_share(config), moment_bytes)
     objective = get_objective(model)
     parallelize(
         model,
@@ -172,6 +178,14 @@ def build_model(config: JobConfig, model_config: PretrainedConfig, device: torch
         future = objective.find_future_pass() if objective is not None else None
         check_no_leak(model, device, future is not None, *(future or FuturePass()))
     return model
+
+
+def find_share(config: JobConfig) -> Share:
+    """How the weights are spread over the run's ranks."""
+    return Share(
+        shards=max(1, config.world_size // config.training.data_parallel_replicate_degree),
+        neighbors=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
 
 
 def build_run_optimizer(config: JobConfig, model: TrainingModel) -> OptimizersContainer:

@@ -56,7 +56,7 @@ class Validator:
                 f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
                 "validation.holdout_every, or give validation.dataset more"
             )
-        if not any(batch.chunk_labels.any() for batch in batches) and self._has_answers:
+        if not any(batch.num_labels for batch in batches) and config.training.loss_on != "all":
             raise UserError(explain_no_answers(held_out.sources[0].option, config.training))
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
         check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))

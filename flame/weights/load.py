@@ -100,7 +100,7 @@ def load_hf_weights(model: TrainingModel, source: WeightSource, *, resize: bool 
     live = model.lm.state_dict()
     with torch.no_grad():
         for name, reading in plan.readings.items():
-            _fill(live[name], reading)
+            _fill(live[name], reading, source)
         for name, repeated in plan.repeated:
             _check_tied(source, live[name], name, repeated)
     return [_describe_loaded(source, plan), *_describe_new_rows(live, plan)]
@@ -119,7 +119,7 @@ def load_objective_modules(model: TrainingModel, source: WeightSource) -> Module
     plan, live = plan_modules(objective, source), objective.state_dict()
     with torch.no_grad():
         for name, reading in plan.readings.items():
-            _fill(live[name], reading)
+            _fill(live[name], reading, source)
     return plan
 
 
@@ -242,7 +242,12 @@ def _locate(tensor: Tensor) -> tuple[Tensor, int, int]:
     return local, start, stop
 
 
-def _fill(tensor: Tensor, reading: Reading) -> None:
+def _fill(tensor: Tensor, reading: Reading, source: WeightSource) -> None:
+    """Copy this process's rows of a tensor.
+
+    Raises:
+        UserError: a value is not finite. Training would only say that the first loss is not.
+    """
     local, start, stop = _locate(tensor)
     stored = min(stop, reading.shape[0]) if reading.shape else stop
     if stored > start:
@@ -250,6 +255,12 @@ def _fill(tensor: Tensor, reading: Reading) -> None:
         (local[: stored - start] if tensor.ndim else local).copy_(rows)
     if stop > max(start, stored):
         local[max(stored - start, 0) :].copy_(_average_rows(reading))
+    if not local.isfinite().all():
+        count = int((~local.isfinite()).sum())
+        raise UserError(
+            f"{source.label}: {reading.keys[0]} holds {count} values that are NaN or infinite in {local.dtype}: take the weights "
+            "of an earlier step, or fetch them again"
+        )
 
 
 def _average_rows(reading: Reading) -> Tensor:

@@ -30,6 +30,13 @@ from flame.errors import UserError
 from flame.weights.source import CONFIG_FILE, DTYPES, TensorEntry, WeightSource
 
 SHOWN = 3
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "peft",
+    "_forward_module.": "Lightning",
+}
+"""Prefixes of names in files, and what wraps a model under them."""
 FETCH_AGAIN = "fetch the weights and their configuration again"
 TAKE_OWN_CONFIG = "take the weights' own configuration, as an empty model.config does"
 
@@ -92,6 +99,11 @@ def plan_weights(lm: PreTrainedModel, source: WeightSource, *, growing: bool = F
         else:
             plan.repeated.append((first, reading))
     faults = _list_faults(missing, unknown, misshapen)
+    if wrapper := next((each for each in WRAPPERS if unknown and all(key.startswith(each) for key in unknown)), None):
+        raise UserError(
+            f'{source.label} was saved with its wrapper: all names begin with "{wrapper}", of {WRAPPERS[wrapper]}: save the '
+            "model inside, with save_pretrained"
+        )
     only_grown = all(can_grow) and not missing and not unknown
     if faults:
         what = f"its own {CONFIG_FILE}" if own_config else "model.config"

@@ -180,6 +180,11 @@ def _list_shards(label: str, folder: Path) -> list[str]:
         raise UserError(f"{label}: {INDEX_FILE} cannot be read ({error!r}): fetch it again") from error
     if not shards or not all(isinstance(shard, str) for shard in shards):
         raise UserError(f"{label}: {INDEX_FILE} lists no files: fetch it again")
+    for shard in shards:
+        if os.path.isabs(shard) or ".." in Path(shard).parts:
+            raise UserError(
+                f'{label}: {INDEX_FILE} names "{shard}", which is not in this folder: do not use it, or mend the index'
+            )
     return shards
 
 

@@ -26,6 +26,8 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 import transformers.dynamic_module_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,10 +36,12 @@ from flame.cli.preprocess import main as preprocess
 from flame.config.schema import JobConfig, Training
 from flame.data.mixture import open_held_out
 from flame.data.order import shuffled_index
-from flame.data.sources.tables import TableShards
+from flame.data.sources.cells import FileShards
 from flame.data.tokenizer import build_bytes_tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.models.causal_lm import build_on_meta, find_model_conflicts, load_model_config
+from flame.models.config_values import find_impossible_values
+from flame.models.memory import Share, check_memory, estimate_bytes, find_memory
 from flame.train import main
 from flame.trainer.options import read_options
 from flame.trainer.setup import open_inputs
@@ -285,7 +289,7 @@ def test_unchanged_the_configurations_are_accepted(place: Path, text: str) -> No
         ({"training.dataset": "a\nb"}, ["training.dataset", r"a\nb", "is no source"]),
         ({"training.dataset": "json", "training.data_files": "rows.jsonl, \x1b"}, ["training.data_files", r"\x1b"]),
         ({"training.dataset": "nobody/nothing"}, ["training.dataset", "network"]),
-        ({"training.dataset": "csv"}, ["training.dataset", "is a reader of the datasets library, not a dataset"]),
+        ({"training.dataset": "xml"}, ["training.dataset", "is a reader of the datasets library, not a dataset"]),
         ({"training.dataset": "bad_csv", "training.streaming": "true"}, ["training.dataset", "bad_csv", "cannot be loaded"]),
     ],
     ids=str,
@@ -351,6 +355,70 @@ def test_bad_model_configurations_are_one_line(tmp_path: Path, key: str, value: 
     with pytest.raises(UserError) as caught:
         build_from(tmp_path, **{key: value})
     expect_one_line(caught.value, "model.config")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        *((key, 0, "must be at least 1") for key in ("num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")),
+        *((key, -1, "must be at least 1") for key in ("num_hidden_layers", "intermediate_size", "head_dim")),
+        ("num_hidden_layers", 10**6, "must be at most 2000"),
+        ("rms_norm_eps", float("inf"), "must be a finite number"),
+        ("rms_norm_eps", float("nan"), "must be a finite number"),
+        ("rms_norm_eps", -1e-6, "must be a number from 0 to 1"),
+        ("rms_norm_eps", 1e5, "must be a number from 0 to 1"),
+        ("initializer_range", float("nan"), "must be a finite number"),
+        ("rope_theta", float("inf"), "must be a finite number"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": float("inf")}, "must be a finite number"),
+    ],
+)
+def test_impossible_values_are_named_with_their_key(tmp_path: Path, key: str, value: object, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_from(tmp_path, **{key: value})
+    expect_one_line(caught.value, "model.config", f"{key}", part)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba2", "gemma2", "gpt_neox", "bloom", "rwkv", "qwen3_moe", "deepseek_v3"])
+def test_no_family_has_impossible_values_by_itself(family: str) -> None:
+    assert not [*find_impossible_values(transformers.CONFIG_MAPPING[family]().to_dict())]
+
+
+@pytest.mark.parametrize("option", ["model.config", "job.config_file"])
+def test_a_file_without_end_is_one_line(folder: Path, option: str) -> None:
+    for path in ("/dev/zero", str(folder / "config.json")):
+        if path != "/dev/zero":
+            Path(path).symlink_to("/dev/zero")
+        with pytest.raises(UserError) as caught:
+            read_options(["--model.tokenizer_path=bytes", f"--model.config={folder}/model", f"--{option}={path}"], 1)
+        expect_one_line(caught.value, option, "larger than 16 MiB")
+    with pytest.raises(UserError) as caught:
+        load_model_config(str(folder))
+    expect_one_line(caught.value, "model.config", "larger than 16 MiB")
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "vocab_size"])
+def test_a_model_larger_than_the_memory_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
+    (folder / "large.json").write_text(json.dumps(SMALL_LLAMA | {key: 10**12}))
+    (folder / "data").write_bytes(LINES)
+    changes = {"model__config": folder / "large.json", "training__dataset": "json", "training__data_files": folder / "data"}
+    expect_exit(capfd, folder, "model.config = ", "GiB", f"{key} = {10**12}", **changes)
+
+
+def test_the_memory_that_a_step_needs_is_counted(folder: Path) -> None:
+    """By hand: 4 bytes of weight and of gradient, and the moments, for each parameter; frozen weights have the first alone."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2, bias=False))
+    model[1].requires_grad_(False)
+    assert estimate_bytes(model, 8) == 4 * 30 + 12 * 20 and estimate_bytes(model, 4) == 4 * 30 + 8 * 20
+    there = find_memory(torch.device("cpu"))
+    assert 1 << 28 < there < 1 << 50
+    config = load_model_config(str(folder / "model"))
+    huge = torch.nn.Linear(there // 16, 1, bias=False, device="meta")
+    cpu = torch.device("cpu")
+    check_memory(huge, config, "x", cpu, Share(2, 1), 8)
+    check_memory(huge, config, "x", cpu, Share(4, 2), 8)
+    for share in (Share(1, 2), Share(2, 4)):
+        with pytest.raises(UserError):
+            check_memory(huge, config, "x", cpu, share, 8)
 
 
 # ---------------------------------------------------------------- data
@@ -467,12 +535,12 @@ def test_bad_rows_are_counted_and_passed_over(
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "streaming"])
 def test_bad_text_files_are_bad_rows(folder: Path, streaming: bool) -> None:
     contents = [b"", b" \n\t\n", GARBAGE, "UTF-16".encode("utf-16"), PARQUET, pickle.dumps("x"), b"\xef\xbb\xbfgood"]
-    rows: list[str | None] = [*[None] * 6, "\ufeffgood"]
+    rows: list[str | None] = [*[None] * 6, "good"]
     for number, content in enumerate(contents):
         (folder / f"{number}.txt").write_bytes(content)
     corpus = Training(dataset="text", data_files=f"{folder}/*.txt", streaming=streaming)
     source = open_source(corpus, "training")
-    if isinstance(source, TableShards):
+    if isinstance(source, FileShards):
         assert [row for shard in range(source.num_shards) for row in source.read_shard(shard, 0)] == rows
     else:
         assert [source.read(index) for index in range(len(source))] == rows
@@ -513,7 +581,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "cut gz": ("json", gzip.compress(LINES, mtime=0)[:-10], "Compressed file ended"),
     "no gz": ("text", b"\x1f\x8b broken", "cannot be "),
     "no zip": ("json", b"PK\x03\x04 broken", "not a zip file"),
-    "zstandard": ("json", b"\x28\xb5\x2f\xfd broken", "zstd"),
+    "zstandard": ("json", b"\x28\xb5\x2f\xfd broken", "ZSTD decompress failed"),
 }
 
 
@@ -550,9 +618,10 @@ def test_parquet_files_of_different_columns(folder: Path, capfd: pytest.CaptureF
     (folder / "a.parquet").write_bytes(table(text=["a"]))
     (folder / "b.parquet").write_bytes(table(body=["b"]))
     changes = {"training__dataset": "parquet", "training__data_files": folder / "*.parquet"}
-    expect_exit(capfd, folder, 'training.dataset = "parquet" cannot be loaded', "column names", **changes)
+    line = ['training.text_column = "text" is not a column of training.dataset = "parquet"', f'("{folder}/b.parquet")']
+    expect_exit(capfd, folder, *line, **changes)
     changes |= {"training__streaming": True, "training__num_streams": 2}
-    expect_exit(capfd, folder, 'training.dataset = "parquet": shard 1 of 2 cannot be read', **changes)
+    expect_exit(capfd, folder, *line, **changes)
 
 
 @pytest.mark.parametrize(
@@ -612,7 +681,7 @@ def test_data_are_never_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch,
                 assert dataset == "parquet"
                 expect_one_line(error, "cannot be loaded")
                 continue
-            rows = source.read_shard(0, 0) if isinstance(source, TableShards) else map(source.read, range(len(source)))
+            rows = source.read_shard(0, 0) if isinstance(source, FileShards) else map(source.read, range(len(source)))
             assert set(rows) == {None}
     for dataset in ("pandas", str(place), "."):
         with pytest.raises(UserError) as caught:

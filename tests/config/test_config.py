@@ -16,7 +16,7 @@ from flame.config.schema import SOURCES, JobConfig, Source
 from flame.config.table import list_types
 from flame.errors import UserError
 from flame.objectives.future.options import FutureOptions
-from flame.trainer.options import list_idle_options, read_options
+from flame.trainer.options import HELP, list_idle_options, read_options
 from tests.support.options import MODEL, TABLE, list_values, read_mistakes
 from tests.support.paths import REPO
 
@@ -294,7 +294,7 @@ def test_a_missing_value_is_not_followed_by_what_it_may_have_set(folder: Path) -
     assert len(read_mistakes([*MODEL, "--lr_scheduler.decay_ratio"])) == 1
 
 
-@pytest.mark.parametrize("value", ["/", "", "**x", "~nobody/x", "a" * 300, "a\0b", "a\nb"])
+@pytest.mark.parametrize("value", ["", "**x", "~nobody/x", "a" * 300, "a\0b", "a\nb"])
 def test_texts_that_cannot_be_paths_are_mistakes_of_one_line(value: str, folder: Path) -> None:
     argv = ["--training.dataset=text", f"--training.data_files={value}", f"--model.config=./{value}.json"]
     lines = read_mistakes([*argv, "--model.tokenizer_path=bytes"])
@@ -421,7 +421,7 @@ WORDS = st.one_of(
     st.sampled_from(
         ["-1", "--", "none", "true", "1e400", "m.json", "-", "--x.y", "text", "bytes", "9" * 5000, "a" * 300, "\0", "\udcff"]
     ),
-    st.text(max_size=8),
+    st.text(max_size=8).filter(lambda word: word.partition("=")[0] not in HELP),
 )
 
 
@@ -518,7 +518,7 @@ def test_mistakes_in_sources_are_named(folder: Path) -> None:
         "sources.wbe.dataset is not set: did you mean sources.web?",
         'training.dataset = "json" beside [sources.NAME]: move it into a source of its own',
         "sources.code.weight = 1e-09 is less than a millionth of the largest, 2: raise it, or set it to 0 to draw nothing",
-        'sources.web.dataset = "tokens" needs sources.web.data_files (a folder)',
+        'sources.web.dataset = "tokens" needs sources.web.data_files (a folder of flame-preprocess, or token files)',
     ]
 
 

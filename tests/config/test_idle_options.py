@@ -123,6 +123,7 @@ def test_options_of_an_objective_are_used_by_it_alone(objective, section):
         (["--training.dataset=json", "--training.data_files=m.json", "--training.text_column=body"], []),
         (["--training.answer_separator=:"], ["training.answer_separator"]),
         (["--training.answer_separator=:", "--training.loss_on=answer"], []),
+        (["--training.token_dtype=uint16", "--training.end_of_text_id=3"], ["training.end_of_text_id", "training.token_dtype"]),
         (["--checkpoint.enable_checkpoint=false", "--checkpoint.keep_latest_k=3"], ["checkpoint.keep_latest_k"]),
         (["--checkpoint.export_hf=false", "--checkpoint.export_dtype=bfloat16"], ["checkpoint.export_dtype"]),
         (["--pathstar.seed=3", "--siblings.seed=3"], ["pathstar.seed", "siblings.seed"]),

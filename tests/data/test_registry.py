@@ -18,7 +18,7 @@ WITHOUT_FILES = [*MODEL, "--training.dataset"]
 
 
 def test_each_name_is_its_kind():
-    assert list(BUILT_IN) == ["stdlib", "text", "json", "parquet", "tokens", "pathstar", "siblings"]
+    assert list(BUILT_IN) == ["stdlib", "text", "json", "csv", "parquet", "arrow", "tokens", "pathstar", "siblings"]
     for name, kind in BUILT_IN.items():
         assert find_kind(name, "training") is kind and not is_from_hub(name)
 
@@ -46,7 +46,9 @@ def test_an_existing_folder_is_read_as_the_hub_is(tmp_path: Path):
         ("corpus.json.gz", ['write training.dataset = "json"']),
         ("/data/a.parquet", ['write training.dataset = "parquet" with training.data_files = "/data/a.parquet"']),
         ("notes.TXT", ['write training.dataset = "text"']),
-        ("", ["is no source", '"stdlib", "text", "json", "parquet", "tokens", "pathstar", "siblings"', "owner/name"]),
+        ("data/train.bin", ['write training.dataset = "tokens" with training.data_files = "data/train.bin"']),
+        ("a.csv.gz", ['write training.dataset = "csv"']),
+        ("", ["is no source", '"stdlib", "text", "json", "csv", "parquet", "arrow", "tokens", "pathstar"', "owner/name"]),
         ("a/b/c", ["is no source", "an existing folder"]),
         ("./missing", ["is no source"]),
         ("/missing", ["is no source"]),
@@ -75,13 +77,13 @@ def test_a_wrong_name_is_one_line_of_the_run():
 @pytest.mark.parametrize(
     "options, parts",
     [
-        (["text"], ["needs training.data_files (paths or globs"]),
-        (["json"], ["needs training.data_files (paths or globs"]),
-        (["tokens"], ["needs training.data_files (a folder)"]),
+        (["text"], ["needs training.data_files (paths, folders or globs"]),
+        (["json"], ["needs training.data_files (paths, folders or globs"]),
+        (["tokens"], ["needs training.data_files (a folder of flame-preprocess, or token files)"]),
         (["parquet", "--training.data_files", "/none/*.parquet"], ['training.data_files: "/none/*.parquet" matches no file']),
         (
             ["stdlib", "--training.data_files", "a"],
-            ["training.data_files is set", 'allowed with "text", "json", "parquet", "tokens"'],
+            ["training.data_files is set", 'allowed with "text", "json", "csv", "parquet", "arrow", "tokens"'],
         ),
         (["owner/name", "--training.data_files", "a"], ["training.data_files is set"]),
         (

@@ -1,20 +1,38 @@
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import http.server
+import io
 import logging
+import lzma
 import pickle
 import sysconfig
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
 import huggingface_hub.constants
 import pyarrow as pa
+import pyarrow.feather as pa_feather
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from flame.config.schema import Training
 from flame.data.sources.base import TextRows
-from flame.data.sources.tables import TableShards
+from flame.data.sources.cells import FileShards
 from flame.errors import UserError
 from tests.support.sources import choose_kind
 from tests.support.sources import open_source as open_any_source
@@ -29,7 +47,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def open_source(training: Training) -> TextRows:
     source = open_any_source(training, "training")
-    assert not isinstance(source, TableShards)
+    assert not hasattr(source, "num_shards")
     return source
 
 
@@ -37,6 +55,17 @@ def read_all(source: TextRows) -> list[str | None]:
     rows = [source.read(index) for index in range(len(source))]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(index) for index in range(len(copy))] == rows, "workers must see the same rows"
+    return rows
+
+
+def read_either(training: Training) -> list[Any]:
+    """All rows, with random access or streamed, here and as a worker sees them."""
+    source = open_any_source(training, "training")
+    if not hasattr(source, "num_shards"):
+        return read_all(source)
+    copies = [source, pickle.loads(pickle.dumps(source))]
+    rows, again = ([row for shard in range(each.num_shards) for row in each.read_shard(shard, 0)] for each in copies)
+    assert rows == again
     return rows
 
 
@@ -145,18 +174,39 @@ def test_dataset_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_save_to_disk_says_how_it_can_be_read(tmp_path: Path, streaming: bool) -> None:
-    """The library would advise to call one of its own functions."""
-    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
-    rows.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "several")
-    for name, split in (("one", ""), ("several", '["dev"]')):
-        expect_one_line(
-            Training(dataset=f"{tmp_path}/{name}", dataset_split="dev", streaming=streaming, text_column="body"),
-            f'training.dataset = "{tmp_path}/{name}" is a folder of save_to_disk, which is not read: write it with ',
-            f'datasets.load_from_disk("{tmp_path}/{name}"){split}.to_parquet("NEW.parquet"), and give',
-            'training.dataset = "parquet" with training.data_files',
-        )
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, streaming: bool) -> None:
+    rows = datasets.Dataset.from_dict({"body": ["a", "b", None, "d"], "id": [1, 2, 3, 4]})
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=rows, dev=rows.select([3, 0])).save_to_disk(tmp_path / "several")
+    one, several = (
+        Training(dataset=f"{tmp_path}/{name}", streaming=streaming, text_column="body") for name in ("one", "several")
+    )
+    assert read_either(one) == read_either(several) == ["a", "b", None, "d"]
+    several.dataset_split = "dev"
+    assert read_either(several) == ["d", "a"]
+    ids = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    ids.save_to_disk(tmp_path / "ids")
+    found = read_either_ids(Training(dataset=f"{tmp_path}/ids", streaming=streaming, text_column="input_ids"))
+    assert found == [[1, 2], [3]]
+
+    several.dataset_split = "test"
+    expect_one_line(several, 'training.dataset_split = "test" is no split of', "which has: train, dev")
+    several.dataset_split, several.text_column = "train", "text"
+    expect_one_line(several, 'training.text_column = "text" is not a column of', "body (string), id (int64)")
+    one.dataset_split = "dev"
+    expect_one_line(one, 'training.dataset_split = "dev"', "with one split")
+    one.dataset_split, one.dataset_name = "train", "en"
+    expect_one_line(one, 'training.dataset_name = "en"', "no configurations")
+    (tmp_path / "one" / "state.json").write_text("{")
+    one.dataset_name = ""
+    expect_one_line(one, "is a folder of save_to_disk that cannot be read")
+
+
+def read_either_ids(training: Training) -> list[Any]:
+    source = open_any_source(training, "training")
+    if hasattr(source, "num_shards"):
+        return [row.tolist() for shard in range(source.num_shards) for row in source.read_shard(shard, 0)]
+    return [source.read(index).tolist() for index in range(len(source))]
 
 
 def test_dataset_out_of_reach() -> None:
@@ -191,10 +241,67 @@ def test_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     assert not handler.buffer, "the one line is all that the user sees"
 
 
-def test_files_of_different_columns_say_why(tmp_path: Path) -> None:
+OTHER_COLUMNS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "null-typed in the first": ({"tag": pa.nulls(2)}, {"tag": ["x", "y"]}),
+    "null-typed in the second": ({"tag": ["x", "y"]}, {"tag": pa.nulls(2)}),
+    "only in the first": ({"id": [1, 2]}, {}),
+    "only in the second": ({}, {"id": [1, 2]}),
+    "of other types": ({"id": [1, 2]}, {"id": [["a"], []]}),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_may_differ_from_file_to_file(tmp_path: Path, case: str, kind: str, streaming: bool) -> None:
+    first, second = OTHER_COLUMNS[case]
+    texts = {"a": ["one", "two"], "b": ["three", None]}
+    write = pq.write_table if kind == "parquet" else pa_feather.write_feather
+    for name, others in (("a", first), ("b", second)):
+        write(pa.table({"text": texts[name], **others}), tmp_path / f"{name}.{kind}")
+    corpus = Training(dataset=kind, data_files=f"{tmp_path}/*.{kind}", streaming=streaming)
+    assert read_either(corpus) == ["one", "two", "three", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_of_a_hub_dataset_may_differ(tmp_path: Path, case: str, streaming: bool) -> None:
+    first, second = OTHER_COLUMNS[case]
+    pq.write_table(pa.table({"text": ["one", "two"], **first}), tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["three", None], **second}), tmp_path / "train-00001-of-00002.parquet")
+    assert read_either(Training(dataset=str(tmp_path), streaming=streaming)) == ["one", "two", "three", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([pa.nulls(2), pa.array(["a", "b"])], [None, None, "a", "b"]),
+        ([pa.array(["a", None]), pa.nulls(1)], ["a", None, None]),
+        ([pa.array(["a"]), pa.array(["b"], pa.large_string())], ["a", "b"]),
+        ([pa.array(["a", "a"]).dictionary_encode(), pa.array(["b"])], ["a", "a", "b"]),
+    ],
+)
+def test_the_column_itself_may_be_null_or_another_kind_of_string(
+    tmp_path: Path, cells: list[pa.Array], expected: list[str | None], streaming: bool
+) -> None:
+    for number, column in enumerate(cells):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+    corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=streaming)
+    assert read_either(corpus) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_the_column_is_named(tmp_path: Path, streaming: bool) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "b.parquet")
-    expect_one_line(Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet"), "cannot be loaded", "id", "column names")
+    corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=streaming)
+    for columns, parts in (
+        ({"body": ["b"]}, ["is not a column of", "b.parquet", "body (string)"]),
+        ({"text": [1]}, ["is a column of int64, not of strings", "b.parquet"]),
+        ({"text": [[1, 2]]}, ["is string in ", "and List in ", "a.parquet", "b.parquet"]),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+        expect_one_line(corpus, 'training.text_column = "text"', 'training.dataset = "parquet"', *parts)
 
 
 def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
@@ -207,7 +314,7 @@ def test_streaming_reads_the_same_rows_from_anywhere(tmp_path: Path) -> None:
     for kind, files in (("json", "*.jsonl"), ("parquet", "*.parquet")):
         training = Training(dataset=kind, data_files=f"{tmp_path}/{files}", streaming=True)
         opened = open_any_source(training, "training")
-        assert isinstance(opened, TableShards) and opened.num_shards == 3
+        assert isinstance(opened, FileShards) and opened.num_shards == 3
         for source in (opened, pickle.loads(pickle.dumps(opened))):
             for shard in range(3):
                 expected = [f"{shard}-{row}" if row % 5 != 2 else None for row in range(700)]
@@ -221,7 +328,7 @@ def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=1000)
     corpus = Training(dataset="parquet", data_files=f"{tmp_path}/*.parquet", streaming=True)
     source = open_any_source(corpus, "sources.web")
-    assert isinstance(source, TableShards) and choose_kind(corpus, "sources.web").short_name == "web"
+    assert isinstance(source, FileShards) and choose_kind(corpus, "sources.web").short_name == "web"
     content = bytearray((tmp_path / "b.parquet").read_bytes())
     content[200:-5000] = bytes(len(content) - 5200)
     (tmp_path / "b.parquet").write_bytes(content)
@@ -229,3 +336,210 @@ def test_a_streamed_shard_that_breaks_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'sources.web.dataset = "parquet": shard 1 of 2 cannot be read after row \d+') as caught:
         list(source.read_shard(1, 0))
     assert len(caught.value.lines) == 1 and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- streaming or not, and broken files
+
+
+def compress(name: str, content: bytes) -> bytes:
+    if name == "zip":
+        with io.BytesIO() as buffer:
+            with zipfile.ZipFile(buffer, "w") as archive:
+                archive.writestr("rows", content)
+            return buffer.getvalue()
+    if name == "tar":
+        with io.BytesIO() as buffer:
+            with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+                member = tarfile.TarInfo("rows")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            return buffer.getvalue()
+    if name == "lz4":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "lz4") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    how: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+        "two frames": lambda part: zstandard.compress(part[:7]) + zstandard.compress(part[7:]),
+        "plain": lambda part: part,
+    }
+    return how[name](content)
+
+
+COMPRESSIONS = ["gz", "bz2", "xz", "zst", "two frames", "lz4", "zip", "tar", "plain"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_content_says_how_lines_are_compressed(tmp_path: Path, compression: str, suffix: str, streaming: bool) -> None:
+    lines = b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "caf\xc3\xa9"}\n{broken\n'
+    (tmp_path / f"a.{suffix}").write_bytes(compress(compression, lines))
+    (tmp_path / f"b.{suffix}").write_bytes(compress(compression, b""))
+    (tmp_path / f"c.{suffix}").write_bytes(compress(compression, b'{"text": "last"}'))
+    corpus = Training(dataset="json", data_files=f"{tmp_path}/*.{suffix}", streaming=streaming)
+    assert read_either(corpus) == ["one", "café", None, "last"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_content_says_how_texts_are_compressed(tmp_path: Path, compression: str, streaming: bool) -> None:
+    for name, content in (("a", b""), ("b", b"\xef\xbb\xbfone\r\ntwo"), ("c", b"\xef\xbb\xbf"), ("d", b"caf\xe9")):
+        (tmp_path / f"{name}.txt").write_bytes(compress(compression, content))
+    corpus = Training(dataset="text", data_files=f"{tmp_path}/*.txt", streaming=streaming)
+    assert read_either(corpus) == [None, "one\ntwo", None, None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_archive_is_its_files_in_order(tmp_path: Path, streaming: bool) -> None:
+    names = ["b.txt", "a/z.txt", "a/b/c.txt", ".hidden", "__MACOSX/b.txt", "a.txt"]
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    corpus = Training(dataset="text", data_files=f"{tmp_path}/*", streaming=streaming)
+    assert read_either(corpus) == ["a.txt", "b.txt", "a/z.txt", "a/b/c.txt"] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "content", "reason"),
+    [
+        ("json", gzip.compress(b'{"text": "x"}\n' * 100)[:-9], "Compressed file ended"),
+        ("json", zstandard.compress(b'{"text": "x"}\n' * 100)[:-9], "Truncated compressed stream"),
+        ("json", b"7z\xbc\xaf\x27\x1cxxxx", "it is a 7z archive, which is not read: unpack it"),
+        ("text", b"PK\x03\x04 broken", "not a zip file"),
+        ("parquet", b"PAR1 broken", "Parquet magic bytes not found"),
+        ("arrow", b"ARROW1 broken", "File is too small"),
+        ("csv", b'text,b\n"a,b\n', "EOF inside string"),
+    ],
+)
+def test_a_broken_file_among_good_ones_is_named(tmp_path: Path, kind: str, content: bytes, reason: str, streaming: bool) -> None:
+    table = pa.table({"text": ["good"]})
+    for name in ("a", "c"):
+        if kind in ("parquet", "arrow"):
+            (pq.write_table if kind == "parquet" else pa_feather.write_feather)(table, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(b'{"text": "good"}\n' if kind == "json" else b"text\ngood\n")
+    (tmp_path / "b").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_either(Training(dataset=kind, data_files=f"{tmp_path}/*", streaming=streaming))
+    assert len(caught.value.lines) == 1
+    for part in (f'"{tmp_path}/b"', reason, f'training.dataset = "{kind}"'):
+        assert part in str(caught.value)
+    assert f"{tmp_path}/*" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- folders, csv, remote addresses
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet", "arrow"])
+def test_a_folder_is_its_files_of_the_kind(tmp_path: Path, kind: str, streaming: bool) -> None:
+    suffix = {"json": "jsonl", "text": "txt"}.get(kind, kind)
+    folder = tmp_path / "data"
+    for name in ("b", "a", "sub/c", ".hidden/d", "_e"):
+        path = folder / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, kind, Path(name).name)
+    (folder / "README.html").write_text("no")
+    if kind in ("json", "text", "csv"):
+        plain = (folder / f"b.{suffix}").read_bytes()
+        (folder / f"b.{suffix}").unlink()
+        (folder / f"b.{suffix}.zst").write_bytes(zstandard.compress(plain))
+    corpus = Training(dataset=kind, data_files=str(folder), streaming=streaming)
+    assert read_either(corpus) == ["_e", "a", "b", "c"]
+    (tmp_path / "none").mkdir()
+    corpus.data_files = f"{tmp_path}/none"
+    expect_one_line(corpus, f'training.data_files: "{tmp_path}/none" matches no file: of a folder, those that end with .{suffix}')
+
+
+def write_text(path: Path, kind: str, text: str) -> None:
+    """One file with one document."""
+    if kind in ("parquet", "arrow"):
+        (pq.write_table if kind == "parquet" else pa_feather.write_feather)(pa.table({"text": [text]}), path)
+    else:
+        path.write_text({"json": f'{{"text": "{text}"}}\n', "text": text, "csv": f"id,text\n1,{text}\n"}[kind])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_csv_cells_are_texts(tmp_path: Path, streaming: bool) -> None:
+    """As Python's own reader has them; numbers and words such as NA are texts too."""
+    rows = [["1", 'a, "b"\nc'], ["2", "NA"], ["x", "12"], ["3", ""], ["4", " "], ["5", "é✓"]]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["id", "text"], *rows])
+    with open(tmp_path / "b.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "extra"], ["q,r", "1"]])
+    (tmp_path / "c.csv").write_bytes(b"text\ncaf\xe9\nok\n")
+    (tmp_path / "d.csv").write_bytes(b"")
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8-sig") as file:
+        expected: list[str | None] = [row["text"] for row in csv.DictReader(file)]
+    assert expected[0] == rows[0][1]
+    expected = [text if text and text.strip() else None for text in expected]
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/*", streaming=streaming)
+    assert read_either(corpus) == [*expected, "q,r", None, "ok"]
+    expect_one_line(replace(corpus, text_column="body"), 'training.text_column = "body" is not a column of', "id (string)")
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A remote place that is in memory."""
+    file_system = fsspec.filesystem("memory")
+    yield file_system
+    file_system.rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet", "arrow"])
+def test_remote_files_are_read_as_those_here(tmp_path: Path, memory: Any, kind: str, streaming: bool) -> None:
+    suffix = {"json": "jsonl", "text": "txt"}.get(kind, kind)
+    for name in ("a", "b"):
+        write_text(tmp_path / name, kind, name)
+        memory.pipe(f"/bucket/{name}.{suffix}", (tmp_path / name).read_bytes())
+    memory.pipe("/bucket/README.html", b"no")
+    for files in ("memory://bucket", f"memory://bucket/*.{suffix}", f"memory://bucket/a.{suffix}, memory://bucket/b.{suffix}"):
+        assert read_either(Training(dataset=kind, data_files=files, streaming=streaming)) == ["a", "b"]
+    if kind != "parquet":
+        return
+    write_text(tmp_path / "a", kind, "changed")
+    memory.pipe("/bucket/a.parquet", (tmp_path / "a").read_bytes())
+    assert read_either(Training(dataset=kind, data_files="memory://bucket", streaming=streaming)) == ["changed", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "text", "csv", "parquet"])
+def test_files_of_a_web_server(tmp_path: Path, kind: str, streaming: bool) -> None:
+    """One that knows no ranges."""
+    write_text(tmp_path / "file", kind, "from afar")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, redirect_stderr(io.StringIO()):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/file"
+        assert read_either(Training(dataset=kind, data_files=address, streaming=streaming)) == ["from afar"]
+        expect_one_line(Training(dataset=kind, data_files=f"{address}x"), "cannot be listed", "filex")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        pytest.param(
+            "s3://bucket/a.jsonl",
+            ["needs a package that is not installed", "s3fs"],
+            marks=pytest.mark.skipif(find_spec("s3fs") is not None, reason="s3fs is installed"),
+        ),
+        ("memory://none/a.jsonl", ["cannot be listed"]),
+        ("memory://none/*.jsonl", ["matches no file"]),
+        ("nothing://a", ["cannot be listed", "nothing"]),
+    ],
+)
+def test_addresses_that_cannot_be_read(address: str, parts: list[str]) -> None:
+    expect_one_line(Training(dataset="json", data_files=address), f'training.data_files: "{address}"', *parts)

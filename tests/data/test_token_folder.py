@@ -24,7 +24,7 @@ OPTION = 'training.dataset = "tokens" (training.data_files = x)'
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-def write_folder(folder: Path, documents: list[list[int]], dtype: str = "uint16") -> Manifest:
+def write_folder(folder: Path, documents: list[list[int]], dtype: str = "uint16", vocabulary_size: int = 258) -> Manifest:
     """The format, written anew from its description."""
     offsets = [0]
     for ids in documents:
@@ -41,7 +41,7 @@ def write_folder(folder: Path, documents: list[list[int]], dtype: str = "uint16"
         tokenizer="bytes",
         tokenizer_fingerprint=fingerprint_tokenizer(BYTES),
         eos_id=256,
-        vocabulary_size=258,
+        vocabulary_size=vocabulary_size,
         dataset="stdlib",
         dataset_name="",
         dataset_split="train",
@@ -68,9 +68,9 @@ def expect_one_line(folder: Path, *parts: str, tokenizer: PreTrainedTokenizerFas
 @given(st.data(), st.sampled_from(["uint16", "uint32"]))
 def test_documents_are_the_plain_slices(data: st.DataObject, dtype: str) -> None:
     ids = st.integers(0, 2**16 - 1 if dtype == "uint16" else 2**32 - 1)
-    documents = data.draw(st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=8))
+    documents = [[*each, 256] for each in data.draw(st.lists(st.lists(ids, max_size=6), min_size=1, max_size=8))]
     with tempfile.TemporaryDirectory() as name:
-        write_folder(Path(name), documents, dtype)
+        write_folder(Path(name), documents, dtype, vocabulary_size=2**32)
         folder = open_folder(Path(name))
         assert len(folder) == len(documents)
         order = data.draw(st.permutations(range(len(documents))))
@@ -192,3 +192,44 @@ def test_many_documents_have_the_ids_of_the_tokenizers_own_call(documents: list[
             if not expected or expected[-1] != tokenizer.eos_token_id:
                 expected.append(tokenizer.eos_token_id)
             assert ids.tolist() == expected
+
+
+# ---------------------------------------------------------------- damage in the middle
+
+
+DAMAGE = {
+    "an id outside the vocabulary": ("tokens.bin", 1, 300, ["tokens.bin", "is damaged", "the id 300, and the tokenizer has 258"]),
+    "a document without its end": ("tokens.bin", 4, 7, ["document 1 does not end with the end-of-text id"]),
+    "an offset that leaps": ("offsets.bin", 1, 10**15, ["offsets.bin", f"offset 2 is 5 after {10**15}"]),
+    "an offset that falls": ("offsets.bin", 2, 1, ["offsets.bin", "offset 2 is 1 after 3"]),
+    "an offset that stays": ("offsets.bin", 2, 3, ["offsets.bin", "offset 2 is 3 after 3"]),
+    "an offset below 0": ("offsets.bin", 1, -3, ["offsets.bin", "offset 1 is -3 after 0"]),
+    "an offset that is a little wrong": ("offsets.bin", 1, 2, ["document 0 does not end with the end-of-text id"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_in_the_middle_is_one_line(tmp_path: Path, case: str) -> None:
+    file, at, value, parts = DAMAGE[case]
+    write_folder(tmp_path, [[1, 2, 256], [3, 256], [4, 5, 6, 256]])
+    open_folder(tmp_path)
+    dtype = "<u2" if file == "tokens.bin" else "<i8"
+    content = np.fromfile(tmp_path / file, dtype)
+    content[at] = value
+    content.tofile(tmp_path / file)
+    expect_one_line(tmp_path, *parts, "copy it again")
+
+
+def test_ids_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, [[1, 256], [2, 256]])
+    open_folder(tmp_path)
+    monkeypatch.setattr("flame.data.sources.tokens.scan_tokens", None)
+    assert open_folder(tmp_path).read(1).tolist() == [2, 256]
+
+
+def test_without_a_cache_ids_are_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file" / "inside"))
+    (tmp_path / "data").mkdir()
+    write_folder(tmp_path / "data", [[1, 256], [2, 256]])
+    assert pickle.loads(pickle.dumps(open_folder(tmp_path / "data"))).read(1).tolist() == [2, 256]

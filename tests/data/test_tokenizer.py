@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from flame.config.locations import find_model_conflicts, find_start
 from flame.data.encoding import encode_document
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
+from tests.support.refusals import expect_one_line
+from tests.support.tokenizers import make_bpe
 
 BYTES = load_tokenizer("bytes")
 EOS = 256
@@ -95,3 +100,60 @@ def test_folders_without_a_tokenizer_are_refused_in_one_line(tmp_path: Path, con
     with pytest.raises(UserError, match=r"model\.tokenizer_path = .* cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- files, and folders that lack something
+
+
+def refuse(path: Path, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(path))
+    expect_one_line(caught.value, f'model.tokenizer_path = "{path}"', *parts)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tok.json"])
+@pytest.mark.parametrize("eos", ["</s>", "<|endoftext|>", "<eos>"])
+def test_a_bare_tokenizer_file_is_enough(tmp_path: Path, name: str, eos: str) -> None:
+    backend = Tokenizer.from_str(make_bpe().backend_tokenizer.to_str().replace('"</s>"', json.dumps(eos)))
+    backend.save(str(tmp_path / name))
+    loaded = load_tokenizer(str(tmp_path / name))
+    assert (loaded.eos_token, loaded.eos_token_id) == (eos, 0)
+    assert encode_document(loaded, "ab A é").tolist()[:-1] == backend.encode("ab A é").ids
+    start = find_start("", "", tmp_path)
+    assert list(find_model_conflicts("", str(tmp_path / name), start)) == list(find_model_conflicts("", "bytes", start))
+    loaded.save_pretrained(tmp_path / "exported")
+    assert load_tokenizer(str(tmp_path / "exported")).eos_token == eos
+
+
+def test_the_settings_beside_a_tokenizer_file_are_read(tmp_path: Path) -> None:
+    make_bpe(eos="ab").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).eos_token == "ab"
+
+
+def test_a_tokenizer_file_that_does_not_say_what_ends_a_text(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "tok.json"))
+    refuse(tmp_path / "tok.json", "no end-of-text token of a known name", "tokenizer_config.json")
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "<eos>": 1}, unk_token="</s>"))
+    backend.save(str(tmp_path / "tok.json"))
+    refuse(tmp_path / "tok.json", "several tokens that may end a text (</s>, <eos>)")
+    (tmp_path / "tok.json").write_text("{broken")
+    refuse(tmp_path / "tok.json", "cannot be loaded as a tokenizer")
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece reads it")
+def test_a_folder_with_a_sentencepiece_model_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    refuse(tmp_path, "SentencePiece model (tokenizer.model)", "pip install sentencepiece protobuf", "tokenizer.json")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_without_a_token_for_unknown_text(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tok.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tok.json"))
+    assert encode_document(tokenizer, "a a").tolist() == [0, 0, 1]
+    with pytest.raises(UserError) as caught:
+        encode_document(tokenizer, "a b")
+    expect_one_line(caught.value, f'model.tokenizer_path = "{tmp_path}/tok.json" cannot encode a text', "unk_token")

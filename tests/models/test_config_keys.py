@@ -239,10 +239,10 @@ def test_all_that_a_family_writes_it_knows(tmp_path, family):
 def test_a_misspelt_key_is_refused(tmp_path, settings, misspelt, meant):
     others = {key: value for key, value in settings.items() if key != meant}
     with pytest.raises(UserError) as refusal:
-        load_model_config(write(tmp_path, others | {misspelt: 7}))
+        load_model_config(write(tmp_path, others | {misspelt: 1}))
     (line,) = refusal.value.lines
     family = settings["model_type"]
-    assert line.startswith(f'model.config = "{tmp_path}": {misspelt} = 7: model_type "{family}" ')
+    assert line.startswith(f'model.config = "{tmp_path}": {misspelt} = 1: model_type "{family}" ')
     assert line.endswith(f" has no such key, did you mean {meant}? Put it right, or leave it out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame.attention.masks import count_anchors, draw_anchors, find_anchors, find_neighbors
+from flame.attention.masks import draw_anchors, find_anchors, find_neighbors
+from flame.data.batch import PackedBatch
 from flame.errors import UserError
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.wrapper import TrainingModel
+from flame.objectives.future.anchors import choose_shift, count_anchors
+from flame.objectives.future.options import FutureOptions
 from flame.objectives.step import Requested, compute_losses
 from flame.runtime.seeds import derive_seed
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
-from tests.support.models import build_unsharded, future_config, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.refusals import expect_one_line
 
 TOTAL = 40
@@ -31,7 +35,8 @@ def test_drawn_anchors(seed, at_most, chunks):
     positions, valid = draw_anchors(anchors, at_most, seed)
     assert positions.tolist() == sorted(set(positions.tolist())) and len(positions) == at_most
     assert torch.equal(valid, anchors[positions])
-    assert valid.sum() == count_anchors(cu, 1, at_most) == min(at_most, int(anchors.sum()))
+    counted = count_anchors(random_batch(cu), 1, at_most)
+    assert valid.sum() == counted == min(at_most, int(anchors.sum()))
     again, _ = draw_anchors(anchors, at_most, seed)
     assert torch.equal(again, positions)
 
@@ -114,7 +119,46 @@ def test_a_projected_run_trains_and_its_projection_is_saved():
 def test_more_anchors_than_tokens_are_all_of_them():
     batch = random_batch(random_cu_seqlens(TOTAL, 4, seed=0))
     every, many = (model(compute_losses, batch, Requested(aux=True)).aux for model in (build_once(0, 0), build_once(0, TOTAL)))
-    assert every.loss_sum == many.loss_sum and every.num_items == many.num_items == count_anchors(batch.cu_seqlens, 1)
+    assert every.loss_sum == many.loss_sum and every.num_items == many.num_items
+    assert many.num_items == count_anchors(batch, 1, 0)
+
+
+def make_batch(index: int) -> PackedBatch:
+    batch = random_batch(random_cu_seqlens(TOTAL, 4, seed=index), seed=index)
+    return replace(batch, sequence_index=index)
+
+
+def test_shifts_are_drawn_evenly_by_run_and_sequence():
+    batches = [make_batch(index) for index in range(300)]
+    options = FutureOptions(target_shift=0, target_shift_max=3)
+    shifts = [choose_shift(batch, options, 7) for batch in batches]
+    assert all(80 < shifts.count(each) < 120 for each in (1, 2, 3)) and set(shifts) == {1, 2, 3}
+    assert (
+        shifts == [choose_shift(batch, options, 7) for batch in batches] != [choose_shift(batch, options, 8) for batch in batches]
+    )
+
+
+@pytest.mark.parametrize("negatives", ["local", "global"])
+def test_a_drawn_shift_is_the_same_as_a_given_one(one_process, negatives):
+    """For the loss, its gradient and its count; each sequence of a step with its own."""
+    model = build_unsharded(future_config(target_shift_max=3, negatives=negatives, max_anchors=16))
+    drawn, found = get_own(model), []
+    batches = [make_batch(index) for index in range(6)]
+    assert {choose_shift(batch, drawn.options, drawn.setup.seed) for batch in batches} == {1, 2, 3}
+    for batch in batches:
+        shift = choose_shift(batch, drawn.options, drawn.setup.seed)
+        given = build_unsharded(future_config(target_shift=shift, negatives=negatives, max_anchors=16))
+        results = []
+        for each in (model, given):
+            (prepared,) = get_own(each).prepare_step(each, [batch])
+            aux = each(compute_losses, batch, Requested(aux=True), prepared).aux
+            aux.loss_sum.backward()
+            results.append((aux.loss_sum.detach(), each.lm.get_input_embeddings().weight.grad.clone()))
+            each.zero_grad()
+            assert get_own(each).count(batch) == aux.num_items
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        found.append(results[0][0])
+    assert len(set(found)) == len(found)
 
 
 def test_options_that_cannot_be(tmp_path):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.attention.masks import count_anchors, find_anchors, round_up_to_bucket
+from flame.attention.masks import find_anchors, round_up_to_bucket
 from flame.config.schema import Corpus, Training
 from flame.data.batch import NO_LABEL, PackedBatch, build_batch
 from flame.data.document_streams import Cursor
@@ -24,6 +24,7 @@ from flame.data.packing import Chunk, PackedSequence
 from flame.data.state import DataState
 from flame.errors import UserError
 from flame.models.flops import ModelFlops, count_matrix_weights
+from flame.objectives.future.anchors import count_anchors
 from flame.objectives.step import Losses, Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults, start_processes
 from flame.train import Trainer
@@ -57,7 +58,7 @@ def test_labels_and_anchors_are_those_behind_the_first_separator(documents, shif
         assert batch.num_labels == batch.chunk_labels.sum() == sum(label != NO_LABEL for label in expected)
         found = find_anchors(batch.segment_ids[0], shift) & (batch.labels[0] != NO_LABEL)
         assert found.tolist() == anchors
-        counted = count_anchors(batch.cu_seqlens, shift, at_most, batch.chunk_labels)
+        counted = count_anchors(batch, shift, at_most)
         assert counted == min(sum(anchors), at_most or len(anchors))
 
 
@@ -192,7 +193,7 @@ def test_an_exact_match_is_what_greedy_decoding_gives(model):
             ids += document
             cuts.append(len(ids))
     chunks = [Chunk(number, 0, 8, 0, True) for number in range(12)]
-    counts = np.full(12, 4, dtype=np.int64)
+    counts = np.asarray([[end - 4, end] for end in cuts[1:]])
     cu_seqlens = np.asarray(cuts, dtype=np.int32)
     batch = build_batch(PackedSequence(np.asarray(ids), cu_seqlens, "a", 0, Cursor(0, 0, 0, 0), chunks, 0, counts), 0)
     with torch.no_grad():

@@ -205,10 +205,9 @@ ANSWER_LENS = (1, 8)  # in each of two packs: 64 places for anchors would do for
 
 
 def pack_answers(answer_len: int) -> PackedBatch:
-    documents = PACK_LEN // DOCUMENT_LEN
     ids = np.random.default_rng(answer_len).integers(0, 61, PACK_LEN)
     cu_seqlens = np.arange(0, PACK_LEN + 1, DOCUMENT_LEN, dtype=np.int32)
-    counts = np.full(documents, answer_len, dtype=np.int64)
+    counts = np.asarray([[end - answer_len, end] for end in cu_seqlens[1:].tolist()])
     return build_batch(PackedSequence(ids, cu_seqlens, "a", 0, Cursor(0, 0, 0, 0), [], 0, counts), answer_len)
 
 

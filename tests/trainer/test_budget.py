@@ -74,10 +74,6 @@ def test_one_budget_is_given(workspace, tmp_path, changes, expected):
     ("changes", "expected"),
     [
         ({"training__epochs": 2.0}, "training.epochs = 2 needs one source of counted tokens, and the run has training.dataset"),
-        (
-            {"training__tokens": 512, "objective__start_step": 3},
-            "objective.start_step = 3 is after the last step, ",
-        ),
     ],
 )
 def test_what_a_budget_comes_to_is_checked(workspace, tmp_path, capsys, changes, expected):

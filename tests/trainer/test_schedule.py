@@ -44,10 +44,6 @@ def test_a_jump_is_said_with_both_values(workspace, tmp_path, caplog):
     [
         ({"lr_scheduler__total_steps": 5}, ["lr_scheduler.total_steps = 5 is less than training.steps = 6: "]),
         ({"lr_scheduler__total_steps": 9, "objective__start_step": 8}, []),
-        (
-            {"lr_scheduler__total_steps": 9, "objective__start_step": 10},
-            ["after the last step, lr_scheduler.total_steps = 9"],
-        ),
     ],
 )
 def test_the_horizon_is_not_before_the_end(workspace, tmp_path, changes, expected):

@@ -387,6 +387,30 @@ def test_folders_that_do_not_hold_the_weights(copied, tmp_path):
     refuse(lambda: find_weights("x" * 5000), "no such folder")
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors"])
+def test_an_index_cannot_name_files_elsewhere(copied, name):
+    (copied / INDEX_FILE).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    refuse(lambda: find_weights(str(copied)), f'{INDEX_FILE} names "{name}"', "not in this folder")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    tensors = save_reference(tmp_path, "llama-tied").state_dict()
+    stored = {name: tensor.double() for name, tensor in tensors.items() if name != "lm_head.weight"}
+    stored["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(stored, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    model = build(CONFIGS["llama-tied"]())
+    refuse(lambda: load_hf_weights(model, find_weights(str(tmp_path))), "model.layers.1.mlp.up_proj.weight holds 1 values", "NaN")
+
+
+@pytest.mark.parametrize(("prefix", "wrapper"), [("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")])
+def test_a_wrapper_in_the_names_is_named(tmp_path, prefix, wrapper):
+    tensors = save_reference(tmp_path, "llama-tied").state_dict()
+    save_file({prefix + name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    model = build(CONFIGS["llama-tied"]())
+    refuse(lambda: load_hf_weights(model, find_weights(str(tmp_path))), f'all names begin with "{prefix}"', wrapper)
+
+
 def test_what_must_come_with_the_weights(tmp_path):
     save_reference(tmp_path / "hf", "llama-tied")
     (tmp_path / "step-4").mkdir()

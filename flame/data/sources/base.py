@@ -13,10 +13,10 @@ import os
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from flame.config.types import Section
+from flame.data.sources.contents import Document, is_encodable, keep_text
 from flame.errors import UserError
 from flame.runtime.user_code import import_user_code
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 
     from flame.config.data import Corpus
     from flame.config.schema import JobConfig
+    from flame.data.encoding import Labelled
 
 USER_SUFFIX = ".py"
 
 
 class TextRows(Protocol):
-    """Random access to texts. Instances are pickled into the loader's worker processes."""
+    """Random access to texts, or to ids or chats in their place. Instances are pickled into the loader's worker processes."""
 
     def __len__(self) -> int:
         """Number of rows, including bad rows."""
         ...
 
-    def read(self, index: int) -> str | None:
+    def read(self, index: int) -> Document | None:
         """Return the text of a row. Return None for a bad row: empty, only white space, not text, or not UTF-8. Never raises."""
         ...
 
@@ -47,7 +48,7 @@ class TextShards(Protocol):
 
     num_shards: int
 
-    def read_shard(self, shard: int, row: int) -> Iterator[str | None]:
+    def read_shard(self, shard: int, row: int) -> Iterator[Document | None]:
         """Yield the rows of a shard, starting at `row`, as `TextRows.read` returns them.
 
         Raises:
@@ -68,8 +69,8 @@ class Documents(Protocol):
         """Number of documents, including bad rows."""
         ...
 
-    def read(self, index: int) -> np.ndarray | None:
-        """Return the ids of a document, integer [n] with n >= 1, or None for a bad row."""
+    def read(self, index: int) -> np.ndarray | Labelled | None:
+        """Return the ids of a document, integer [n] with n >= 1, with those that count if that is asked; None for a bad row."""
         ...
 
 
@@ -129,8 +130,8 @@ class SourceKind(ABC):
         read = [getattr(self.corpus, each) for each in options if each in self.uses]
         return " ".join(filter(None, [self.name if self.user_file else self.corpus.dataset, *read]))
 
-    def list_content_files(self) -> list[Path]:
-        """Its local files, in the order of the documents; empty if it has none."""
+    def list_content_files(self) -> list[str]:
+        """Its files, in the order of the documents; empty if it has none."""
         return []
 
     def find_conflicts(self, job: JobConfig) -> Iterator[str]:
@@ -240,17 +241,3 @@ def explain_no_text(kind: SourceKind, rows: TextRows | TextShards, read: str) ->
         read: how much was read, such as "3 rows".
     """
     return f"{kind.option} yields no usable text: {read} read, all empty, not text or undecodable: {kind.advise(rows)}"
-
-
-def keep_text(value: object) -> str | None:
-    """Return the value if it is a usable text, else None."""
-    return value if isinstance(value, str) and not value.isspace() and value else None
-
-
-def is_encodable(text: str) -> bool:
-    """Whether the text can be encoded as UTF-8. "\\ud800" is a JSON string but half a character, which no tokenizer accepts."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,4 +1,5 @@
-"""`dataset` is a name on the Hugging Face Hub, such as "owner/name", or a folder of data files in the Hub's layout."""
+"""`dataset` is a name on the Hugging Face Hub, such as "owner/name", or a folder: of data files in the Hub's layout, or of
+`save_to_disk`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ import os
 import re
 from typing import Any
 
+from flame.data.sources.cells import datasets_silenced
+from flame.data.sources.files import has_suffix
+from flame.data.sources.saved import is_saved, open_saved
 from flame.data.sources.tables import FILE_KINDS, ColumnKind, load_table
+from flame.data.sources.token_files import SUFFIXES
+from flame.data.sources.tokens import OWN_FILES as TOKEN_FILES
 from flame.errors import UserError
 
 LONGEST_NAME = 96
@@ -17,8 +23,18 @@ class HubDataset(ColumnKind):
 
     uses = frozenset({"dataset_name", "dataset_split", "text_column", "streaming"})
 
+    def open(self) -> Any:
+        folder = os.path.expanduser(self.corpus.dataset)
+        if is_saved(folder):
+            return open_saved(self)
+        if os.path.isdir(folder) and any(name in TOKEN_FILES or has_suffix(name, SUFFIXES) for name in os.listdir(folder)):
+            raise UserError(
+                f'{self.option} is a folder of token ids: write {self.section}.dataset = "tokens" with {self.section}.data_files '
+                f'= "{self.corpus.dataset}"'
+            )
+        return super().open()
+
     def load(self) -> Any:
-        import datasets
         from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
         corpus = self.corpus
@@ -27,16 +43,27 @@ class HubDataset(ColumnKind):
                 f"{self.option} is a reader of the datasets library, not a dataset: give the name of a dataset, such as "
                 f'"owner/name", or read local files as {FILE_KINDS}'
             )
-        marks = datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME
-        is_one, is_several = (os.path.isfile(os.path.join(corpus.dataset, mark)) for mark in marks)
-        if is_one or is_several:
-            split = f'["{corpus.dataset_split}"]' if is_several else ""
-            raise UserError(
-                f"{self.option} is a folder of save_to_disk, which is not read: write it with "
-                f'datasets.load_from_disk("{corpus.dataset}"){split}.to_parquet("NEW.parquet"), and give '
-                f'{self.section}.dataset = "parquet" with {self.section}.data_files'
-            )
-        return load_table(self, corpus.dataset, name=corpus.dataset_name or None, split=corpus.dataset_split)
+        options: dict[str, Any] = {"name": corpus.dataset_name or None, "split": corpus.dataset_split}
+        if self._is_parquet():
+            try:
+                # Others may differ from file to file.
+                table = load_table(self, corpus.dataset, **options, columns=[corpus.text_column])
+                if corpus.text_column in (table.features or ()):
+                    return table
+            except UserError:  # loading all columns says what is wrong
+                pass
+        return load_table(self, corpus.dataset, **options)
+
+    def _is_parquet(self) -> bool:
+        import datasets
+        from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+        try:
+            with datasets_silenced():
+                builder = datasets.load_dataset_builder(self.corpus.dataset, name=self.corpus.dataset_name or None)
+        except Exception:  # loading reports it
+            return False
+        return isinstance(builder.config, ParquetConfig)
 
 
 def is_possible_name(name: str) -> bool:

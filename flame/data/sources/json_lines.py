@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from flame.data.sources.base import TextRows, TextShards, is_encodable, keep_text
-from flame.data.sources.tables import FileKind, TableRows, TableShards
+from flame.data.sources.base import TextRows, TextShards, explain_emptiness
+from flame.data.sources.cells import FileShards, TableRows
+from flame.data.sources.containers import is_remote
+from flame.data.sources.contents import DECODERS, Content, Document, classify_values, decode_text_cell
+from flame.data.sources.tables import FileKind
+from flame.data.sources.text import Lines
+from flame.errors import UserError
 
 LONGEST_SHOWN_KEYS = 300
 
@@ -21,14 +26,23 @@ class JsonLines(FileKind):
     uses = frozenset({"data_files", "text_column", "streaming"})
     suffixes = (".jsonl", ".json", ".ndjson")
 
-    def open(self) -> TableRows | TableShards:
-        files = self.list_filled_files(_count_bytes)
-        return self.load_rows(files, "line", partial(decode_json_line, key=self.corpus.text_column))
+    def open(self) -> TableRows | FileShards:
+        import pyarrow as pa
+
+        files = [path for path in self.list_files() if is_remote(path) or os.path.getsize(path)]
+        if not files:
+            raise UserError(explain_emptiness(self))
+        lines, key = Lines(pa.string()), self.corpus.text_column
+        rows = self.open_cells(files, lines, partial(decode_json_line, key=key), "text")
+        content = _find_content(rows, key)
+        if content != "text":
+            rows.decode_as(content, partial(decode_json_line, key=key, content=content))
+        return rows
 
     def advise(self, rows: TextRows | TextShards) -> str:
-        assert isinstance(rows, TableRows | TableShards)
+        assert isinstance(rows, TableRows | FileShards)
         column = f'{self.section}.text_column = "{self.corpus.text_column}"'
-        objects = [content for content in map(_parse_json_line, rows.read_first_cells()) if isinstance(content, dict)]
+        objects = [content for content in map(_parse_json_line, rows.list_first_cells()) if isinstance(content, dict)]
         keys = list(dict.fromkeys(key for content in objects for key in content))
         if not keys:
             return f"the first rows are no JSON objects: check {self.files_option}"
@@ -38,11 +52,20 @@ class JsonLines(FileKind):
         return f"{column} is no key of the first rows, which have: {shown}; give the one that holds the text"
 
 
-def decode_json_line(row: str, key: str) -> str | None:
-    """Return the text under `key` of a JSON line whose bytes were read as latin-1."""
-    content = _parse_json_line(row)
-    text = keep_text(content.get(key)) if isinstance(content, dict) else None
-    return text if text is None or is_encodable(text) else None
+def decode_json_line(row: str, key: str, content: Content = "text") -> Document | None:
+    """Return what is under `key` of a JSON line whose bytes were read as latin-1."""
+    parsed = _parse_json_line(row)
+    if not isinstance(parsed, dict):
+        return None
+    return decode_text_cell(parsed.get(key)) if content == "text" else DECODERS[content](parsed.get(key))
+
+
+def _find_content(rows: TableRows | FileShards, key: str) -> Content:
+    objects = filter(lambda parsed: isinstance(parsed, dict), map(_parse_json_line, rows.list_first_cells()))
+    try:
+        return classify_values(parsed.get(key) for parsed in objects)
+    except Exception:  # reading the rows reports it
+        return "text"
 
 
 def _parse_json_line(row: str) -> Any:
@@ -51,7 +74,3 @@ def _parse_json_line(row: str) -> Any:
         return json.loads(row.encode("latin-1").decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-
-
-def _count_bytes(path: Path) -> int:
-    return path.stat().st_size

@@ -14,9 +14,10 @@ from flame.config.schema import Corpus, JobConfig, list_core_sections
 from flame.config.table import find_section_fault
 from flame.config.types import Section
 from flame.data.sources.base import USER_SUFFIX, SourceKind
+from flame.data.sources.csv import Csv
 from flame.data.sources.hub import HubDataset, is_possible_name
 from flame.data.sources.json_lines import JsonLines
-from flame.data.sources.parquet import Parquet
+from flame.data.sources.parquet import Arrow, Parquet
 from flame.data.sources.standard_library import StandardLibrary
 from flame.data.sources.text import TextFiles
 from flame.data.sources.tokens import Tokens
@@ -26,7 +27,7 @@ from flame.errors import UserError
 from flame.runtime.user_code import find_user_class
 
 BUILT_IN: dict[str, type[SourceKind]] = {
-    kind.name: kind for kind in (StandardLibrary, TextFiles, JsonLines, Parquet, Tokens, Pathstar, Siblings)
+    kind.name: kind for kind in (StandardLibrary, TextFiles, JsonLines, Csv, Parquet, Arrow, Tokens, Pathstar, Siblings)
 }
 LIKENESS = 0.8
 """Similarity from which an unknown name counts as a misspelt built-in one."""

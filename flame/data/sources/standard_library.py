@@ -5,7 +5,8 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from flame.data.sources.base import SourceKind, keep_text
+from flame.data.sources.base import SourceKind
+from flame.data.sources.contents import keep_text
 
 
 class StandardLibrary(SourceKind):

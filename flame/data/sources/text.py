@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 from flame.config.schema import JobConfig
-from flame.data.sources.base import TextRows, TextShards, keep_text
-from flame.data.sources.tables import FileKind, TableRows, TableShards
+from flame.data.sources.base import TextRows, TextShards
+from flame.data.sources.cells import CellReader, FileShards, TableRows
+from flame.data.sources.containers import open_contents
+from flame.data.sources.contents import keep_text
+from flame.data.sources.tables import FileKind
+
+CHARACTERS_AT_ONCE = 10 << 20
 
 
 class TextFiles(FileKind):
@@ -25,13 +31,40 @@ class TextFiles(FileKind):
                 "hold out some: set streaming = false, or give validation.dataset"
             )
 
-    def open(self) -> TableRows | TableShards:
-        return self.load_rows(self.list_files(), "document", decode_text)
+    def open(self) -> TableRows | FileShards:
+        import pyarrow as pa
+
+        return self.open_cells(self.list_files(), WholeFiles(pa.string()), decode_text, "text")
 
     def advise(self, rows: TextRows | TextShards) -> str:
         return f"check {self.files_option}"
 
 
+class WholeFiles(CellReader):
+    """Each file is a cell. Its bytes are read as latin-1, one character each, so that one that is not UTF-8 affects no other.
+
+    Line ends are not kept: reading in text mode turns CRLF and CR into LF.
+    """
+
+    def read(self, path: str) -> Iterator:
+        import pyarrow as pa
+
+        for content in open_contents(path):
+            yield pa.array([io.TextIOWrapper(content, encoding="latin-1").read()], self.cell_type)
+
+
+class Lines(CellReader):
+    """Each line is a cell, otherwise as `WholeFiles`."""
+
+    def read(self, path: str) -> Iterator:
+        import pyarrow as pa
+
+        for content in open_contents(path):
+            text = io.TextIOWrapper(content, encoding="latin-1")
+            while lines := text.readlines(CHARACTERS_AT_ONCE):
+                yield pa.array([line.removesuffix("\n") for line in lines], self.cell_type)
+
+
 def decode_text(row: str) -> str | None:
-    """Return the text of a row whose bytes were read as latin-1."""
-    return keep_text(row.encode("latin-1").decode("utf-8"))
+    """Return the text of a row whose bytes were read as latin-1. A byte order mark is no text."""
+    return keep_text(row.encode("latin-1").decode("utf-8-sig"))

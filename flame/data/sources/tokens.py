@@ -1,4 +1,6 @@
-"""`dataset = "tokens"`: documents as token ids, in a folder that flame-preprocess wrote. The run itself tokenizes nothing.
+"""`dataset = "tokens"`: documents as token ids. The run itself tokenizes nothing.
+
+They are in a folder that flame-preprocess wrote, below, or in files of other programs (`flame.data.sources.token_files`).
 
 - `tokens.bin`: ids, little-endian uint16, or uint32 for a large vocabulary. Documents end to end, each ending with eos.
 - `offsets.bin`: little-endian int64 [documents+1], boundaries of the documents in tokens, from 0 to the number of tokens.
@@ -7,8 +9,8 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ from flame.config.schema import JobConfig
 from flame.config.types import STRICT
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
+from flame.data.sources.containers import is_remote
+from flame.data.sources.files import describe_version, find_missing, has_suffix, list_data_files, walk
+from flame.data.sources.token_files import INDEX_SUFFIX, SUFFIXES, TokenFiles, open_token_files
+from flame.data.sources.token_index import OFFSET_DTYPE, Scan, map_file, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,34 +38,63 @@ TOKENS_FILE = "tokens.bin"
 OFFSETS_FILE = "offsets.bin"
 MANIFEST_FILE = "manifest.json"
 
-OFFSET_DTYPE = np.dtype("<i8")
 TokenDtype = Literal["uint16", "uint32"]
 TOKEN_DTYPES: dict[TokenDtype, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
+OWN_FILES = (MANIFEST_FILE, "progress.json", OFFSETS_FILE)
+"""Any of them makes a folder one of ours, complete or not."""
+SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "dev", "eval"})
 SAME_COMMAND = "run the same flame-preprocess again"
 NEW_FOLDER = "delete the folder and run flame-preprocess again"
 
 
 class Tokens(SourceKind):
-    """A folder that flame-preprocess wrote. `data_files` is its path."""
+    """A folder that flame-preprocess wrote, or token files of other programs. `data_files` names either."""
 
     name = "tokens"
-    uses = frozenset({"data_files"})
+    uses = frozenset({"data_files", "token_dtype", "end_of_text_id"})
+    suffixes = SUFFIXES
 
     def find_conflicts(self, job: JobConfig) -> Iterator[str]:
         if not self.corpus.data_files:
-            yield f"{self.option} needs {self.section}.data_files (a folder)"
+            yield f"{self.option} needs {self.section}.data_files (a folder of flame-preprocess, or token files)"
 
     def open(self) -> NoReturn:
         raise AssertionError("a folder of tokens holds no text")
 
-    def list_content_files(self) -> list[Path]:
-        folder = Path(os.path.expanduser(self.corpus.data_files))
-        return [folder / TOKENS_FILE, folder / OFFSETS_FILE]
+    def list_content_files(self) -> list[str]:
+        folder = os.path.expanduser(self.corpus.data_files)
+        return self._find_files(self.option) or [os.path.join(folder, name) for name in (TOKENS_FILE, OFFSETS_FILE)]
 
-    def open_tokens(self, tokenizer: PreTrainedTokenizerFast) -> TokenFolder:
-        option = f"{self.option} ({self.files_option})"
-        return open_token_folder(self.corpus.data_files, option, self.short_name, tokenizer)
+    def open_tokens(self, tokenizer: PreTrainedTokenizerFast) -> TokenFolder | TokenFiles:
+        option, corpus = f"{self.option} ({self.files_option})", self.corpus
+        paths = self._find_files(option)
+        if paths is None:
+            return open_token_folder(corpus.data_files, option, self.short_name, tokenizer)
+        end_of_text = tokenizer.eos_token_id if corpus.end_of_text_id < 0 else corpus.end_of_text_id
+        vocabulary_size = max(tokenizer.get_vocab().values()) + 1
+        return open_token_files(paths, option, self.short_name, corpus.token_dtype, end_of_text, vocabulary_size)
+
+    def _find_files(self, option: str) -> list[str] | None:
+        """The token files of other programs; None if `data_files` is a folder of ours, or nothing."""
+        path = os.path.expanduser(self.corpus.data_files)
+        if os.path.isdir(path):
+            if any(os.path.exists(os.path.join(path, name)) for name in OWN_FILES):
+                return None
+            if what := name_folder(path):
+                raise UserError(f"{option}: folder {what}")
+        elif not glob.has_magic(path) and "," not in path and not os.path.exists(path):
+            return None
+        key = f"{self.section}.data_files"
+        if missing := list(find_missing(self.corpus.data_files, key)):
+            raise UserError(*missing)
+        found = list_data_files(self.corpus.data_files, key, SUFFIXES)
+        names = [os.path.basename(each) for each in found]
+        if os.path.isdir(path) and len({name.split("_")[0].split(".")[0] for name in names} & SPLIT_NAMES) > 1:
+            raise UserError(f"{option}: the folder holds several splits ({', '.join(sorted(names)[:5])}): name the files of one")
+        if remote := next((each for each in found if is_remote(each)), None):
+            raise UserError(f'{option}: "{remote}": token files are mapped into memory, so they must be here: copy it')
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +119,23 @@ class Manifest:
     dataset_split: str
     data_files: str
     text_column: str
+    chat_template: str = ""
+    """SHA-256 of what rendered chats; empty for other documents."""
+
+
+def name_folder(folder: str) -> str:
+    """What a folder is that holds no token files; empty if it may hold some."""
+    names = sorted(os.listdir(folder))
+    if {"dataset_info.json", "state.json"} <= {*names} or "dataset_dict.json" in names:
+        return f'of save_to_disk: write dataset = "{folder}" without data_files'
+    if any(name.endswith((".mds", ".mds.zstd")) for name in names):
+        return "of MosaicML's StreamingDataset, which is not read: write its ids with numpy.ndarray.tofile"
+    if "index.json" in names and any(name.startswith("chunk-") for name in names):
+        return "of LitData, which is not read: write its ids with numpy.ndarray.tofile"
+    if any(has_suffix(name, (*SUFFIXES, INDEX_SUFFIX)) for name in walk(folder)):
+        return ""
+    shown = f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "nothing"
+    return f'"{folder}" has no token files ({" or ".join(SUFFIXES)}) and no {MANIFEST_FILE} of flame-preprocess; it holds {shown}'
 
 
 class TokenFolder:
@@ -103,9 +155,7 @@ class TokenFolder:
 
     def count_tokens(self, holdout_every: int) -> int:
         """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
-        lengths = np.diff(_map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE))
-        held_out = lengths[::holdout_every] if holdout_every else lengths[:0]
-        return int(lengths.sum() - held_out.sum())
+        return sum_lengths(np.diff(map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE)), holdout_every)
 
     def read(self, index: int) -> np.ndarray:
         """Return a document's token ids, uint16 or uint32 [n], n >= 1: a read-only view of the mapped file."""
@@ -120,8 +170,8 @@ class TokenFolder:
 
     def _map_files(self) -> None:
         # Slicing np.memmap is ten times slower, and reading integers from a numpy array several times slower than a memoryview.
-        self._offsets = _map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE).data
-        self._tokens = _map_file(self._folder / TOKENS_FILE, self._token_dtype)
+        self._offsets = map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE).data
+        self._tokens = map_file(self._folder / TOKENS_FILE, self._token_dtype)
 
 
 def open_token_folder(path: str, option: str, name: str, tokenizer: PreTrainedTokenizerFast) -> TokenFolder:
@@ -174,7 +224,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _find_fault(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Why a run with this tokenizer cannot read the folder; None if it can. Reads only the first and last offset."""
+    """Why a run with this tokenizer cannot read the folder; None if it can.
+
+    Reads all offsets, and once for each state of the files all ids.
+    """
     sizes = {
         TOKENS_FILE: manifest.tokens * TOKEN_DTYPES[manifest.dtype].itemsize,
         OFFSETS_FILE: (manifest.documents + 1) * OFFSET_DTYPE.itemsize,
@@ -185,7 +238,7 @@ def _find_fault(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizer
             return f'"{folder / file}" has {found} bytes, but {MANIFEST_FILE} says {size}: copy it again, or {NEW_FOLDER}'
     if not 0 < manifest.documents <= manifest.tokens:
         return f'"{folder}" has {manifest.documents} documents of {manifest.tokens} tokens: {NEW_FOLDER}'
-    offsets = _map_file(folder / OFFSETS_FILE, OFFSET_DTYPE)
+    offsets = map_file(folder / OFFSETS_FILE, OFFSET_DTYPE)
     if (offsets[0], offsets[-1]) != (0, manifest.tokens):
         return f'"{folder / OFFSETS_FILE}" runs from {offsets[0]} to {offsets[-1]}, not from 0 to {manifest.tokens}: {NEW_FOLDER}'
     if manifest.tokenizer_fingerprint != fingerprint_tokenizer(tokenizer):
@@ -193,10 +246,32 @@ def _find_fault(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizer
             f'"{folder}" was made with --tokenizer_path {manifest.tokenizer}, which is another tokenizer than '
             f'model.tokenizer_path = "{tokenizer.name_or_path}": give the same, or preprocess the text with this one'
         )
+    steps = np.diff(offsets)
+    if (steps <= 0).any():
+        first = int((steps <= 0).argmax())
+        return (
+            f'"{folder / OFFSETS_FILE}" is damaged: offset {first + 1} is {offsets[first + 1]} after {offsets[first]}: copy it '
+            f"again, or {NEW_FOLDER}"
+        )
+    return _find_wrong_ids(folder, manifest, offsets)
+
+
+def _find_wrong_ids(folder: Path, manifest: Manifest, offsets: np.ndarray) -> str | None:
+    files = [str(folder / name) for name in (TOKENS_FILE, OFFSETS_FILE)]
+    told = [manifest.dtype, str(manifest.eos_id), *(each for path in files for each in describe_version(path))]
+
+    def check() -> tuple[Scan, np.ndarray]:
+        tokens = map_file(folder / TOKENS_FILE, TOKEN_DTYPES[manifest.dtype])
+        wrong_ends = np.flatnonzero(tokens[offsets[1:] - 1] != manifest.eos_id)
+        return scan_tokens(tokens), wrong_ends[:1]
+
+    index = open_index(told, check)
+    if index.largest >= manifest.vocabulary_size:
+        return (
+            f'"{files[0]}" is damaged: it holds the id {index.largest}, and the tokenizer has {manifest.vocabulary_size}: copy '
+            f"it again, or {NEW_FOLDER}"
+        )
+    if len(index.offsets):
+        number = int(index.offsets[0])
+        return f'"{folder}" is damaged: document {number} does not end with the end-of-text id: copy it again, or {NEW_FOLDER}'
     return None
-
-
-def _map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file into memory as a read-only array, [n], n >= 1."""
-    with open(path, "rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)

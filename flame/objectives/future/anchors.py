@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flame.attention.masks import count_anchors, draw_anchors, find_anchors, find_neighbors, round_up_to_bucket
+from flame.attention.masks import draw_anchors, find_anchors, find_neighbors, round_up_to_bucket
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.objectives.future.options import FutureOptions
 from flame.runtime.seeds import derive_seed
+
+SHIFT_DRAW = 1 << 32
+"""Added to the run's seed, so that shifts are drawn independently of anchors."""
 
 
 class Anchors(NamedTuple):
@@ -20,41 +23,60 @@ class Anchors(NamedTuple):
     """int64 [n], ascending; None is all T."""
     is_valid: Tensor
     """bool [n]"""
+    shift: int
+    """A target is so many tokens after its anchor."""
 
     def pick(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [n, ...], the rows at the anchors."""
         return rows if self.positions is None else rows[self.positions]
 
-    def pick_ahead(self, rows: Tensor, shift: int) -> Tensor:
+    def pick_targets(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [n, ...], the rows `shift` after the anchors; arbitrary rows for padding."""
         if self.positions is None:
-            return torch.cat([rows[shift:], rows[:shift]])
-        return rows[(self.positions + shift) % len(rows)]
+            return torch.cat([rows[self.shift :], rows[: self.shift]])
+        return rows[(self.positions + self.shift) % len(rows)]
 
 
-def select_anchors(batch: PackedBatch, options: FutureOptions, bucket: int, seed: int) -> Anchors:
+def choose_shift(batch: PackedBatch, options: FutureOptions, seed: int) -> int:
+    """The shift of a packed sequence. One that is drawn depends on the run's seed and on the sequence alone."""
+    if not options.target_shift_max:
+        return options.target_shift
+    return 1 + derive_seed(seed + SHIFT_DRAW, batch.sequence_index) % options.target_shift_max
+
+
+def select_anchors(batch: PackedBatch, shift: int, bucket: int, seed: int) -> Anchors:
     """Select the positions that have a target. If only answers count, the next token must also be part of an answer.
 
     Args:
+        shift: from `choose_shift`.
         bucket: n, at least `find_anchor_bucket`.
         seed: the run's; used to draw n if there are more.
     """
-    is_valid = find_anchors(batch.segment_ids[0], options.target_shift)
+    is_valid = find_anchors(batch.segment_ids[0], shift)
     if batch.answers_only:
         is_valid = is_valid & (batch.labels[0] != NO_LABEL)
     if bucket == len(is_valid):
-        return Anchors(None, is_valid)
-    return Anchors(*draw_anchors(is_valid, bucket, derive_seed(seed, batch.sequence_index)))
+        return Anchors(None, is_valid, shift)
+    return Anchors(*draw_anchors(is_valid, bucket, derive_seed(seed, batch.sequence_index)), shift)
 
 
-def find_anchor_bucket(batch: PackedBatch, options: FutureOptions) -> int:
+def find_anchor_bucket(batch: PackedBatch, shift: int, max_anchors: int) -> int:
     """Padded number of anchors: T, or a smaller bucket if only some tokens can be anchors. Does not wait for the device."""
     total = batch.input_ids.shape[1]
-    bucket = min(options.max_anchors or total, total)
+    bucket = min(max_anchors or total, total)
     if batch.answers_only:
-        count = count_anchors(batch.cu_seqlens, options.target_shift, bucket, batch.chunk_labels)
-        bucket = round_up_to_bucket(count, bucket)
+        bucket = round_up_to_bucket(count_anchors(batch, shift, bucket), bucket)
     return bucket
+
+
+def count_anchors(batch: PackedBatch, shift: int, at_most: int) -> int:
+    """Number of positions that have a target. Does not wait for the device.
+
+    Args:
+        at_most: upper bound of the result; 0 means none.
+    """
+    count = batch.count_ahead(max(shift, 1))
+    return min(count, at_most) if at_most else count
 
 
 def find_excluded(batch: PackedBatch, anchors: Anchors, distance: int) -> tuple[Tensor, Tensor] | None:

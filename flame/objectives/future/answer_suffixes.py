@@ -1,7 +1,7 @@
 """If only answers count, packs the answer suffixes alone, so that the anti-causal pass skips the prompts.
 
-An answer ends its document, and a summary depends only on the tokens after its position. The pass over the suffixes therefore
-gives the same summaries as the pass over the whole packed sequence.
+A summary depends only on the tokens after its position. The pass over the suffixes, from the first label of each document to its
+end, therefore gives the same summaries as the pass over the whole packed sequence.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flame.attention.masks import list_marked
-from flame.data.batch import NO_LABEL, PackedBatch
+from flame.data.batch import PackedBatch, list_positions
 
 SHARES = (2, 4, 8, 16)
 """The suffixes are padded to 1/2, 1/4, ... of the packed sequence. Few sizes, since layers are compiled for each of them."""
@@ -41,19 +40,20 @@ def cut_suffixes(batch: PackedBatch) -> Suffixes | None:
     """Pack the answer suffixes of a batch. None if there are no answers, or if the smallest bucket that fits is the whole batch.
     Does not wait for the device."""
     total = batch.input_ids.shape[1]
-    lengths = batch.chunk_labels[batch.chunk_labels > 0] + 1
+    lengths = batch.answers[:, 1] - batch.answers[:, 0]
     count = int(lengths.sum())
     bucket = find_share(count, total)
     if not count or bucket == total:
         return None
-    labels = batch.labels[0]
-    is_suffix = labels != NO_LABEL
-    is_suffix[1:] |= is_suffix[:-1].clone()  # the last token of an answer has no label
-    order = list_marked(is_suffix, bucket)
+    device = batch.input_ids.device
+    inside = list_positions(batch.answers)
+    is_outside = np.ones(total, dtype=bool)
+    is_outside[inside] = False
+    order = torch.from_numpy(np.concatenate([inside, np.flatnonzero(is_outside)[: bucket - count]]))
     cu_seqlens = lay_out(lengths, bucket)
-    if labels.is_cuda:
-        cu_seqlens = cu_seqlens.pin_memory().to(labels.device, non_blocking=True)
-    segments = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=labels.device)
+    if device.type == "cuda":
+        order, cu_seqlens = (each.pin_memory().to(device, non_blocking=True) for each in (order, cu_seqlens))
+    segments = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=device)
     suffixes = replace(
         batch,
         input_ids=batch.input_ids[:, order],

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention.backends import is_recurrent
-from flame.attention.masks import count_anchors
 from flame.data.batch import PackedBatch
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
 from flame.models.causal_lm import build_on_meta, find_decoder_layers
@@ -31,7 +30,14 @@ from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup
-from flame.objectives.future.anchors import Anchors, find_anchor_bucket, find_excluded, select_anchors
+from flame.objectives.future.anchors import (
+    Anchors,
+    choose_shift,
+    count_anchors,
+    find_anchor_bucket,
+    find_excluded,
+    select_anchors,
+)
 from flame.objectives.future.duplicates import hash_futures
 from flame.objectives.future.negatives import GlobalCandidates, LocalCandidates, agree_on_size, gather_candidates
 from flame.objectives.future.options import TAUGHT, FutureOptions, PredictorOptions
@@ -44,6 +50,7 @@ CARD_OPTIONS = (
     "loss_weight",
     "target",
     "target_shift",
+    "target_shift_max",
     "future_k",
     "temperature",
     "learnable_temperature",
@@ -103,7 +110,7 @@ class FutureObjective(Objective):
             )
         if is_recurrent(config):
             what = f'model_type "{config.model_type}" reads reversed documents'
-            if options.target_shift == 0:
+            if options.target_shift == 0 and not options.target_shift_max:
                 yield f"future_encoder.target_shift = 0: {what}, whose summaries hold their own token: set it to 1 or more"
             if options.future_k:
                 yield f"future_encoder.future_k = {options.future_k}: {what} and has no window: set it to 0"
@@ -135,7 +142,7 @@ class FutureObjective(Objective):
     # ---------------------------------------------------------------- in a step
 
     def count(self, batch: PackedBatch) -> int:
-        return count_anchors(batch.cu_seqlens, self.options.target_shift, self.options.max_anchors, batch.chunk_labels)
+        return count_anchors(batch, self._choose_shift(batch), self.options.max_anchors)
 
     def prepare_step(
         self, backbone: TrainingModel, batches: Sequence[PackedBatch]
@@ -143,13 +150,13 @@ class FutureObjective(Objective):
         """The candidates of the whole step, for each packed sequence; None if only the sequence's own are used."""
         if self.options.negatives == "local" or not ESTIMATORS[self.options.estimator_type].has_negatives:
             return [None] * len(batches)
-        bucket = max(find_anchor_bucket(batch, self.options) for batch in batches)
+        bucket = max(map(self._find_bucket, batches))
         if batches[0].answers_only:
             bucket = agree_on_size(bucket, batches[0].input_ids.device)
         return gather_candidates([backbone(self._collect_candidates, batch, self._select(batch, bucket)) for batch in batches])
 
     def prepare(self, backbone: TrainingModel, batch: PackedBatch, prepared: GlobalCandidates | None) -> Prepared:
-        bucket = find_anchor_bucket(batch, self.options) if prepared is None else prepared.size
+        bucket = self._find_bucket(batch) if prepared is None else prepared.size
         anchors = self._select(batch, bucket)
         return Prepared(anchors, prepared or self._collect_candidates(backbone, batch, anchors))
 
@@ -181,7 +188,13 @@ class FutureObjective(Objective):
         self._move_average(backbone, self.options.ema_decay)
 
     def _select(self, batch: PackedBatch, bucket: int) -> Anchors:
-        return select_anchors(batch, self.options, bucket, self.setup.seed)
+        return select_anchors(batch, self._choose_shift(batch), bucket, self.setup.seed)
+
+    def _find_bucket(self, batch: PackedBatch) -> int:
+        return find_anchor_bucket(batch, self._choose_shift(batch), self.options.max_anchors)
+
+    def _choose_shift(self, batch: PackedBatch) -> int:
+        return choose_shift(batch, self.options, self.setup.seed)
 
     @torch.no_grad()
     def summarize(self, backbone: TrainingModel, batch: PackedBatch) -> Tensor:
@@ -194,12 +207,12 @@ class FutureObjective(Objective):
         options = self.options
         summaries = self.summarize(backbone, batch)
         with torch.no_grad():
-            targets = anchors.pick_ahead(summaries, options.target_shift)
+            targets = anchors.pick_targets(summaries)
             keys = None
             if options.exclude_duplicates:
                 horizon = find_horizon(options, backbone.lm.config)
                 hashes = hash_futures(batch.input_ids[0], batch.segment_ids[0], horizon)
-                keys = anchors.pick_ahead(hashes, options.target_shift)
+                keys = anchors.pick_targets(hashes)
             if options.target == "shuffled":
                 order = shuffle_valid(anchors.is_valid, derive_seed(self.setup.seed, batch.sequence_index))
                 targets, keys = targets[order], None if keys is None else keys[order]
@@ -234,8 +247,7 @@ class FutureObjective(Objective):
 
     def _count_comparison(self, batch: PackedBatch) -> float:
         options, total = self.options, batch.input_ids.shape[1]
-        chunk_labels = batch.chunk_labels if batch.answers_only else None
-        anchors = count_anchors(batch.cu_seqlens, options.target_shift, options.max_anchors, chunk_labels)
+        anchors = count_anchors(batch, self._choose_shift(batch), options.max_anchors)
         predictions = anchors if batch.answers_only else min(total, options.max_anchors or total)
         packs = self.setup.sequences_per_step if options.negatives == "global" else 1
         compared = self.estimator.count_flops(anchors, anchors * packs)
@@ -246,7 +258,7 @@ class FutureObjective(Objective):
         return {} if temperature is None else {"temperature": Last(temperature)}
 
     def measure_sample(self, sample: ProbeSample, batch: PackedBatch, seed: int) -> dict[str, Mean]:
-        return measure_representations(sample, batch, self.options.target_shift, seed)
+        return measure_representations(sample, batch, self._choose_shift(batch), seed)
 
     def describe_metrics(self, values: Mapping[str, float], prefix: str = "") -> str:
         loss, bound = values.get(f"{prefix}aux_loss"), values.get(f"{prefix}mi_lower_bound")
@@ -275,8 +287,9 @@ class FutureObjective(Objective):
 
     def explain_no_count(self) -> str:
         return (
-            "no position has a target, so the future loss teaches nothing. A target needs future_encoder.target_shift = "
-            f"{self.options.target_shift} more tokens of its document (or answer): lower it, or check why documents are so short"
+            "no position has a target, so the future loss teaches nothing. A target needs "
+            f"future_encoder.{self.options.describe_shift()} more tokens of its document (or answer): lower it, or check why "
+            "documents are so short"
         )
 
 

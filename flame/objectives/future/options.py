@@ -73,10 +73,13 @@ class FutureOptions(ObjectiveOptions):
     which has not seen the future; "shuffled", the network's own summaries, assigned to other anchors at random."""
     ema_decay: Probability = option(0.999, applies=When("target", ("ema",)))
     """Share of the running average that one step keeps."""
-    target_shift: NonNegativeInt = 1
+    target_shift: NonNegativeInt = option(1, applies=When("target_shift_max", (0,)))
     """Position t predicts the summary of position t + target_shift. 0 is the method as first published: the summary then also
     contains token t, which the hidden state has already seen. Models that read documents reversed need 1 or more. For the
     others, docs/experiments.md says which value was better."""
+    target_shift_max: NonNegativeInt = 0
+    """Draw the shift of each packed sequence anew, from 1 to this, as the method's first publication does for each step. 0 keeps
+    future_encoder.target_shift."""
     precision: Literal["bf16", "fp8"] = option("bf16", applies=_HAS_PASS)
     """Arithmetic of the anti-causal forward on GPUs. "bf16" is that of the causal forward (training.mixed_precision_param).
     "fp8" runs the matrix products of the decoder layers in 8-bit floats, scaled by row: faster, but summaries are rounded."""
@@ -114,10 +117,14 @@ class FutureOptions(ObjectiveOptions):
         """Whether there is an anti-causal pass, in 8-bit floats."""
         return self.precision == "fp8" and _HAS_PASS.holds(self.target)
 
+    def describe_shift(self) -> str:
+        """The option that decides the shift, and its value."""
+        return f"target_shift_max = {self.target_shift_max}" if self.target_shift_max else f"target_shift = {self.target_shift}"
+
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        if self.target_shift >= job.training.context_len:
+        if (self.target_shift_max or self.target_shift) >= job.training.context_len:
             yield (
-                f"{name}.target_shift = {self.target_shift} leaves no position with a target: it must be less than "
+                f"{name}.{self.describe_shift()} leaves no position with a target: it must be less than "
                 f"training.context_len = {job.training.context_len}"
             )
         if self.max_anchors == 1 and ESTIMATORS[self.estimator_type].has_negatives:
