@@ -48,7 +48,7 @@ from flame.logging.console import init_logging
 from flame.logging.counters import Counters
 from flame.objectives.probe import is_probe_step, measure_step
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
-from flame.optimizers.build import build_schedule, seek_schedule
+from flame.optimizers.build import read_rates, seek_schedule
 from flame.runtime.agreement import run_on_main
 from flame.runtime.distributed import (
     end_processes,
@@ -70,6 +70,7 @@ from flame.trainer.run_record import record_run
 from flame.trainer.setup import (
     build_model,
     build_run_optimizer,
+    build_run_schedule,
     build_weight_schedule,
     check_same_data,
     claim_folder,
@@ -127,7 +128,7 @@ class Trainer:
         resolve_budget(config, self.model, self.mixture)
         self.objective = get_objective(self.model)
         self.optimizer = build_run_optimizer(config, self.model)
-        self.schedule = build_schedule(config.lr_scheduler, config.schedule_steps, self.optimizer)
+        self.schedule = build_run_schedule(config, self.model, self.optimizer)
         self.aux_schedule = build_weight_schedule(config)
 
         self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))
@@ -232,8 +233,8 @@ class Trainer:
             self.optimizer.step()
             if self.objective is not None:
                 self.objective.after_step(self.model)
-            lr = self.optimizer.optimizers[0].param_groups[0]["lr"]
-            self.meters.record_step(outcomes, batches, step_loss, grad_norm, lr, weight, counts)
+            rates = read_rates(self.optimizer)
+            self.meters.record_step(outcomes, batches, step_loss, grad_norm, rates, weight, counts)
         self.meters.count_step(self.step, batches, weight, counts, trained=is_usable)
         self.schedule.step()
 

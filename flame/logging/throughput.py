@@ -11,20 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from flame.logging.metric_names import MFU
 from flame.logging.metrics import Metrics
 from flame.runtime.torchtitan import get_peak_flops
-
-MFU = ("mfu", "mfu_aux_forward", "mfu_heads")
-SPEED_METRICS = (
-    *MFU,
-    "step_tflops",
-    "peak_memory_gib",
-    "data_wait_seconds",
-    "data_wait_fraction",
-    "tokens_per_second",
-    "step_seconds",
-)
-"""Names of all metrics of this module."""
 
 
 def _get_peak_flops(device: torch.device) -> float:

@@ -84,6 +84,8 @@ class ParameterGroup(NamedTuple):
     """Learning rate, relative to `optimizer.lr`."""
     weight_decay: float | None = None
     """Weight decay of matrices; None is `optimizer.weight_decay`."""
+    warmup_steps: int = 0
+    """Further warm-up of the learning rate, from the first step with the objective's loss."""
 
 
 class FuturePass(NamedTuple):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -142,16 +143,54 @@ def _allocate_state(container: OptimizersContainer) -> None:
             state["step"].zero_()
 
 
+class WarmUp(NamedTuple):
+    """A warm-up of some parameters, beside that of the run."""
+
+    first_step: int
+    """Counted from 1."""
+    steps: int
+
+    def scale(self, factor: Callable[[int], float], done: int) -> float:
+        """The run's factor after `done` steps, times that of this warm-up."""
+        return factor(done) * min(1.0, max(done + 2 - max(self.first_step, 1), 0) / self.steps)
+
+
 def build_schedule(
-    schedule: LRScheduler, steps: int, optimizer: OptimizersContainer | list[torch.optim.Optimizer]
+    schedule: LRScheduler,
+    steps: int,
+    optimizer: OptimizersContainer | list[torch.optim.Optimizer],
+    warm_ups: Mapping[str, WarmUp] | None = None,
 ) -> LRSchedulersContainer:
-    """Warm-up, plateau and decay over this many steps."""
-    return LRSchedulersContainer.Config(
+    """Warm-up, plateau and decay over this many steps.
+
+    Args:
+        warm_ups: further ones, by prefix of the parameters' names.
+    """
+    built = LRSchedulersContainer.Config(
         warmup_steps=schedule.warmup_steps,
         decay_ratio=schedule.decay_ratio,
         decay_type=schedule.decay_type,
         min_lr_factor=schedule.lr_min,
     ).build(optimizers=optimizer, training_steps=steps)
+    for scheduler in built if warm_ups else ():
+        for index, group in enumerate(scheduler.optimizer.param_groups):
+            for prefix, warm_up in (warm_ups or {}).items():
+                if group["param_names"][0].startswith(prefix):
+                    scheduler.lr_lambdas[index] = partial(warm_up.scale, scheduler.lr_lambdas[index])
+    if warm_ups:
+        seek_schedule(built, 0)
+    return built
+
+
+def read_rates(optimizer: OptimizersContainer) -> dict[str, float]:
+    """Current learning rates: "lr" of the first group, and "lr/NAME" of each module of the objective."""
+    groups = [group for each in optimizer for group in each.param_groups]
+    rates = {"lr": groups[0]["lr"]}
+    for group in groups:
+        owner, module, *_ = group["param_names"][0].split(".")
+        if owner == "objective":
+            rates.setdefault(f"lr/{module}", group["lr"])
+    return rates
 
 
 def find_rate_factor(schedule: LRScheduler, steps: int) -> Callable[[int], float]:

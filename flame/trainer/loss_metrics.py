@@ -7,14 +7,12 @@ from dataclasses import fields
 from flame.data.batch import PackedBatch
 from flame.errors import UserError
 from flame.logging.counters import Counters
+from flame.logging.metric_names import SPEED_METRICS, STEP_METRICS
 from flame.logging.metrics import Metrics
-from flame.logging.throughput import SPEED_METRICS
 from flame.objectives.step import Losses
-from flame.runtime.measures import Mean, Measure
+from flame.runtime.measures import Max, Mean, Measure
 
-RESERVED = frozenset(
-    {"loss", "ce_loss", "aux_loss", "grad_norm", "lr", "loss_weight", *SPEED_METRICS, *(each.name for each in fields(Counters))}
-)
+RESERVED = frozenset({*STEP_METRICS, *SPEED_METRICS, *(each.name for each in fields(Counters))})
 """Metrics of the trainer, which an objective's own cannot be called."""
 
 
@@ -35,6 +33,8 @@ def record_losses(
     if losses.ce_sum is not None:
         ce = Mean(losses.ce_sum, batch.num_labels)
         record("ce_loss", ce)
+        if not prefix:
+            record("largest_ce_loss", Max(losses.ce_sum / max(batch.num_labels, 1)))
         for name in sources if len(sources) > 1 else ():
             record(f"ce_loss/{name}", ce, name == batch.source)
     if losses.aux is not None:

@@ -98,7 +98,7 @@ class RunMeters:
         batches: Sequence[PackedBatch],
         loss: Tensor,
         grad_norm: Tensor,
-        lr: float,
+        rates: Mapping[str, float],
         weight: float,
         counts: StepCounts,
     ) -> None:
@@ -107,13 +107,15 @@ class RunMeters:
         Args:
             outcomes, batches: of this rank's micro-steps.
             loss, grad_norm: over all ranks, 0-d.
+            rates: learning rates by metric.
             weight: factor of the objective's loss at this step.
         """
         for losses, batch in zip(outcomes, batches, strict=True):
             record_losses(self.metrics, losses, batch, self._source_names)
         self.metrics.record_mean("loss", loss, 1)
         self.metrics.record_mean("grad_norm", grad_norm, 1)
-        self.metrics.record_last("lr", lr)
+        for name, rate in rates.items():
+            self.metrics.record_last(name, rate)
         if weight > 0 and self._objective is not None:
             if self._objective.count_metric is not None:
                 self.metrics.record_mean(self._objective.count_metric, counts.aux, 1)

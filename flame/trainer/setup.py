@@ -33,10 +33,10 @@ from flame.objectives.base import FuturePass, Objective, Setup
 from flame.objectives.registry import choose_objective
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import get_objective
-from flame.optimizers.build import Group, build_optimizer
+from flame.optimizers.build import Group, WarmUp, build_optimizer, build_schedule
 from flame.runtime.distributed import check_same_on_all_ranks
 from flame.runtime.lock import lock_run
-from flame.runtime.torchtitan import OptimizersContainer
+from flame.runtime.torchtitan import LRSchedulersContainer, OptimizersContainer
 from flame.trainer.validation import Validator
 from flame.weights.load import resize_vocabulary
 from flame.weights.source import fetch_assets
@@ -201,6 +201,17 @@ def build_run_optimizer(config: JobConfig, model: TrainingModel) -> OptimizersCo
         groups.append(Group(f"objective.{each.prefix}", each.lr_scale, own_decay))
     groups.append(Group("objective.", 1.0, decay))  # what no group of the objective names
     return build_optimizer(config.optimizer, config.training, model, find_decoder_layers(model.lm), groups)
+
+
+def build_run_schedule(config: JobConfig, model: TrainingModel, optimizer: OptimizersContainer) -> LRSchedulersContainer:
+    """Schedule of the learning rates, with the warm-ups of the objective's groups."""
+    objective = get_objective(model)
+    warm_ups = {
+        f"objective.{group.prefix}": WarmUp(config.objective.start_step, group.warmup_steps)
+        for group in (objective.list_parameter_groups() if objective is not None else ())
+        if group.warmup_steps
+    }
+    return build_schedule(config.lr_scheduler, config.schedule_steps, optimizer, warm_ups)
 
 
 def build_weight_schedule(config: JobConfig) -> WeightSchedule:

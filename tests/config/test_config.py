@@ -50,7 +50,10 @@ BAD_COMMAND_LINES = {
     "no section": (["--lr", "1"], ["lr = 1 (command line): no such option, did you mean optimizer.lr?"]),
     "no section, in several": (
         ["--warmup_steps=1"],
-        ["warmup_steps = 1 (command line): no such option, did you mean lr_scheduler.warmup_steps or objective.warmup_steps?"],
+        [
+            "warmup_steps = 1 (command line): no such option, did you mean lr_scheduler.warmup_steps or objective.warmup_steps "
+            "or future_predictor.warmup_steps?"
+        ],
     ),
     "hyphens": (
         ["--training.seq-len", "64"],

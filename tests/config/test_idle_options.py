@@ -58,7 +58,7 @@ def breach(job: JobConfig, when: When, section: str) -> None:
     """Give the other option a value with which the condition does not hold."""
     key = when.resolve(section)
     schema = TABLE.schemas[key]
-    allowed = schema.get("enum") or {"boolean": [False, True], "string": [""], "integer": [0]}[schema["type"]]
+    allowed = schema.get("enum") or {"boolean": [False, True], "string": [""], "integer": [0, 2]}[schema["type"]]
     set_value(job, key, next(value for value in allowed if not when.holds(value)))
 
 

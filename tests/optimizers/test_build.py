@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwe
 from flame.config.schema import Experimental, JobConfig
 from flame.models.wrapper import TrainingModel
 from flame.objectives.future.options import PredictorOptions
-from flame.optimizers.build import build_schedule, seek_schedule
+from flame.optimizers.build import build_schedule, read_rates, seek_schedule
 from flame.optimizers.muon import MOMENTUM, Muon, orthogonalize, select_matrices
 from flame.optimizers.random_rounding import round_into
 from flame.optimizers.rounded_adamw import RoundedAdamW
-from flame.trainer.setup import build_modules, build_run_optimizer
+from flame.trainer.setup import build_modules, build_run_optimizer, build_run_schedule
 from tests.support import fla_families
 from tests.support.models import build_unsharded, future_config, tiny_llama
 
@@ -148,6 +148,28 @@ def test_seeking_the_schedule_equals_stepping_it(step):
                 schedule.step()
         rates.append([group["lr"] for inner in optimizer for group in inner.param_groups])
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 4])
+def test_the_predictor_may_warm_up_by_itself(start_step):
+    """From the first step with a future loss on, on top of the run's own warm-up; stepped and sought alike."""
+    config = future_config(PredictorOptions(lr_scale=0.5, warmup_steps=5))
+    config.training.steps, config.lr_scheduler.warmup_steps, config.objective.start_step = 20, 3, start_step
+    model = build_unsharded(config)
+    optimizer = build_run_optimizer(config, model)
+    schedule = build_run_schedule(config, model, optimizer)
+    plain = build_run_optimizer(config, model)
+    plain_schedule = build_schedule(config.lr_scheduler, 20, plain)
+    for step in range(1, 21):
+        found, expected = read_rates(optimizer), read_rates(plain)
+        share = min(max(step - max(start_step, 1) + 1, 0) / 5, 1.0)
+        assert found["lr"] == expected["lr"]
+        assert found["lr/predictor"] == pytest.approx(expected["lr/predictor"] * share)
+        assert expected["lr/predictor"] == pytest.approx(expected["lr"] * 0.5)
+        seek_schedule(schedule, step - 1)
+        assert read_rates(optimizer) == found
+        for each in (optimizer, plain, schedule, plain_schedule):
+            each.step()
 
 
 # ---------------------------------------------------------------- rounding at random

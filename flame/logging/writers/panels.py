@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flame.logging.console import VALIDATION_PREFIX
+from flame.logging.metric_names import SPEED_METRICS
 
-SPEED = {
-    "tokens_per_second",
-    "step_seconds",
-    "step_tflops",
-    "peak_memory_gib",
-    "data_wait_seconds",
-    "data_wait_fraction",
-    "mfu",
-    "mfu_aux_forward",
-    "mfu_heads",
-}
-BY_SOURCE = {"ce_loss", "tokens_seen"}
-"""Metrics whose name may be followed by a slash and a source."""
+IN_PARTS = {"ce_loss", "tokens_seen", "lr"}
+"""Metrics whose name may be followed by a slash and a source, or a module."""
 
 
 def name_panels(values: Mapping[str, float]) -> dict[str, float]:
@@ -31,6 +21,6 @@ def name_panel(name: str) -> str:
     head, slash, _ = name.partition("/")
     if name.startswith(VALIDATION_PREFIX):
         return f"val/{name.removeprefix(VALIDATION_PREFIX)}"
-    if name in SPEED:
+    if name in SPEED_METRICS:
         return f"perf/{name}"
-    return name if slash and head not in BY_SOURCE else f"train/{name}"
+    return name if slash and head not in IN_PARTS else f"train/{name}"

@@ -125,8 +125,9 @@ class FutureObjective(Objective):
         self._move_average(backbone, decay=0.0)
 
     def list_parameter_groups(self) -> Sequence[ParameterGroup]:
-        scale, decay = self.predictor_options.lr_scale, self.predictor_options.weight_decay
-        return [ParameterGroup("predictor.", scale, decay), ParameterGroup("estimator.", scale, decay)]
+        head = self.predictor_options
+        settings = head.lr_scale, head.weight_decay, head.warmup_steps
+        return [ParameterGroup("predictor.", *settings), ParameterGroup("estimator.", *settings)]
 
     def list_layer_stacks(self) -> Sequence[LayerStack]:
         return [] if self.teacher is None else [LayerStack(find_decoder_layers(self.teacher), is_trained=False)]

@@ -51,6 +51,9 @@ class PredictorOptions(Section):
     """Dropout before the last layer of the head."""
     lr_scale: PositiveFloat = 1.0
     """Learning rate of predictor and estimator, relative to optimizer.lr."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate of predictor and estimator grows from 0, beside lr_scheduler.warmup_steps. They begin
+    with the first step with a future loss."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the matrices of predictor and estimator ("bilinear" has one)."""
 
