@@ -22,7 +22,7 @@ class RunState:
     validated_step: int = 0
     """Step of the last validation."""
     service_ids: dict[str, str] = field(default_factory=dict)
-    """Identity of the run at services such as Weights \& Biases, by metric writer."""
+    """Identity of the run at services such as Weights & Biases, by metric writer."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Generation settings that came with the initial weights."""
 
