@@ -33,7 +33,7 @@ from flame.attention.masks import (  # the two private names are part of this mo
     _segment_ids_from_cu_seqlens,
     build_future_mask_from_cu,
 )
-from flame.checkpoints.manager import Checkpointer, list_checkpoints
+from flame.checkpoints.manager import Checkpointer
 from flame.checkpoints.run import RunCheckpoints
 from flame.checkpoints.state import RunState
 from flame.config.schema import JobConfig
@@ -49,7 +49,7 @@ from flame.logging.counters import Counters
 from flame.objectives.probe import is_probe_step, measure_step
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 from flame.optimizers.build import read_rates, seek_schedule
-from flame.runtime.agreement import run_on_main
+from flame.runtime.agreement import run_on_all, run_on_main
 from flame.runtime.distributed import (
     end_processes,
     get_rank,
@@ -62,7 +62,7 @@ from flame.runtime.seeds import derive_seed
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
 from flame.trainer.budget import resolve_budget
-from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
+from flame.trainer.finish import describe_saved, finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
 from flame.trainer.options import read_options
@@ -101,6 +101,10 @@ GARBAGE_STEPS = 50
 
 class Preempted(Exception):
     """A rank was asked to stop, and all ranks have agreed to stop between two steps."""
+
+
+class DataMistake(Exception):
+    """A rank has found a mistake in its data, and all ranks have agreed to end between two steps."""
 
 
 class Trainer:
@@ -146,6 +150,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, self.tokenizer, self.mixture)
         self.exporter = Exporter(config.checkpoint, self.folder, config.training.steps, self.checkpointer)
         self.previewed = False
+        self.data_mistake: UserError | None = None
 
     @property
     def step(self) -> int:
@@ -188,6 +193,9 @@ class Trainer:
             is_complete = True
         except Preempted:
             self._stop_early()
+        except DataMistake:
+            self._save_owed()
+            run_on_all(self._raise_data_mistake)
         finally:
             self._close_run()
         end_processes()
@@ -201,7 +209,7 @@ class Trainer:
         """One optimizer step over `gradient_accumulation_steps` packed sequences on each rank.
 
         Raises:
-            Preempted: a rank is asked to stop. Nothing has been changed.
+            Preempted, DataMistake: a rank is asked to stop, or its data are wrong. Nothing has been changed.
         """
         batches = self._next_batches()
         counts = self._count_over_ranks(batches)
@@ -253,9 +261,13 @@ class Trainer:
         return prepared
 
     def _next_batches(self) -> list[PackedBatch]:
-        """This rank's packed sequences of the step; empty if it is asked to stop while waiting for them."""
+        """This rank's packed sequences of the step; empty if it is asked to stop while waiting for them, or if they are wrong."""
+        batches: list[PackedBatch] = []
         with self.meters.throughput.waiting_for_data():
-            batches = self.prefetcher.take(self.config.training.gradient_accumulation_steps, self.is_stop_requested) or []
+            try:
+                batches = self.prefetcher.take(self.config.training.gradient_accumulation_steps, self.is_stop_requested) or []
+            except UserError as error:
+                self.data_mistake = error  # raised when all ranks know of it
         if batches and not self.previewed:
             self.previewed = True
             logger.info("the first packed sequence:\n%s", render_sequence(batches[0], self.tokenizer, PREVIEW_CHARS))
@@ -265,9 +277,12 @@ class Trainer:
         """Count labels, the objective's items and tokens of the step over all ranks, and add them to the run's totals.
 
         Raises:
-            Preempted: a rank is asked to stop. Nothing has been counted.
+            Preempted, DataMistake: as in `train_step`.
         """
-        counts = count_over_ranks(batches, self.objective, self.source_names, self.is_stop_requested())
+        has_mistake = self.data_mistake is not None
+        counts = count_over_ranks(batches, self.objective, self.source_names, self.is_stop_requested(), has_mistake)
+        if counts.mistakes:
+            raise DataMistake
         if counts.stop_votes:
             raise Preempted
         counts.add_to(self.counters)
@@ -354,13 +369,21 @@ class Trainer:
         report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
 
     def _stop_early(self) -> None:
-        """Save the current step unless a checkpoint holds it. This comes first: little time may be left."""
+        """Save and log. Saving comes first: little time may be left."""
+        self._save_owed()
+        self.meters.log_step(self.step, self.counters)
+        saved = describe_saved(self.config)
+        logger.info("stopped on request after step %d of %d; %s", self.step, self.config.training.steps, saved)
+
+    def _save_owed(self) -> None:
+        """Save the current step unless a checkpoint holds it."""
         if self.checkpoints.is_owed():
             self._save()
         self.checkpointer.wait()
-        self.meters.log_step(self.step, self.counters)
-        saved = _describe_saved(self.config)
-        logger.info("stopped on request after step %d of %d; %s", self.step, self.config.training.steps, saved)
+
+    def _raise_data_mistake(self) -> None:
+        if self.data_mistake is not None:
+            raise self.data_mistake
 
     def _close_run(self) -> None:
         """Close the checkpointer, the prefetcher and the logs."""
@@ -395,16 +418,8 @@ def _run(config: JobConfig) -> bool:
             return Trainer(config, lambda: listener.requested is not None).train()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
-        logger.info("interrupted: %s", _describe_saved(config))
+        logger.info("interrupted: %s", describe_saved(config))
         sys.exit(128 + signal.SIGINT)
-
-
-def _describe_saved(config: JobConfig) -> str:
-    if not config.checkpoint.enable_checkpoint:
-        return "nothing is saved: checkpoints are off"
-    if list_checkpoints(config.checkpoint_folder):
-        return "the same command goes on from the last checkpoint"
-    return "nothing is saved yet: the same command begins anew"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ class StepCounts(NamedTuple):
 
     stop_votes: int
     """Number of ranks that are asked to stop."""
+    mistakes: int
+    """Number of ranks that have found a mistake in their data."""
     labels: int
     aux: int
     """Items that the objective's loss is averaged over."""
@@ -36,15 +38,20 @@ class StepCounts(NamedTuple):
 
 
 def count_over_ranks(
-    batches: Sequence[PackedBatch], objective: Objective | None, source_names: Sequence[str], is_stop_requested: bool
+    batches: Sequence[PackedBatch],
+    objective: Objective | None,
+    source_names: Sequence[str],
+    is_stop_requested: bool,
+    has_mistake: bool,
 ) -> StepCounts:
     """Count the packed sequences of one step, in one collective on the CPU, which does not wait for the GPU."""
     by_source = [sum(batch.input_ids.numel() for batch in batches if batch.source == name) for name in source_names]
-    stop_votes, labels, aux, bad_rows, *tokens = sum_over_ranks(
+    stop_votes, mistakes, labels, aux, bad_rows, *tokens = sum_over_ranks(
         is_stop_requested,
+        has_mistake,
         sum(batch.num_labels for batch in batches),
         sum(objective.count(batch) for batch in batches) if objective is not None else 0,
         sum(batch.bad_rows for batch in batches),
         *by_source,
     )
-    return StepCounts(stop_votes, labels, aux, bad_rows, dict(zip(source_names, tokens, strict=True)))
+    return StepCounts(stop_votes, mistakes, labels, aux, bad_rows, dict(zip(source_names, tokens, strict=True)))

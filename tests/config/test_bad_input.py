@@ -32,6 +32,7 @@ import transformers.dynamic_module_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flame.checkpoints.files import list_checkpoints
 from flame.cli.preprocess import main as preprocess
 from flame.config.schema import JobConfig, Training
 from flame.data.mixture import open_held_out
@@ -644,9 +645,11 @@ def test_a_shard_that_breaks_during_training(folder: Path, capfd: pytest.Capture
         (folder / name).write_bytes(content)
     changes = {"training__dataset": dataset, "training__data_files": f"{folder}/a, {folder}/b", "training__streaming": True}
     changes |= {"training__num_streams": 2, "training__num_workers": workers, "training__steps": 500}
-    changes |= {"training__seq_len": 2048, "metrics__log_freq": 1}
+    changes |= {"training__seq_len": 2048, "metrics__log_freq": 1, "checkpoint__enable_checkpoint": True}
     expect_exit(capfd, folder, f'training.dataset = "{dataset}": shard 1 of 2 cannot be read after row ', **changes)
-    assert (folder / "run" / "metrics.jsonl").read_text().count("\n") >= 1, "training went on until then"
+    steps = (folder / "run" / "metrics.jsonl").read_text().count("\n")
+    assert steps >= 1, "training went on until then"
+    assert [path.name for path in list_checkpoints(folder / "run" / "checkpoint")][-1:] == [f"step-{steps}"], "nothing is lost"
 
 
 # ---------------------------------------------------------------- code

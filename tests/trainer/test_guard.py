@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flame.checkpoints.files import list_checkpoints
 from flame.errors import UserError
 from flame.kernels.gradient_guard import guard_gradient
 from flame.models.mi_estimator import InfoNCEEstimator
@@ -215,6 +218,44 @@ def test_a_fault_on_one_rank_is_told_by_all(workspace, tmp_path, monkeypatch):
     assert [row["skipped_aux"] for row in rows] == [0, 1, 1] and all(row["aux_loss"] > 0 for row in rows)
     row = json.loads((tmp_path / "run" / "skipped.jsonl").read_text())
     assert [suspect["sequence"] for suspect in row["sequences"]] == [5, 7]
+
+
+BREAKS_ON_ONE_RANK = """
+from flame.data.sources.base import SourceKind
+from flame.errors import UserError
+
+
+class Shards:
+    num_shards = 2
+
+    def read_shard(self, shard, row):
+        for number in range(row, 10**6):
+            if shard == 1 and number == 200:
+                raise UserError("shard 1 is broken after row 200")
+            yield f"row {number} of shard {shard}"
+
+
+class Breaking(SourceKind):
+    name = "breaking"
+
+    def open(self):
+        return Shards()
+"""
+
+
+@pytest.mark.slow
+def test_data_that_are_wrong_on_one_rank_end_both_in_one_line_with_nothing_lost(workspace, tmp_path):
+    (tmp_path / "breaking.py").write_text(BREAKS_ON_ONE_RANK)
+    changes = {"training__dataset": tmp_path / "breaking.py", "training__num_streams": 2, "training__steps": 500}
+    changes |= {"training__data_files": None, "metrics__log_freq": 1, "checkpoint__interval": 400}
+    argv = options(workspace, tmp_path / "run", **changes)
+    command = ["bash", "train.sh", *argv]
+    environment = os.environ | {"NGPU": "2", "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "shard 1 is broken after row 200"
+    rows = read_metrics(tmp_path / "run")
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint")] == [f"step-{rows[-1]['step']}"]
 
 
 def test_the_guard_passes_finite_gradients_and_stops_the_others():
