@@ -17,8 +17,11 @@ from flame.config.types import Section
 from flame.data.encoding import END_OF_TEXT
 from flame.data.sources.registry import find_tokenizer_kind
 from flame.errors import UserError
+from flame.runtime.hub import find_folder
 
 PADDING = "<|pad|>"
+TOKENIZER_FILES = ["*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "config.json"]
+"""Files of a Hub model that its tokenizer may need."""
 TOKENIZER_FILE, SETTINGS_FILE, PIECES_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>")
 """What tokenizers call the end of a text."""
@@ -61,11 +64,14 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
         folder = os.path.dirname(place)
         if os.path.basename(place) != TOKENIZER_FILE or not os.path.exists(os.path.join(folder, SETTINGS_FILE)):
             return _load_file(place, option)
-        path = folder or "."
+        path = place = folder or "."
     if _has_only_pieces(place):
         raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
+    if not trust_remote_code:  # code that comes along is looked up by the Hub name
+        place = find_folder(option, path, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer.name_or_path = path
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "trust_remote_code" in str(error):

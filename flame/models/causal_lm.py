@@ -19,6 +19,7 @@ from flame.config.locations import check_readable
 from flame.errors import UserError
 from flame.models.config_keys import find_misspelt_keys, show_value
 from flame.models.config_values import find_impossible_values
+from flame.runtime.hub import find_folder
 
 
 def load_model_config(path: str, trust_remote_code: bool = False, option: str = "model.config") -> PretrainedConfig:
@@ -35,6 +36,8 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
     try:
         path = os.path.expanduser(path)
         check_readable(path)
+        if not trust_remote_code:  # code that comes along is looked up by the Hub name
+            path = find_folder(option, path, ["config.json"])
         settings, _ = PretrainedConfig.get_config_dict(path)
         if impossible := list(find_impossible_values(settings)):
             raise UserError(*(f"{option}: {fault}" for fault in impossible))

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -24,6 +23,7 @@ from flame.checkpoints.files import TRAINER_FILE, find_missing, list_folders, re
 from flame.checkpoints.storage import TensorReader, verify_tensors
 from flame.config.locations import is_checkpoint, looks_like_path
 from flame.errors import UserError
+from flame.runtime.hub import ask_hub, fetch_files
 
 T = TypeVar("T")
 
@@ -127,14 +127,14 @@ def fetch_assets(path: str, option: str = OPTION) -> None:
 
 
 def _fetch_assets(label: str, name: str) -> Path:
-    return _ask_hub(label, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=[*ASSETS, INDEX_FILE])))
+    return fetch_files(label, name, [*ASSETS, INDEX_FILE])
 
 
 def _fetch(label: str, name: str) -> Path:
     """Download a Hub model into the cache: the weights that its index lists, and the files that come with them."""
     folder = _fetch_assets(label, name)
     shards = _list_shards(label, folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
-    _ask_hub(label, lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*shards, "*" + MODULES_SUFFIX]))
+    ask_hub(label, lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*shards, "*" + MODULES_SUFFIX]))
     if not (folder / shards[0]).exists():
         try:
             found = huggingface_hub.list_repo_files(name)
@@ -142,23 +142,6 @@ def _fetch(label: str, name: str) -> Path:
             raise UserError(f"{label}: {shards[0]} is not in the cache and the Hub cannot be reached: fetch it first") from None
         raise UserError(f"{label} {_explain_no_weights(found)}")
     return folder
-
-
-def _ask_hub(label: str, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except GatedRepoError as error:
-        raise UserError(
-            f"{label}: access to this Hub model is restricted: accept its terms on its page and log in with `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{label}: no such folder here, and no such model on the Hub: check the name, or log in") from error
-    except Exception as error:  # no network, a full disk, a server error: huggingface_hub has no common error type
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{label}: no such folder here, and the Hub cannot give it ({reason}): check the network, or fetch the model "
-            "elsewhere and give its folder"
-        ) from error
 
 
 def _explain_no_weights(names: list[str]) -> str:

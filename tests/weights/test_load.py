@@ -384,7 +384,7 @@ def test_folders_that_do_not_hold_the_weights(copied, tmp_path):
     refuse(lambda: find_weights(str(empty)), "folder of checkpoints", "step-4")
     refuse(lambda: find_weights(str(copied / "config.json")), "is a file")
     refuse(lambda: find_weights(str(tmp_path / "nowhere")), "no such folder")
-    refuse(lambda: find_weights("x" * 5000), "no such folder")
+    refuse(lambda: find_weights("x" * 5000), "no such file or folder")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors"])
@@ -498,7 +498,7 @@ def test_hub_names(sharded, tmp_path, monkeypatch):
     for error, part in (
         (GatedRepoError("gated", response=response), "hf auth login"),
         (RepositoryNotFoundError("404", response=response), "no such model on the Hub"),
-        (LocalEntryNotFoundError("no\nnetwork"), "check the network"),
+        (LocalEntryNotFoundError("no\nnetwork"), "check the name or the network"),
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(error))
         refuse(lambda: find_weights("owner/name"), f'{LABEL}"owner/name"', part)

@@ -1,0 +1,64 @@
+"""Asks the Hugging Face Hub. Without network it fails at once, where transformers tries again for a minute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from flame.errors import UserError
+
+T = TypeVar("T")
+
+
+def fetch_files(label: str, name: str, patterns: list[str]) -> Path:
+    """Download the files of a Hub model that match the patterns, and return the folder. Files in the cache suffice.
+
+    Args:
+        label: the option and its value, for messages.
+
+    Raises:
+        UserError: as `ask_hub`.
+    """
+    return ask_hub(label, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns)))
+
+
+def find_folder(label: str, path: str, patterns: list[str]) -> str:
+    """The path itself if it exists here, else the folder with the downloaded files of the Hub model of that name.
+
+    Raises:
+        UserError: as `ask_hub`.
+    """
+    here = os.path.expanduser(path)
+    return here if os.path.exists(here) else str(fetch_files(label, path, patterns))
+
+
+def ask_hub(label: str, action: Callable[[], T]) -> T:
+    """Run an action that asks the Hub.
+
+    Args:
+        label: the option and its value, for messages.
+
+    Raises:
+        UserError: access is restricted, there is no such model, or the Hub cannot be reached.
+    """
+    try:
+        return action()
+    except GatedRepoError as error:
+        raise UserError(
+            f"{label}: access to this Hub model is restricted: accept its terms on its page and log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{label}: no such file or folder here, and no such model on the Hub: check the name, or log in"
+        ) from error
+    except Exception as error:  # no network, a full disk, a server error: huggingface_hub has no common error type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{label}: no such file or folder here, and the Hub cannot give it ({reason}): check the name or the network, or "
+            "fetch it elsewhere and give its folder"
+        ) from error
