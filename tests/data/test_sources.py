@@ -33,6 +33,7 @@ import zstandard
 from flame.config.schema import Training
 from flame.data.sources.base import TextRows
 from flame.data.sources.cells import FileShards
+from flame.data.sources.csv import CsvColumn
 from flame.errors import UserError
 from tests.support.sources import choose_kind
 from tests.support.sources import open_source as open_any_source
@@ -419,7 +420,7 @@ def test_an_archive_is_its_files_in_order(tmp_path: Path, streaming: bool) -> No
         ("text", b"PK\x03\x04 broken", "not a zip file"),
         ("parquet", b"PAR1 broken", "Parquet magic bytes not found"),
         ("arrow", b"ARROW1 broken", "File is too small"),
-        ("csv", b'text,b\n"a,b\n', "EOF inside string"),
+        ("csv", b'text,b\n"a,b\n', "EOF inside string: a quote in the row that begins in line 2"),
     ],
 )
 def test_a_broken_file_among_good_ones_is_named(tmp_path: Path, kind: str, content: bytes, reason: str, streaming: bool) -> None:
@@ -487,6 +488,43 @@ def test_csv_cells_are_texts(tmp_path: Path, streaming: bool) -> None:
     corpus = Training(dataset="csv", data_files=f"{tmp_path}/*", streaming=streaming)
     assert read_either(corpus) == [*expected, "q,r", None, "ok"]
     expect_one_line(replace(corpus, text_column="body"), 'training.text_column = "body" is not a column of', "id (string)")
+
+
+CSV = {
+    "a cell too many": ("a.csv", b"text,label\na,1,x\nb,2\n", [None, "b"]),
+    "a cell too many in each row": ("a.csv", b"text,label\na,1,x\n\nb,2,y\nc,3\n", [None, None, "c"]),
+    "a cell too few": ("a.csv", b"label,text\n1\n2,b\n", [None, "b"]),
+    "a quote in tab-separated cells": ("a.tsv", b'text\tlabel\n"a\t1\nb"c\t2\nd\t3\n', ['"a', 'b"c', "d"]),
+    "a byte order mark before a quote": ("a.csv", b'\xef\xbb\xbf"text",label\n"a,b",1\n', ["a,b"]),
+    "a byte order mark": ("a.tsv", b"\xef\xbb\xbftext\tlabel\r\na\t1\r\n", ["a"]),
+    "a long cell": ("a.csv", b"text\n" + b"x" * 200_000 + b"\n", ["x" * 200_000]),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", CSV)
+def test_cells_of_csv_stay_in_their_row_and_column(tmp_path: Path, case: str, streaming: bool) -> None:
+    name, content, expected = CSV[case]
+    (tmp_path / name).write_bytes(content)
+    assert read_either(Training(dataset="csv", data_files=f"{tmp_path}/{name}", streaming=streaming)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_csv_may_have_any_name(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.csv").write_text("текст,label\né,1\n", encoding="utf-8-sig")
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/a.csv", streaming=streaming, text_column="текст")
+    assert read_either(corpus) == ["é"]
+    expect_one_line(replace(corpus, text_column="text"), "is not a column", "текст (string)")
+
+
+def test_copies_of_older_readers_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("text\na\n")
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/a.csv")
+    assert read_either(corpus) == ["a"]
+    monkeypatch.setattr(CsvColumn, "read", lambda reader, path: iter([pa.array(["corrected"], reader.cell_type)]))
+    assert read_either(corpus) == ["a"]
+    monkeypatch.setattr("flame.data.sources.arrow_cache.READERS_VERSION", "new")
+    assert read_either(corpus) == ["corrected"]
 
 
 @pytest.fixture

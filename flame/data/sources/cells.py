@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CELL = "cell"
 """Name of the column in a copy."""
+READERS_VERSION = "2"
+"""Raise it when a reader gives other cells than before: copies made by older readers are then not used."""
 ROWS_AT_ONCE = 256
 """Rows that a streamed table reads at once."""
 
