@@ -581,3 +581,14 @@ def test_files_of_a_web_server(tmp_path: Path, kind: str, streaming: bool) -> No
 )
 def test_addresses_that_cannot_be_read(address: str, parts: list[str]) -> None:
     expect_one_line(Training(dataset="json", data_files=address), f'training.data_files: "{address}"', *parts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_was_saved_with_a_format(tmp_path: Path, streaming: bool) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "input_ids": [[1, 2], [3]]})
+    table.with_format("torch").save_to_disk(tmp_path / "torch")
+    table.with_format("numpy", columns=["text"]).save_to_disk(tmp_path / "numpy")
+    for name in ("torch", "numpy"):
+        corpus = Training(dataset=str(tmp_path / name), streaming=streaming, text_column="input_ids")
+        assert read_either_ids(corpus) == [[1, 2], [3]]
+        assert read_either(replace(corpus, text_column="text")) == ["a", "b"]
