@@ -162,7 +162,7 @@ class ChatRenderer:
         return Rendered(text, [(start, end) for start, end in spans if start < end])
 
     def _call_template(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, list[tuple[int, int]]]:
-        """As the tokenizer's own `apply_chat_template`, which takes no empty chat. With a clock that stands still.
+        """Apply the chat template, with a clock that stands still.
 
         Returns:
             the text; with `return_assistant_tokens_mask`, characters [start, end) between the template's marks.
@@ -171,6 +171,11 @@ class ChatRenderer:
 
         template = self._tokenizer.get_chat_template()
         _compile_jinja_template(template).globals["strftime_now"] = self._now.strftime  # compiled once in each process
+        if messages and "return_assistant_tokens_mask" not in settings:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+            assert isinstance(text, str)
+            return text, []
+        # The tokenizer's own method takes no empty chats, and gives no characters.
         given = self._tokenizer.special_tokens_map | settings
         rendered: Any = render_jinja_template([messages], chat_template=template, **given)
         texts, spans = rendered
