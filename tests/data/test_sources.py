@@ -592,3 +592,59 @@ def test_a_folder_that_was_saved_with_a_format(tmp_path: Path, streaming: bool) 
         corpus = Training(dataset=str(tmp_path / name), streaming=streaming, text_column="input_ids")
         assert read_either_ids(corpus) == [[1, 2], [3]]
         assert read_either(replace(corpus, text_column="text")) == ["a", "b"]
+
+
+def pack_archive(path: Path, members: dict[str, bytes]) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("archive", ["a.zip", "a.tar.gz"])
+def test_an_archive_is_read_as_its_folder(tmp_path: Path, archive: str, streaming: bool) -> None:
+    """The files of the kind, decompressed."""
+    members = {
+        "README.html": b"{}\n",
+        "a.jsonl.gz": gzip.compress(b'{"text": "a"}\n'),
+        "b/c.jsonl": b'{"text": "c"}\n',
+        "b.json.zst": zstandard.compress(b'{"text": "b"}\n'),
+        "b/meta.txt": b"{}\n",
+    }
+    pack_archive(tmp_path / archive, members)
+    corpus = Training(dataset="json", data_files=str(tmp_path / archive), streaming=streaming)
+    assert read_either(corpus) == ["a", "b", "c"]
+    pack_archive(tmp_path / archive, {"enwik8": b"whole"})
+    assert read_either(replace(corpus, dataset="text")) == ["whole"]
+    pack_archive(tmp_path / archive, {"a.tsv": b'text\tb\n"a\t1\n', "b.csv": b'text\n"b,b"\n', "c.md": b"c"})
+    assert read_either(replace(corpus, dataset="csv")) == ['"a', "b,b"]
+    pack_archive(tmp_path / archive, {"a.py": b"1", "b.py": b"2"})
+    with pytest.raises(UserError) as caught:
+        read_either(replace(corpus, dataset="text"))
+    assert len(caught.value.lines) == 1 and archive in str(caught.value)
+    assert ("of the 2 files in it none ends with .txt or .md") in str(caught.value)
+
+
+LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["zst", "lz4"])
+def test_a_compressed_file_may_begin_with_a_skippable_frame(tmp_path: Path, form: str, streaming: bool) -> None:
+    """As pzstd and the seekable format write them."""
+    content = zstandard.compress(LINE)
+    if form == "lz4":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "lz4") as file:
+            file.write(LINE)
+        content = sink.getvalue().to_pybytes()
+    frames = b"".join(bytes([0x50 + n]) + b"\x2a\x4d\x18" + n.to_bytes(4, "little") + b"x" * n for n in (4, 0, 9))
+    (tmp_path / "a.jsonl").write_bytes(frames + content)
+    assert read_either(Training(dataset="json", data_files=f"{tmp_path}/a.jsonl", streaming=streaming)) == ["a"]

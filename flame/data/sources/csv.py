@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1024
 TAB_SUFFIX = ".tsv"
+SUFFIXES = (".csv", TAB_SUFFIX)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf".decode("latin-1")
 
 
@@ -31,14 +32,14 @@ class Csv(FileColumnKind):
 
     name = "csv"
     uses = frozenset({"data_files", "text_column", "streaming"})
-    suffixes = (".csv", TAB_SUFFIX)
+    suffixes = SUFFIXES
 
     def examine(self, path: str) -> tuple[pa.Schema, int | None]:
         import pyarrow as pa
 
-        for content in open_contents(path):
-            if first := next(_Rows(content, path), None):
-                return pa.schema([(name, pa.string()) for name in decode_names(first)]), None
+        for name, content in open_contents(path, SUFFIXES):
+            if first := next(_Rows(content, name), None):
+                return pa.schema([(column, pa.string()) for column in decode_names(first)]), None
         return pa.schema([]), 0
 
     def build_reader(self, cell_type: pa.DataType) -> CellReader:
@@ -63,8 +64,8 @@ class CsvColumn(CellReader):
     def read(self, path: str) -> Iterator[pa.Array]:
         import pyarrow as pa
 
-        for content in open_contents(path):
-            rows = _Rows(content, path)
+        for name, content in open_contents(path, SUFFIXES):
+            rows = _Rows(content, name)
             names = decode_names(next(rows, []))
             if names.count(self.column) != 1:
                 if not names:
@@ -78,10 +79,10 @@ class CsvColumn(CellReader):
 class _Rows:
     """The rows of a file, without blank lines."""
 
-    def __init__(self, content: BinaryIO, path: str):
+    def __init__(self, content: BinaryIO, name: str):
         csv.field_size_limit(sys.maxsize)
         self._at_end = False
-        self._reader = csv.reader(self._list_lines(content), **choose_format(path))
+        self._reader = csv.reader(self._list_lines(content), **choose_format(name))
 
     def __iter__(self) -> _Rows:
         return self
@@ -112,9 +113,9 @@ def decode_cell(cell: str | None) -> str | None:
     return None if cell is None else decode_text(cell)
 
 
-def choose_format(path: str) -> dict[str, Any]:
+def choose_format(name: str) -> dict[str, Any]:
     """How a file is to be read, by its name. Tab-separated files have no quotes: a quote is a character like others."""
-    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in COMPRESSION_SUFFIXES]
+    suffixes = [suffix for suffix in Path(name.lower()).suffixes if suffix not in COMPRESSION_SUFFIXES]
     if suffixes[-1:] == [TAB_SUFFIX]:
         return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     return {"delimiter": ","}

@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from flame.data.sources.cells import datasets_silenced
-from flame.data.sources.files import has_suffix, walk
+from flame.data.sources.containers import has_suffix
+from flame.data.sources.files import walk
 from flame.data.sources.saved import is_saved, list_saved_files, open_saved
 from flame.data.sources.tables import FILE_KINDS, ColumnKind, load_table
 from flame.data.sources.token_files import SUFFIXES

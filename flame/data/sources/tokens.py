@@ -25,8 +25,8 @@ from flame.config.schema import JobConfig
 from flame.config.types import STRICT
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
-from flame.data.sources.containers import is_remote
-from flame.data.sources.files import find_missing, has_suffix, list_data_files, walk
+from flame.data.sources.containers import has_suffix, is_remote
+from flame.data.sources.files import find_missing, list_data_files, walk
 from flame.data.sources.token_files import INDEX_SUFFIX, SUFFIXES, TokenFiles, open_token_files
 from flame.data.sources.token_index import OFFSET_DTYPE, Scan, TokenIndex, map_file, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
