@@ -32,11 +32,12 @@ class SkipToken(Objective):
         self.map = nn.Linear(width, width, bias=False)
 
     def count(self, batch):
-        return batch.count_ahead(self.setup.options.distance)
+        return batch.count_labels_ahead(self.setup.options.distance)
 
     def loss(self, backbone, hidden_states, batch, prepared, *, with_sample=False):
         distance, tokens, documents = self.setup.options.distance, batch.input_ids[0], batch.segment_ids[0]
-        is_labelled = (batch.labels[0, :-distance] != NO_LABEL) & (documents[distance:] == documents[:-distance])
+        counts = batch.labels[0] != NO_LABEL  # whether the token after each position does
+        is_labelled = counts[:-distance] & counts[distance - 1 : -1] & (documents[distance:] == documents[:-distance])
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:-distance] = torch.where(is_labelled, tokens[distance:], NO_LABEL)
         states = self.map(hidden_states)

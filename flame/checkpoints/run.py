@@ -26,7 +26,7 @@ from flame.checkpoints.sources import match_sources, rename_sources
 from flame.checkpoints.state import RunState
 from flame.config.run import NEXT_TOKEN, STARTS_FILE
 from flame.config.schema import JobConfig
-from flame.data.content import describe_contents
+from flame.data.corpus_content import describe_contents
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.mixture import Mixture
 from flame.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 from flame.config.data import Corpus
 from flame.config.schema import JobConfig
-from flame.data.content import Content, list_differences
+from flame.data.corpus_content import Content, list_differences
 from flame.errors import UserError
 
 ELSEWHERE = "or start a new run in another job.dump_folder"

@@ -23,7 +23,7 @@ SMALLEST_SHARE = 1e-6
 class Corpus(Section):
     """Where documents come from: the options that training, validation and each source of a mixture share.
 
-    A resumed run may name a corpus otherwise, as long as it holds the same documents (`flame.data.content`)."""
+    A resumed run may name a corpus otherwise, as long as it holds the same documents (`flame.data.corpus_content`)."""
 
     dataset: str = STANDARD_LIBRARY
     """What to read: "stdlib" (the Python sources on this machine, one document a file), "text" (one document a file), "json"

@@ -64,6 +64,15 @@ class PackedBatch:
             return int((self.tokens_left >= distance).sum())
         return int((self.chunk_labels - (distance - 1)).clip(min=0).sum())
 
+    def count_labels_ahead(self, distance: int) -> int:
+        """As `count_ahead`, but of positions for which that token counts too."""
+        if not self.answers_only:
+            return self.count_ahead(distance)
+        chunks = np.repeat(np.arange(len(self.chunk_labels)), self.chunk_labels)
+        keys = chunks * self.input_ids.shape[1] + self.tokens_left - 1
+        inside = self.tokens_left >= distance
+        return int(np.isin(keys[inside] - (distance - 1), keys).sum())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return a copy with all tensors on `device`."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -6,21 +6,34 @@ Step 2 in the life of a batch (`flame.data.loader`).
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import os
 import re
 from collections.abc import Iterator
+from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flame.data.encoding import Rendered
 from flame.data.sources.base import SourceKind, TextRows, TextShards
+from flame.data.sources.cells import CellRows
 from flame.data.sources.contents import Conversation
 from flame.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger("flame")
+
 ASSISTANT = "assistant"
+USUAL_ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool", "function", "ipython", "environment", "observation"})
+ASKED = 64
+"""First chats whose roles are looked at."""
+STARTED = datetime.now()
+"""What templates take for the time: one that went on would make two renderings of a chat differ."""
 GENERATION_MARK = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 """In a chat template, it begins what the assistant writes."""
 
@@ -35,14 +48,18 @@ def prepare_rows(kind: SourceKind, rows: Any, tokenizer: PreTrainedTokenizerFast
     Raises:
         UserError: the tokenizer has no chat template, or the rows are no chats where the loss is to be on the assistant's turns.
     """
-    content = getattr(rows, "content", "text")
+    content = rows.content if isinstance(rows, CellRows) else "text"  # what users' sources call so is their own
     if loss_on == ASSISTANT and content != "chat":
         raise UserError(explain_no_chats(kind.option, f"holds {'token ids' if content == 'ids' else 'texts'}"))
     if content == "text":
         return rows
-    prepare = (
-        IdChecker(kind.option, tokenizer) if content == "ids" else ChatRenderer(kind.option, tokenizer, loss_on == ASSISTANT)
-    )
+    prepare: IdChecker | ChatRenderer
+    if content == "ids":
+        prepare = IdChecker(kind.option, tokenizer)
+    else:
+        prepare = ChatRenderer(kind.option, tokenizer, loss_on == ASSISTANT)
+        if loss_on == ASSISTANT and is_first_rank() and (unknown := find_unknown_roles(rows)):
+            logger.warning(explain_unknown_roles(kind.option, unknown))
     return PreparedShards(rows, prepare) if hasattr(rows, "num_shards") else PreparedRows(rows, prepare)
 
 
@@ -51,6 +68,31 @@ def explain_no_chats(option: str, found: str) -> str:
     return (
         f'training.loss_on = "{ASSISTANT}" needs chats, but {option} {found}: read files or a Hub dataset and name the column '
         'of messages in its text_column, or set loss_on = "all"'
+    )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is to tell what all ranks find."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def find_unknown_roles(rows: Any) -> list[str]:
+    """Roles that are no usual ones, of those of the first chats in which the assistant says nothing."""
+    documents = rows.read_shard(0, 0) if hasattr(rows, "num_shards") else map(rows.read, range(len(rows)))
+    try:
+        chats = [chat.messages for chat in islice(documents, ASKED) if isinstance(chat, Conversation)]
+    except UserError:  # reading them for training reports it
+        return []
+    silent = [messages for messages in chats if all(message["role"] != ASSISTANT for message in messages)]
+    return sorted({message["role"] for messages in silent for message in messages} - USUAL_ROLES)
+
+
+def explain_unknown_roles(option: str, roles: list[str]) -> str:
+    """The warning for them."""
+    shown = ", ".join(json.dumps(role, ensure_ascii=False) for role in roles[:5])
+    return (
+        f'training.loss_on = "{ASSISTANT}": nothing counts in chats of {option} without the role "{ASSISTANT}", and some '
+        f'have the roles {shown}: if that is who is to be learned from, name it "{ASSISTANT}" in the data'
     )
 
 
@@ -80,6 +122,7 @@ class ChatRenderer:
 
     def __init__(self, option: str, tokenizer: PreTrainedTokenizerFast, with_spans: bool):
         self._option, self._tokenizer, self._with_spans = option, tokenizer, with_spans
+        self._now = STARTED  # sent to workers
         try:
             template = tokenizer.get_chat_template()
         except ValueError as error:
@@ -101,36 +144,54 @@ class ChatRenderer:
         text = self._render(chat.messages)
         if text is None or not text.strip():
             return None
-        return Rendered(text, self._find_turns(chat.messages, text, row) if self._with_spans else None)
+        spans = self._find_turns(chat.messages, text, row) if self._with_spans else None
+        return None if self._with_spans and spans is None else Rendered(text, spans)
 
     def _render(self, messages: list[dict[str, Any]], *, prompts: bool = False) -> str | None:
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts)
+            return self._call_template(messages, add_generation_prompt=prompts)[0]
         except Exception:  # a template raises what it likes
             return None
-        return rendered if isinstance(rendered, str) else None
 
     def _render_with_marks(self, chat: Conversation) -> Rendered | None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         text = self._render(chat.messages)
         if text is None or not text.strip():
             return None
-        template = self._tokenizer.get_chat_template()
-        settings: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
-        rendered: Any = render_jinja_template([chat.messages], **(settings | self._tokenizer.special_tokens_map))
-        (again,), spans = rendered
+        again, spans = self._call_template(chat.messages, return_assistant_tokens_mask=True)
         assert again == text
-        return Rendered(text, [(start, end) for start, end in spans[0] if start < end])
+        return Rendered(text, [(start, end) for start, end in spans if start < end])
 
-    def _find_turns(self, messages: list[dict[str, Any]], text: str, row: str) -> list[tuple[int, int]]:
+    def _call_template(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Apply the chat template, with a clock that stands still.
+
+        Returns:
+            the text; with `return_assistant_tokens_mask`, characters [start, end) between the template's marks.
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+        template = self._tokenizer.get_chat_template()
+        _compile_jinja_template(template).globals["strftime_now"] = self._now.strftime  # compiled once in each process
+        if messages and "return_assistant_tokens_mask" not in settings:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+            assert isinstance(text, str)
+            return text, []
+        # The tokenizer's own method takes no empty chats, and gives no characters.
+        given = self._tokenizer.special_tokens_map | settings
+        rendered: Any = render_jinja_template([messages], chat_template=template, **given)
+        texts, spans = rendered
+        return texts[0], spans[0] if spans else []
+
+    def _find_turns(self, messages: list[dict[str, Any]], text: str, row: str) -> list[tuple[int, int]] | None:
         """What the template writes for each message of the assistant behind its prompt. It is exact: the chat up to the message,
-        with the prompt for an answer, and the chat up to the end of the message must be beginnings of the whole."""
+        with the prompt for an answer, and the chat up to the end of the message must be beginnings of the whole. None if the chat
+        begins with the assistant and the template refuses to begin so."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
             before = self._render(messages[:number], prompts=True)
+            if before is None and number == 0:
+                return None
             through = text if number + 1 == len(messages) else self._render(messages[: number + 1])
             if before is None or through is None or not (text.startswith(through) and through.startswith(before)):
                 raise UserError(
@@ -147,15 +208,15 @@ class PreparedRows:
     """`TextRows`, prepared."""
 
     def __init__(self, rows: TextRows, prepare: Any):
-        self._rows, self._prepare = rows, prepare
+        self.rows, self._prepare = rows, prepare
         self.chat_template: str = getattr(prepare, "chat_template", "")
         """SHA-256 of what renders chats; empty for other documents."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def read(self, index: int) -> Any:
-        document = self._rows.read(index)
+        document = self.rows.read(index)
         return None if document is None else self._prepare(document, str(index))
 
 
@@ -163,9 +224,11 @@ class PreparedShards:
     """`TextShards`, prepared."""
 
     def __init__(self, rows: TextShards, prepare: Any):
-        self._rows, self._prepare = rows, prepare
+        self.rows, self._prepare = rows, prepare
         self.num_shards = rows.num_shards
+        self.chat_template: str = getattr(prepare, "chat_template", "")
+        """As that of `PreparedRows`."""
 
     def read_shard(self, shard: int, row: int) -> Iterator[Any]:
-        for number, document in enumerate(self._rows.read_shard(shard, row), start=row):
+        for number, document in enumerate(self.rows.read_shard(shard, row), start=row):
             yield None if document is None else self._prepare(document, f"{shard}/{number}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flame.data.chats import ASSISTANT, explain_no_chats, prepare_rows
+from flame.data.chats import ASSISTANT, PreparedRows, PreparedShards, explain_no_chats, prepare_rows
 from flame.data.encoding import Labelled, encode_chat, encode_document
 from flame.data.sources.base import Documents, SourceKind, TextRows, TextShards, explain_no_text, open_texts
 from flame.data.sources.contents import Document
@@ -58,9 +58,20 @@ class _Tokenized:
         self.name, self.option = kind.short_name, kind.option
         self._kind, self._rows, self._encode = kind, rows, encode
 
+    @property
+    def chat_template(self) -> str:
+        """SHA-256 of what renders chats; empty for other documents."""
+        return self._rows.chat_template if isinstance(self._rows, PreparedRows | PreparedShards) else ""
+
+    @property
+    def _stored(self) -> Any:
+        """The rows as they are stored."""
+        return self._rows.rows if isinstance(self._rows, PreparedRows | PreparedShards) else self._rows
+
     def explain_no_text(self, read: str) -> str:
         """The error line for a source without any text; `read` says how much was read, such as "3 rows"."""
-        return explain_no_text(self._kind, self._rows, read)
+        line = explain_no_text(self._kind, self._stored, read)
+        return f"{line}; or the chat template of model.tokenizer_path refuses all chats" if self.chat_template else line
 
 
 class TokenizedSource(_Tokenized):
@@ -72,8 +83,8 @@ class TokenizedSource(_Tokenized):
         return len(self._rows)
 
     def read_untokenized(self, index: int) -> Document | None:
-        """The document as it is encoded, None for a bad row."""
-        return self._rows.read(index)
+        """The document as it is stored, None for a bad row."""
+        return self._stored.read(index)
 
     def read(self, index: int) -> np.ndarray | Labelled | None:
         text = self._rows.read(index)

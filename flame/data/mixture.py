@@ -88,6 +88,17 @@ class Mixture(WithUserCode):
             lines.append(f"{source.name}: {size}{share}")
         return lines
 
+    def list_shared(self, num_streams: int) -> list[str]:
+        """A line for each source with fewer documents than streams. Stream s begins with the document at ordinal s, so streams
+        read the same documents, in different epochs."""
+        return [
+            f"{source.name}: {count} documents are fewer than training.num_streams = {num_streams}, so up to "
+            f"{-(-num_streams // count)} streams read the same document at once, each from its first token: the run sees the "
+            "beginnings of documents that often before it sees their ends; give more documents, or lower num_streams in a new run"
+            for source, weight in zip(self.sources, self.weights, strict=True)
+            if weight and 0 < (count := self._count(source)) < num_streams
+        ]
+
 
 def _reverse_bits(number: int) -> int:
     """The 64 bits of a number in reverse order. As a fraction of 2^64, this is van der Corput's sequence."""

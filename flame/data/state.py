@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flame.data.batch import PackedBatch
-from flame.data.content import Content
+from flame.data.corpus_content import Content
 from flame.data.document_streams import Cursor
 from flame.errors import UserError
 

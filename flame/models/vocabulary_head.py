@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from flame.data.batch import PackedBatch
+from flame.data.batch import NO_LABEL, PackedBatch
 from flame.kernels.cross_entropy import _add_product_
 from flame.kernels.softmax_rows import count_chunk_rows
 
@@ -28,7 +28,9 @@ class Upcoming(NamedTuple):
     last: Tensor
     """Last position of each token's document."""
     previous: Tensor
-    """Previous position of the same token id, in any document; -1 if there is none."""
+    """Previous position of the same token id, in any document; -1 if there is none. Only of tokens that count."""
+    counts: Tensor | None = None
+    """bool [T], whether each token counts; None if all do."""
 
     def look_ahead(self, positions: Tensor, nearest: int, horizon: int) -> tuple[Tensor, Tensor]:
         """The tokens at distance `nearest`, `nearest + 1`, ... after each position.
@@ -39,12 +41,15 @@ class Upcoming(NamedTuple):
             horizon: R, number of tokens.
 
         Returns:
-            int64 [c, R], the tokens; bool [c, R], whether each is in the position's document and is the first of its id among R.
+            int64 [c, R], the tokens; bool [c, R], whether each counts, is in the position's document, and is the first such of
+            its id among R.
         """
         begin = (positions + nearest)[:, None]
         ahead = begin + torch.arange(horizon, device=positions.device)
         inside = ahead <= self.last[positions][:, None]
         ahead = ahead.clamp_(max=len(self.tokens) - 1)
+        if self.counts is not None:
+            inside = inside & self.counts[ahead]
         return self.tokens[ahead], inside & (self.previous[ahead] < begin)
 
 
@@ -52,11 +57,16 @@ def find_upcoming(batch: PackedBatch) -> Upcoming:
     """Index the tokens of a packed sequence, by one sort. Does not wait for the device."""
     tokens, segments = batch.input_ids[0], batch.segment_ids[0]
     last = torch.searchsorted(segments, segments, side="right") - 1
-    order = torch.argsort(tokens, stable=True)  # by token, then by position
-    is_repeated = tokens[order[1:]] == tokens[order[:-1]]
+    counts, keys = None, tokens
+    if batch.answers_only:
+        counts = torch.zeros_like(tokens, dtype=torch.bool)
+        counts[1:] = batch.labels[0, :-1] != NO_LABEL
+        keys = torch.where(counts, tokens, -1)
+    order = torch.argsort(keys, stable=True)  # by token, then by position
+    is_repeated = keys[order[1:]] == keys[order[:-1]]
     previous = torch.full_like(tokens, -1)
     previous[order[1:]] = torch.where(is_repeated, order[:-1], -1)
-    return Upcoming(tokens, last, previous)
+    return Upcoming(tokens, last, previous, counts)
 
 
 Differentiate = Callable[[Tensor, slice], Tensor]

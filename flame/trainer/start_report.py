@@ -38,6 +38,8 @@ def report_start(
     logger.info("%d tokens a step, from", training.seq_len * training.gradient_accumulation_steps * world_size)
     for line in mixture.describe():
         logger.info("  %s", line)
+    for line in mixture.list_shared(training.num_streams):
+        logger.warning(line)
     if validator is not None:
         logger.info("validation: %d held-out sequences each %d steps", validator.num_sequences, config.validation.interval)
         for name in validator.unread_sources:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from flame.cli.preprocess import main as preprocess
 from flame.config.schema import Training
 from flame.data.batch import NO_LABEL, build_batch
+from flame.data.corpus_content import describe_content, list_differences
 from flame.data.document_streams import open_document_stream
 from flame.data.documents import WHOLE, open_documents
 from flame.data.encoding import Labelled
@@ -149,6 +151,79 @@ def test_sources_without_chats_are_refused() -> None:
         with pytest.raises(UserError) as caught:
             open_documents(choose_kind(Training(dataset=dataset)), make_chat_tokenizer(), "assistant")
         expect_one_line(caught.value, 'training.loss_on = "assistant"', f'training.dataset = "{dataset}"')
+
+
+STRICT = "{% if not messages or messages[0].role == 'x' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+DATED = "{{ strftime_now('%H:%M:%S.%f') }}\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_chat_that_the_assistant_begins_may_be_a_bad_row(tmp_path: Path, streaming: bool) -> None:
+    rows = [CHATS[0], CHATS[0][1:], CHATS[0]]
+    corpus = write_chats(tmp_path, rows)
+    corpus.streaming = streaming
+    found = read_documents(corpus, make_chat_tokenizer(STRICT), "assistant")
+    assert [labelled is None for labelled in found] == [False, True, False]
+    lenient = read_documents(corpus, make_chat_tokenizer(), "assistant")
+    assert mark(lenient[1]) == write_out(rows[1])[1]
+
+
+def test_chats_that_are_all_refused_are_one_line(tmp_path: Path) -> None:
+    documents = open_documents(choose_kind(write_chats(tmp_path, [CHATS[0][1:]])), make_chat_tokenizer(STRICT), "assistant")
+    stream = open_document_stream(documents, WHOLE, 0, 1, 0)
+    with pytest.raises(UserError) as caught:
+        stream.read(stream.first)
+    expect_one_line(caught.value, "yields no usable text: 1 rows read", "or the chat template")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_roles_of_which_nothing_counts_are_told_once(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    chats = [[{"role": "user", "content": "a"}, {"role": "model", "content": "b"}], CHATS[0]] * 3
+    corpus = write_chats(tmp_path, chats)
+    corpus.streaming = streaming
+    read_documents(corpus, make_chat_tokenizer())
+    assert not caplog.messages
+    read_documents(corpus, make_chat_tokenizer(), "assistant")
+    (line,) = caplog.messages
+    assert 'some have the roles "model"' in line and 'training.dataset = "json"' in line
+    caplog.clear()
+    read_documents(
+        write_chats(tmp_path, [*CHATS, [*CHATS[0], {"role": "critic", "content": "c"}]]), make_chat_tokenizer(), "assistant"
+    )
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_the_clock_of_templates_stands_still(tmp_path: Path, template: str) -> None:
+    corpus = write_chats(tmp_path, CHATS)
+    tokenizer = make_chat_tokenizer(DATED + template)
+    first, again = (read_documents(corpus, tokenizer, "assistant") for _ in range(2))
+    for one, other, chat in zip(first, again, CHATS, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        counts = write_out(chat)[1]
+        assert mark(one)[-len(counts) :] == counts and not any(mark(one)[: -len(counts)])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_content_of_chats_is_their_messages_and_the_template(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_chats(tmp_path, CHATS)
+    corpus.streaming = streaming
+
+    def describe(template: str) -> Any:
+        kind = choose_kind(corpus)
+        return json.loads(json.dumps(describe_content(kind, open_documents(kind, make_chat_tokenizer(template)))))
+
+    dated = describe(DATED + CHATML)
+    monkeypatch.setattr("flame.data.chats.STARTED", datetime(2000, 1, 1))
+    assert list_differences(dated, describe(DATED + CHATML)) == []
+    assert list_differences(dated, describe(CHATML)) == ["another chat template of model.tokenizer_path"]
+    edited = json.loads(json.dumps(CHATS).replace("Hallo", "Hullo"))
+    write_chats(tmp_path, edited)
+    assert list_differences(dated, describe(DATED + CHATML))[0].endswith(
+        "0 is another (1 of the " + ("1" if streaming else "3") + " compared are)"
+    )
 
 
 # ---------------------------------------------------------------- what a step counts

@@ -144,3 +144,17 @@ def test_sizes_that_cannot_work_are_refused(tmp_path) -> None:
     config = JobConfig(training=Training(dataset="json", data_files=files, streaming=True, num_streams=2))
     with pytest.raises(UserError, match=r"has 1 shards, fewer than training\.num_streams = 2"):
         open_mixture(config, TOKENIZER)
+
+
+def test_streams_that_share_documents_are_told(tmp_path) -> None:
+    """Each of the 6 streams begins with one of the 2 documents, 3 streams with the same."""
+    (tmp_path / "two.jsonl").write_text('{"text": "abcdefgh"}\n{"text": "ABCDEFGH"}\n')
+    training = Training(dataset="json", data_files=f"{tmp_path}/two.jsonl", num_streams=6, seq_len=8, context_len=8)
+    mixture = open_mixture(JobConfig(training=training), TOKENIZER)
+    (line,) = mixture.list_shared(6)
+    assert line.startswith("json: 2 documents are fewer than training.num_streams = 6, so up to 3 streams read the same")
+    firsts = [mixture.open_packer(0, stream, 6, training) for stream in range(6)]
+    chunks = [packer.next_sequence(packer.first_cursor).documents[0] for packer in firsts]
+    assert sorted(chunk.document for chunk in chunks) == [0, 0, 0, 1, 1, 1]
+    assert {chunk.epoch for chunk in chunks} == {0, 1, 2} and {chunk.start for chunk in chunks} == {0}
+    assert mixture.list_shared(2) == []

@@ -33,6 +33,7 @@ import zstandard
 from flame.config.schema import Training
 from flame.data.sources.base import TextRows
 from flame.data.sources.cells import FileShards
+from flame.data.sources.csv import CsvColumn
 from flame.errors import UserError
 from tests.support.sources import choose_kind
 from tests.support.sources import open_source as open_any_source
@@ -419,7 +420,7 @@ def test_an_archive_is_its_files_in_order(tmp_path: Path, streaming: bool) -> No
         ("text", b"PK\x03\x04 broken", "not a zip file"),
         ("parquet", b"PAR1 broken", "Parquet magic bytes not found"),
         ("arrow", b"ARROW1 broken", "File is too small"),
-        ("csv", b'text,b\n"a,b\n', "EOF inside string"),
+        ("csv", b'text,b\n"a,b\n', "EOF inside string: a quote in the row that begins in line 2"),
     ],
 )
 def test_a_broken_file_among_good_ones_is_named(tmp_path: Path, kind: str, content: bytes, reason: str, streaming: bool) -> None:
@@ -489,6 +490,43 @@ def test_csv_cells_are_texts(tmp_path: Path, streaming: bool) -> None:
     expect_one_line(replace(corpus, text_column="body"), 'training.text_column = "body" is not a column of', "id (string)")
 
 
+CSV = {
+    "a cell too many": ("a.csv", b"text,label\na,1,x\nb,2\n", [None, "b"]),
+    "a cell too many in each row": ("a.csv", b"text,label\na,1,x\n\nb,2,y\nc,3\n", [None, None, "c"]),
+    "a cell too few": ("a.csv", b"label,text\n1\n2,b\n", [None, "b"]),
+    "a quote in tab-separated cells": ("a.tsv", b'text\tlabel\n"a\t1\nb"c\t2\nd\t3\n', ['"a', 'b"c', "d"]),
+    "a byte order mark before a quote": ("a.csv", b'\xef\xbb\xbf"text",label\n"a,b",1\n', ["a,b"]),
+    "a byte order mark": ("a.tsv", b"\xef\xbb\xbftext\tlabel\r\na\t1\r\n", ["a"]),
+    "a long cell": ("a.csv", b"text\n" + b"x" * 200_000 + b"\n", ["x" * 200_000]),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", CSV)
+def test_cells_of_csv_stay_in_their_row_and_column(tmp_path: Path, case: str, streaming: bool) -> None:
+    name, content, expected = CSV[case]
+    (tmp_path / name).write_bytes(content)
+    assert read_either(Training(dataset="csv", data_files=f"{tmp_path}/{name}", streaming=streaming)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_csv_may_have_any_name(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.csv").write_text("текст,label\né,1\n", encoding="utf-8-sig")
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/a.csv", streaming=streaming, text_column="текст")
+    assert read_either(corpus) == ["é"]
+    expect_one_line(replace(corpus, text_column="text"), "is not a column", "текст (string)")
+
+
+def test_copies_of_older_readers_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("text\na\n")
+    corpus = Training(dataset="csv", data_files=f"{tmp_path}/a.csv")
+    assert read_either(corpus) == ["a"]
+    monkeypatch.setattr(CsvColumn, "read", lambda reader, path: iter([pa.array(["corrected"], reader.cell_type)]))
+    assert read_either(corpus) == ["a"]
+    monkeypatch.setattr("flame.data.sources.arrow_cache.READERS_VERSION", "new")
+    assert read_either(corpus) == ["corrected"]
+
+
 @pytest.fixture
 def memory() -> Iterator[Any]:
     """A remote place that is in memory."""
@@ -543,3 +581,70 @@ def test_files_of_a_web_server(tmp_path: Path, kind: str, streaming: bool) -> No
 )
 def test_addresses_that_cannot_be_read(address: str, parts: list[str]) -> None:
     expect_one_line(Training(dataset="json", data_files=address), f'training.data_files: "{address}"', *parts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_was_saved_with_a_format(tmp_path: Path, streaming: bool) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "input_ids": [[1, 2], [3]]})
+    table.with_format("torch").save_to_disk(tmp_path / "torch")
+    table.with_format("numpy", columns=["text"]).save_to_disk(tmp_path / "numpy")
+    for name in ("torch", "numpy"):
+        corpus = Training(dataset=str(tmp_path / name), streaming=streaming, text_column="input_ids")
+        assert read_either_ids(corpus) == [[1, 2], [3]]
+        assert read_either(replace(corpus, text_column="text")) == ["a", "b"]
+
+
+def pack_archive(path: Path, members: dict[str, bytes]) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("archive", ["a.zip", "a.tar.gz"])
+def test_an_archive_is_read_as_its_folder(tmp_path: Path, archive: str, streaming: bool) -> None:
+    """The files of the kind, decompressed."""
+    members = {
+        "README.html": b"{}\n",
+        "a.jsonl.gz": gzip.compress(b'{"text": "a"}\n'),
+        "b/c.jsonl": b'{"text": "c"}\n',
+        "b.json.zst": zstandard.compress(b'{"text": "b"}\n'),
+        "b/meta.txt": b"{}\n",
+    }
+    pack_archive(tmp_path / archive, members)
+    corpus = Training(dataset="json", data_files=str(tmp_path / archive), streaming=streaming)
+    assert read_either(corpus) == ["a", "b", "c"]
+    pack_archive(tmp_path / archive, {"enwik8": b"whole"})
+    assert read_either(replace(corpus, dataset="text")) == ["whole"]
+    pack_archive(tmp_path / archive, {"a.tsv": b'text\tb\n"a\t1\n', "b.csv": b'text\n"b,b"\n', "c.md": b"c"})
+    assert read_either(replace(corpus, dataset="csv")) == ['"a', "b,b"]
+    pack_archive(tmp_path / archive, {"a.py": b"1", "b.py": b"2"})
+    with pytest.raises(UserError) as caught:
+        read_either(replace(corpus, dataset="text"))
+    assert len(caught.value.lines) == 1 and archive in str(caught.value)
+    assert ("of the 2 files in it none ends with .txt or .md") in str(caught.value)
+
+
+LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["zst", "lz4"])
+def test_a_compressed_file_may_begin_with_a_skippable_frame(tmp_path: Path, form: str, streaming: bool) -> None:
+    """As pzstd and the seekable format write them."""
+    content = zstandard.compress(LINE)
+    if form == "lz4":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "lz4") as file:
+            file.write(LINE)
+        content = sink.getvalue().to_pybytes()
+    frames = b"".join(bytes([0x50 + n]) + b"\x2a\x4d\x18" + n.to_bytes(4, "little") + b"x" * n for n in (4, 0, 9))
+    (tmp_path / "a.jsonl").write_bytes(frames + content)
+    assert read_either(Training(dataset="json", data_files=f"{tmp_path}/a.jsonl", streaming=streaming)) == ["a"]

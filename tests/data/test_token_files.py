@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -22,6 +23,7 @@ from flame.data.documents import WHOLE, open_documents
 from flame.data.loader import PackedLoader
 from flame.data.mixture import Mixture
 from flame.data.packing import Packer
+from flame.data.sources.files import describe_version
 from flame.data.sources.token_files import TokenFiles
 from flame.data.state import DataState
 from flame.data.tokenizer import load_tokenizer
@@ -153,8 +155,6 @@ def test_dtype_and_end_of_text_may_be_given(tmp_path: Path) -> None:
     write_nanogpt(tmp_path / "a.bin", [[1, 2, 9], [3, 9]], "uint32")
     found = open_files(tmp_path / "a.bin", token_dtype="uint32", end_of_text_id=9)
     assert read_all(found) == [[1, 2, 9], [3, 9]]
-    write_nanogpt(tmp_path / "b.bin", [[0, 0, 5, 0], [0, 0]], "uint16")
-    assert read_all(open_files(tmp_path / "b.bin", token_dtype="uint16")) == [[0, 0, 5, 0, 0, 0]]
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -228,6 +228,9 @@ def test_what_a_file_is_instead(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.arange(3))
     np.save(tmp_path / "float.npy", np.ones(3))
     np.save(tmp_path / "table.npy", np.ones((3, 2), np.int64))
+    with (tmp_path / "named.npy").open("wb") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)
+        np.lib.format.write_array(file, np.zeros(3, [("é", "<i4")]), version=(3, 0))
     (tmp_path / "alone.idx").write_bytes(b"MMIDIDX\0\0" + bytes(40))
     (tmp_path / "empty.bin").touch()
     (tmp_path / "odd.bin").write_bytes(b"abc")
@@ -239,13 +242,83 @@ def test_what_a_file_is_instead(tmp_path: Path) -> None:
         "a.npz": ["it is a zip"],
         "float.npy": ["a NumPy array of float64"],
         "table.npy": ["shape (3, 2)"],
+        "named.npy": ["a NumPy file of format 3.0"],
         "alone.idx": ["the index of a Megatron file"],
         "empty.bin": ["it is empty"],
         "odd.bin": ["a nanoGPT token file of uint16: its 3 bytes are not whole ids", "token_dtype"],
-        "wide.bin": ["a nanoGPT token file in which every second uint16 is 0", 'token_dtype = "uint32"'],
+        "wide.bin": ["a nanoGPT token file in which every second uint16 is 0", 'token_dtype = "uint32"', '"int64"'],
         "missing.bin": ["missing.bin"],
     }.items():
         expect_refusal(tmp_path / name, name, *parts)
+
+
+@pytest.mark.parametrize("writer", ["nanoGPT", "OLMo", "NumPy int64", "llm.c"])
+def test_a_file_without_an_end_of_text_id(tmp_path: Path, writer: str) -> None:
+    write, name, dtype, _ = WRITERS[writer]
+    write(tmp_path / name, [[1, 2, 9], [3, 4]], dtype)
+    expect_refusal(tmp_path / name, f'"{tmp_path / name}" holds no end-of-text id 256', "set end_of_text_id")
+    assert read_all(open_files(tmp_path / name, end_of_text_id=9)) == [[1, 2, 9], [3, 4]]
+    write(tmp_path / name, [[1, 2, EOS]], dtype)
+    assert len(open_files(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "advice"),
+    [
+        ("int64", "uint32", '"int64"'),
+        ("int64", "int32", '"int64"'),
+        ("uint32", "uint16", '"uint32"'),
+        ("int64", "uint16", '"int64"'),
+    ],
+)
+def test_a_dtype_that_is_given_too_narrow(tmp_path: Path, written: str, given: str, advice: str) -> None:
+    write_nanogpt(tmp_path / "a.bin", DOCUMENTS, written)
+    expect_refusal(tmp_path / "a.bin", f"every second {given} is 0", "set token_dtype = ", advice, token_dtype=given)
+
+
+def test_files_of_folders_of_preprocess_are_no_token_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_nanogpt(tmp_path / name / "tokens.bin", DOCUMENTS)
+        (tmp_path / name / "manifest.json").touch()
+    for files in (f"{tmp_path}/a,{tmp_path}/b", tmp_path, f"{tmp_path}/a/*.bin", tmp_path / "a" / "tokens.bin"):
+        expect_refusal(files, "is in a folder of flame-preprocess", "[sources.NAME]")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("fineweb_train_000001.bin", "fineweb_val_000000.bin"),
+        ("train/a.bin", "val/a.bin"),
+        ("owt-train.bin", "owt-test.bin"),
+        ("training/0.npy", "Validation/0.npy"),
+    ],
+)
+def test_several_splits_in_a_folder(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_nanogpt(tmp_path / name, DOCUMENTS)
+    expect_refusal(tmp_path, "the folder holds several splits (", *names)
+    assert len(open_files(tmp_path / names[0])) == 5
+    (tmp_path / names[1]).unlink()
+    assert len(open_files(tmp_path)) == 5
+
+
+def test_a_correct_copy_with_the_same_time_is_accepted(tmp_path: Path) -> None:
+    """Also where a file system has no time of change."""
+    path = tmp_path / "a.bin"
+    write_nanogpt(path, [[1, 700, EOS]])
+    time = path.stat().st_mtime_ns
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flame.data.sources.token_index._describe_state", lambda path: "\n".join(describe_version(path)))
+        expect_refusal(path, "holds the id 700")
+        write_nanogpt(path, [[1, 70, EOS]])
+        os.utime(path, ns=(time, time))
+        assert read_all(open_files(path)) == [[1, 70, EOS]]
+    write_nanogpt(path, [[1, EOS, EOS]])
+    os.utime(path, ns=(time, time))
+    assert read_all(open_files(path)) == [[1, EOS], [EOS]]
 
 
 def test_what_a_folder_is_instead(tmp_path: Path) -> None:

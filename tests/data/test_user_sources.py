@@ -10,6 +10,8 @@ import pytest
 
 from flame.config.schema import Corpus, JobConfig
 from flame.data.batch import PackedBatch
+from flame.data.corpus_content import describe_content
+from flame.data.documents import open_documents
 from flame.data.loader import PackedLoader
 from flame.data.mixture import Mixture, open_held_out, open_mixture
 from flame.data.sources.registry import find_kind
@@ -256,3 +258,22 @@ def test_two_sources_with_one_table_are_refused(tmp_path: Path):
         f'validation.dataset = "{second}": its section [counter] is already used by another source: rename it'
     ]
     assert choose_kind(read_job(configure(first)).training).short_name == "counter"
+
+
+@pytest.mark.parametrize("content", ["chat", "ids"])
+def test_a_users_rows_may_have_any_attributes(tmp_path: Path, content: str) -> None:
+    (tmp_path / f"mine_{content}.py").write_text(
+        "from flame.data.sources.base import SourceKind\n"
+        "class Shards:\n"
+        f"    num_shards, content, chat_template = 1, {content!r}, 'x'\n"
+        "    def read_shard(self, shard, row):\n"
+        "        return iter(['a', 'b'][row:])\n"
+        "class Mine(SourceKind):\n"
+        "    name = 'mine'\n"
+        "    def open(self):\n"
+        "        return Shards()\n"
+    )
+    kind = choose_kind(Corpus(dataset=str(tmp_path / f"mine_{content}.py")))
+    documents = open_documents(kind, load_tokenizer("bytes"))
+    assert [tokens.tolist() for _, tokens in documents.read_shard(0, 0)] == [[97, 256], [98, 256]]  # type: ignore
+    assert "chat_template" not in describe_content(kind, documents)

@@ -26,6 +26,7 @@ from flame.models.vocabulary_head import find_upcoming
 from flame.objectives.base import Setup
 from flame.objectives.label_objective import BackboneOutput, Encode, LabelObjective
 from flame.objectives.registry import BUILT_IN
+from tests.support.answers import keep_turns
 from tests.support.families import TOYS, build_toy
 from tests.support.losses import chunks_of
 from tests.support.models import CPU, pack, random_batch, tiny_llama
@@ -92,9 +93,12 @@ def draw(shape: tuple[int, ...], seed: int, dtype=torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).requires_grad_()
 
 
-def documents_ahead(batch: PackedBatch) -> list[list[int]]:
-    """For each position the tokens after it in its document, nearest first."""
-    tokens = batch.input_ids[0].tolist()
+def documents_ahead(batch: PackedBatch) -> list[list[int | None]]:
+    """For each position the tokens after it in its document, nearest first. None for one that does not count."""
+    tokens: list[int | None] = batch.input_ids[0].tolist()
+    if batch.answers_only:
+        labels = [NO_LABEL, *batch.labels[0].tolist()]
+        tokens = [None if label == NO_LABEL else token for token, label in zip(tokens, labels, strict=False)]
     return [tokens[t + 1 : b] for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)]
 
 
@@ -105,7 +109,7 @@ def mtp_by_loop(
     for i, layer in enumerate(objective.layers, start=2):
         logits = encode(layer, states) @ output_embedding.T
         for t in range(len(segments)):
-            if labels[t] != NO_LABEL and len(ahead[t]) >= i:
+            if labels[t] != NO_LABEL and len(ahead[t]) >= i and ahead[t][i - 1] is not None:
                 total = total - torch.log(torch.softmax(logits[t], dim=-1)[ahead[t][i - 1]])
     return total
 
@@ -155,15 +159,15 @@ lengths_of_documents = st.lists(st.integers(1, 8), min_size=1, max_size=4)
 @given(
     lengths=lengths_of_documents,
     window=st.sampled_from([0, 2, 3, 5]),
-    on_answers=st.booleans(),
+    kept=st.sampled_from(["all", "answers", "turns"]),
     listed=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_it_is_its_definition(name, rows_per_chunk, lengths, window, on_answers, listed, seed):
+def test_it_is_its_definition(name, rows_per_chunk, lengths, window, kept, listed, seed):
     """Loss, and gradients of states, heads and output embedding; with all positions, or listed ones and some to fill up."""
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     batch = random_batch(cu, VOCABULARY, seed)
-    batch = keep_answers(batch, seed) if on_answers else batch
+    batch = {"all": batch, "answers": keep_answers(batch, seed), "turns": keep_turns(batch, seed)}[kept]
     objective, encode = build_wide(name, window=window, tokens=3), encoder(batch, small_llama())
     states, output = draw((int(cu[-1]), WIDTH), seed), draw((VOCABULARY, WIDTH), seed + 1)
     inputs = [states, output, *objective.parameters()]

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from flame.data.batch import PackedBatch
+from flame.data.batch import NO_LABEL, PackedBatch
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Requested, compute_losses
 from flame.train import main
 from flame.trainer.options import read_options
 from flame.weights.export import name_objective_file
-from tests.support.answers import SEPARATOR, pack_documents
+from tests.support.answers import SEPARATOR, keep_turns, pack_documents
 from tests.support.models import get_own, pack, random_batch, random_cu_seqlens
 from tests.support.objectives import SKIP_TOKEN, build_objective
 from tests.support.paths import REPO
@@ -89,6 +89,26 @@ def test_it_is_its_definition(lengths, distance, answers_only, seed):
     found = torch.autograd.grad(aux.loss_sum, weights)
     for ours, theirs in zip(found, torch.autograd.grad(expected, weights), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), distance=st.integers(1, 5), seed=st.integers(0, 999))
+def test_between_turns_nothing_is_predicted(lengths, distance, seed):
+    """Where only the assistant's turns count, the token ahead must be one of them too."""
+    batch = keep_turns(draw_batch(lengths, seed, answers_only=False), seed)
+    model, cu = build(distance), batch.cu_seqlens.tolist()
+    counted = {t + 1 for t, label in enumerate(batch.labels[0].tolist()) if label != NO_LABEL}
+    pairs = [
+        (t, t + distance)
+        for start, end in pairwise(cu)
+        for t in range(start, end - distance)
+        if t + 1 in counted and t + distance in counted
+    ]
+    aux = model(compute_losses, batch, Requested(aux=True)).aux
+    assert get_own(model).count(batch) == batch.count_labels_ahead(distance) == aux.num_items == len(pairs)
+    states = model.encode_past(batch) @ get_own(model).get_parameter("map.weight").T
+    scores = torch.log_softmax(states @ model.output_embedding.T, dim=-1)
+    expected = -sum((scores[t, batch.input_ids[0, ahead]] for t, ahead in pairs), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(aux.loss_sum, expected, **CLOSE)
 
 
 def test_one_token_ahead_with_the_identity_is_the_cross_entropy():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from flame.config.schema import JobConfig, Training
 from flame.data.batch import NO_LABEL, PackedBatch, build_batch
-from flame.data.document_streams import open_document_stream
+from flame.data.document_streams import Cursor, open_document_stream
 from flame.data.documents import WHOLE
-from flame.data.packing import Packer
+from flame.data.packing import PackedSequence, Packer
 from tests.support.documents import ListSource, encode_numbers, tokenize_rows
 from tests.support.models import future_config
 
@@ -52,3 +53,13 @@ def list_suffix_positions(batch: PackedBatch) -> list[int]:
     """Tokens of which a label is, or that have one."""
     labels = batch.labels[0].tolist()
     return [t for t in range(len(labels)) if labels[t] != NO_LABEL or (t and labels[t - 1] != NO_LABEL)]
+
+
+def keep_turns(batch: PackedBatch, seed: int) -> PackedBatch:
+    """The same tokens, of which random ones count, as those of an assistant between turns of a user."""
+    ids, cu = batch.input_ids[0].numpy(), batch.cu_seqlens.numpy()
+    counts = torch.rand(len(ids), generator=torch.Generator().manual_seed(seed)).numpy() < 0.5
+    counts[cu[:-1]] = False  # nothing predicts the first token of a document
+    places = np.flatnonzero(counts)
+    spans = np.stack([places, places + 1], axis=1).astype(np.int64)
+    return build_batch(PackedSequence(ids, cu, "chats", 0, Cursor(0, 0, 0, 0), [], 0, spans), 0)

@@ -6,12 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch.distributed as dist
 
 from flame.checkpoints.manager import TRAINER_FILE, list_checkpoints
 from flame.cli.audit import main as audit
+from flame.config.schema import Training
+from flame.data.corpus_content import describe_content, list_differences
+from flame.data.documents import open_documents
+from flame.data.tokenizer import load_tokenizer
 from tests.support.runs import cut_power_after, measured, options, read_metrics, run_here
+from tests.support.sources import choose_kind
 
 QUICK = {"checkpoint__export_hf": False}
 UNNAMED = {"training__dataset": None, "training__data_files": None}
@@ -94,6 +100,35 @@ def test_streamed_data_are_known_by_their_files(workspace, tmp_path, capsys):
     (tmp_path / "there" / "2.jsonl").write_text("".join(texts[2::4]).replace("alpha", "omega"))
     line = refuse(workspace, run, capsys, **streamed, **there)
     assert "(file 2 is another (1 of the 4 compared are))" in line
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_streamed_folders_are_known_by_their_files(workspace, tmp_path, monkeypatch, is_saved):
+    texts = [json.loads(line)["text"] for line in (workspace / "corpus.jsonl").read_text().splitlines()]
+
+    def write(folder: Path, texts: list[str]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_saved:
+            datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder, num_shards=4)
+            return
+        folder.mkdir()
+        for shard in range(4):
+            lines = [json.dumps({"text": text}) + "\n" for text in texts[shard::4]]
+            (folder / f"train-{shard}.jsonl").write_text("".join(lines))
+
+    def describe(dataset: str) -> dict:
+        kind = choose_kind(Training(dataset=dataset, streaming=True, num_streams=4))
+        return json.loads(json.dumps(describe_content(kind, open_documents(kind, load_tokenizer("bytes")))))
+
+    write(tmp_path / "data", texts)
+    monkeypatch.chdir(tmp_path)
+    before = describe("data")
+    assert len(before["sample"]) == 4 and before["bytes"] > 1000 and before["name"] == "folder train text"
+    assert list_differences(before, describe("./data")) == []
+    shutil.copytree("data", "elsewhere")
+    assert list_differences(before, describe(str(tmp_path / "elsewhere"))) == []
+    write(tmp_path / "data", [text.replace("alpha", "omega") for text in texts])
+    assert list_differences(before, describe("data"))
 
 
 def test_the_audit_of_a_renamed_source_is_one(workspace, tmp_path, moved, capsys):

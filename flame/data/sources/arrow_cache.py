@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.builder import Key
 
-from flame.data.sources.cells import CELL, CellReader, read_cells
+from flame.data.sources.cells import CELL, READERS_VERSION, CellReader, read_cells
 from flame.data.sources.files import describe_version
 
 
@@ -48,7 +48,7 @@ class Cells(datasets.ArrowBasedBuilder):
 
 def copy_cells(files: list[str], reader: CellReader) -> datasets.Dataset:
     """The table of all cells. It is made once for each state of the files."""
-    told = "\n".join([repr(reader), *(each for path in files for each in describe_version(path))])
+    told = "\n".join([READERS_VERSION, repr(reader), *(each for path in files for each in describe_version(path))])
     builder = Cells(config_id=hashlib.sha256(told.encode()).hexdigest()[:32], files=files, reader=reader)
     builder.download_and_prepare()
     table = builder.as_dataset(split="train")

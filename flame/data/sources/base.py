@@ -128,7 +128,11 @@ class SourceKind(ABC):
         """What tells a streamed source from others, beside its local files."""
         options = ("dataset_name", "dataset_split", "text_column")
         read = [getattr(self.corpus, each) for each in options if each in self.uses]
-        return " ".join(filter(None, [self.name if self.user_file else self.corpus.dataset, *read]))
+        return " ".join(filter(None, [self._own_identity, *read]))
+
+    @property
+    def _own_identity(self) -> str:
+        return self.name if self.user_file else self.corpus.dataset
 
     def list_content_files(self) -> list[str]:
         """Its files, in the order of the documents; empty if it has none."""

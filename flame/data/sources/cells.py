@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CELL = "cell"
 """Name of the column in a copy."""
+READERS_VERSION = "2"
+"""Raise it when a reader gives other cells than before: copies made by older readers are then not used."""
 ROWS_AT_ONCE = 256
 """Rows that a streamed table reads at once."""
 
@@ -53,7 +55,7 @@ def read_cells(reader: CellReader, path: str) -> Iterator[pa.Array]:
         raise UnreadableFile(path) from error
 
 
-class _Rows(ABC):
+class CellRows(ABC):
     """Rows whose cells are decoded into documents."""
 
     def __init__(self, decode: Decode, content: Content):
@@ -74,7 +76,7 @@ class _Rows(ABC):
         self.content, self._decode = content, decode
 
 
-class TableRows(_Rows):
+class TableRows(CellRows):
     """One document per row of a memory-mapped table."""
 
     def __init__(self, table: datasets.Dataset, column: str, decode: Decode, content: Content = "text"):
@@ -94,7 +96,7 @@ class TableRows(_Rows):
         return (self._table[index][self._column] for index in range(len(self)))
 
 
-class _Shards(_Rows):
+class _Shards(CellRows):
     """One document per row, in shards that are read in order."""
 
     num_shards: int

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from flame.data.sources.base import TextRows, TextShards
 from flame.data.sources.cells import CellReader
 from flame.data.sources.containers import COMPRESSION_SUFFIXES, open_contents
 from flame.data.sources.contents import Content, Decode
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1024
 TAB_SUFFIX = ".tsv"
+SUFFIXES = (".csv", TAB_SUFFIX)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf".decode("latin-1")
 
 
 class Csv(FileColumnKind):
@@ -25,56 +32,90 @@ class Csv(FileColumnKind):
 
     name = "csv"
     uses = frozenset({"data_files", "text_column", "streaming"})
-    suffixes = (".csv", TAB_SUFFIX)
+    suffixes = SUFFIXES
 
     def examine(self, path: str) -> tuple[pa.Schema, int | None]:
-        import pandas as pd
         import pyarrow as pa
 
-        names: list[str] = []
-        for content in open_contents(path):
-            try:
-                names = list(pd.read_csv(content, nrows=0, **choose_format(path)))
-            except pd.errors.EmptyDataError:
-                continue
-            break
-        return pa.schema({name: pa.string() for name in names}), None if names else 0
+        for name, content in open_contents(path, SUFFIXES):
+            if first := next(_Rows(content, name), None):
+                return pa.schema([(column, pa.string()) for column in decode_names(first)]), None
+        return pa.schema([]), 0
 
     def build_reader(self, cell_type: pa.DataType) -> CellReader:
         return CsvColumn(cell_type, self.corpus.text_column)
 
     def choose_decoder(self, content: Content) -> Decode:
-        return decode_text
+        return decode_cell
+
+    def advise(self, rows: TextRows | TextShards) -> str:
+        return f"{super().advise(rows)}, and that each row has as many cells as the line of names"
 
 
 @dataclass(frozen=True)
 class CsvColumn(CellReader):
-    """One column. Bytes are read as latin-1, one character each, so that a cell that is not UTF-8 affects no other."""
+    """One column. Bytes are read as latin-1, one character each, so that a cell that is not UTF-8 affects no other.
+
+    A row with more or fewer cells than the line of names has no value: which cell is which is unknown.
+    """
 
     column: str
 
     def read(self, path: str) -> Iterator[pa.Array]:
-        import pandas as pd
         import pyarrow as pa
 
-        for content in open_contents(path):
-            try:
-                parts = pd.read_csv(
-                    content,
-                    usecols=[self.column],
-                    dtype=str,
-                    keep_default_na=False,
-                    na_filter=False,
-                    chunksize=ROWS_AT_ONCE,
-                    **choose_format(path),
-                )
-            except pd.errors.EmptyDataError:
-                continue
-            for part in parts:
-                yield pa.array(part[self.column].tolist(), self.cell_type)
+        for name, content in open_contents(path, SUFFIXES):
+            rows = _Rows(content, name)
+            names = decode_names(next(rows, []))
+            if names.count(self.column) != 1:
+                if not names:
+                    continue
+                raise ValueError(f"it has no column {self.column}, or several")
+            place = names.index(self.column)
+            while part := [row[place] if len(row) == len(names) else None for row in islice(rows, ROWS_AT_ONCE)]:
+                yield pa.array(part, self.cell_type)
 
 
-def choose_format(path: str) -> dict[str, Any]:
-    """How pandas is to read a file, by its name."""
-    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in COMPRESSION_SUFFIXES]
-    return {"encoding": "latin-1", "sep": "\t" if suffixes[-1:] == [TAB_SUFFIX] else ",", "compression": None}
+class _Rows:
+    """The rows of a file, without blank lines."""
+
+    def __init__(self, content: BinaryIO, name: str):
+        csv.field_size_limit(sys.maxsize)
+        self._at_end = False
+        self._reader = csv.reader(self._list_lines(content), **choose_format(name))
+
+    def __iter__(self) -> _Rows:
+        return self
+
+    def __next__(self) -> list[str]:
+        row: list[str] = []
+        while not row:
+            begin = self._reader.line_num + 1
+            row = next(self._reader)
+            if self._at_end:  # the reader still waited for the end of a quoted cell
+                raise ValueError(f"EOF inside string: a quote in the row that begins in line {begin} is not closed")
+        return row
+
+    def _list_lines(self, content: BinaryIO) -> Iterator[str]:
+        lines = io.TextIOWrapper(content, encoding="latin-1", newline="")
+        yield from (line.removeprefix(BYTE_ORDER_MARK) for line in islice(lines, 1))
+        yield from lines
+        self._at_end = True
+
+
+def decode_names(cells: list[str]) -> list[str]:
+    """Names of columns whose bytes were read as latin-1."""
+    return [cell.encode("latin-1").decode("utf-8", "replace") for cell in cells]
+
+
+def decode_cell(cell: str | None) -> str | None:
+    """Return the text of a cell whose bytes were read as latin-1; None if the row has none."""
+    return None if cell is None else decode_text(cell)
+
+
+def choose_format(name: str) -> dict[str, Any]:
+    """How a file is to be read, by its name. Tab-separated files have no quotes: a quote is a character like others."""
+    suffixes = [suffix for suffix in Path(name.lower()).suffixes if suffix not in COMPRESSION_SUFFIXES]
+    if suffixes[-1:] == [TAB_SUFFIX]:
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"delimiter": ","}

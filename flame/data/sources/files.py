@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flame.data.sources.containers import COMPRESSION_SUFFIXES, is_remote
+from flame.data.sources.containers import has_suffix, is_remote
 from flame.errors import UserError
 
 
@@ -62,12 +62,6 @@ def find_size(path: str) -> int:
         file_system, inner = _find_file_system(path)
         return file_system.info(inner).get("size") or -1
     return os.stat(path).st_size
-
-
-def has_suffix(name: str, suffixes: Sequence[str]) -> bool:
-    """Whether a name ends with one of the suffixes, or with one and that of a compression."""
-    before, last = ["", "", *Path(name.lower()).suffixes][-2:]
-    return last in suffixes or (last in COMPRESSION_SUFFIXES and before in suffixes)
 
 
 def _expand_local(pattern: str, suffixes: Sequence[str]) -> list[Path]:

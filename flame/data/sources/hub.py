@@ -8,20 +8,49 @@ import re
 from typing import Any
 
 from flame.data.sources.cells import datasets_silenced
-from flame.data.sources.files import has_suffix
-from flame.data.sources.saved import is_saved, open_saved
+from flame.data.sources.containers import has_suffix
+from flame.data.sources.files import walk
+from flame.data.sources.saved import is_saved, list_saved_files, open_saved
 from flame.data.sources.tables import FILE_KINDS, ColumnKind, load_table
 from flame.data.sources.token_files import SUFFIXES
 from flame.data.sources.tokens import OWN_FILES as TOKEN_FILES
 from flame.errors import UserError
 
 LONGEST_NAME = 96
+FOLDER = "folder"
+"""Stands for the path of a folder, which may be spelled otherwise or moved."""
+DESCRIPTION_SUFFIX = ".md"
 
 
 class HubDataset(ColumnKind):
     """A dataset of the Hub."""
 
     uses = frozenset({"dataset_name", "dataset_split", "text_column", "streaming"})
+
+    @property
+    def _own_identity(self) -> str:
+        return FOLDER if self._folder else super()._own_identity
+
+    @property
+    def _folder(self) -> str:
+        """The folder here that it is; empty for a dataset of the Hub."""
+        folder = os.path.abspath(os.path.expanduser(self.corpus.dataset))
+        return folder if os.path.isdir(folder) else ""
+
+    def list_content_files(self) -> list[str]:
+        if not self._folder or not self.corpus.streaming:
+            return []
+        return list_saved_files(self) if is_saved(self._folder) else self._list_files_of_split()
+
+    def _list_files_of_split(self) -> list[str]:
+        import datasets
+
+        try:
+            with datasets_silenced():
+                found = datasets.load_dataset_builder(self._folder, name=self.corpus.dataset_name or None).config.data_files
+            return [str(path) for path in found[self.corpus.dataset_split]]
+        except Exception:  # of a part of a split, such as train[:10%]
+            return sorted(path for path in walk(self._folder) if not path.endswith(DESCRIPTION_SUFFIX))
 
     def open(self) -> Any:
         folder = os.path.expanduser(self.corpus.dataset)

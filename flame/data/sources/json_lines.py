@@ -32,7 +32,7 @@ class JsonLines(FileKind):
         files = [path for path in self.list_files() if is_remote(path) or os.path.getsize(path)]
         if not files:
             raise UserError(explain_emptiness(self))
-        lines, key = Lines(pa.string()), self.corpus.text_column
+        lines, key = Lines(pa.string(), self.suffixes), self.corpus.text_column
         rows = self.open_cells(files, lines, partial(decode_json_line, key=key), "text")
         content = _find_content(rows, key)
         if content != "text":

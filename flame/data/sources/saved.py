@@ -32,7 +32,7 @@ def open_saved(kind: SourceKind) -> TableRows | FileShards:
     """
     try:
         folder = _choose_split(kind)
-        files = [str(folder / each["filename"]) for each in _read_json(folder / ONE)["_data_files"]]
+        files = _list_files(folder)
         table = None if kind.corpus.streaming else _map(folder)
         schema = table.features.arrow_schema if table is not None else _read_schema(files[0])
     except UserError:
@@ -49,6 +49,15 @@ def open_saved(kind: SourceKind) -> TableRows | FileShards:
     if table is not None:
         return TableRows(table.select_columns([column]), column, DECODERS[content], content)
     return FileShards(files, ArrowColumn(cell_type, column), DECODERS[content], kind.option, content)
+
+
+def list_saved_files(kind: SourceKind) -> list[str]:
+    """The files of the split of such a folder that was opened."""
+    return _list_files(_choose_split(kind))
+
+
+def _list_files(folder: Path) -> list[str]:
+    return [str(folder / each["filename"]) for each in _read_json(folder / ONE)["_data_files"]]
 
 
 def _choose_split(kind: SourceKind) -> Path:
@@ -78,7 +87,8 @@ def _choose_split(kind: SourceKind) -> Path:
 def _map(folder: Path) -> Any:
     import datasets
 
-    return datasets.load_from_disk(str(folder), keep_in_memory=False)
+    # A format that was saved with it would make tensors of its cells, or leave the column out.
+    return datasets.load_from_disk(str(folder), keep_in_memory=False).with_format(None)
 
 
 def _read_schema(path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flame.config.schema import JobConfig
 from flame.data.sources.base import TextRows, TextShards
@@ -34,32 +35,39 @@ class TextFiles(FileKind):
     def open(self) -> TableRows | FileShards:
         import pyarrow as pa
 
-        return self.open_cells(self.list_files(), WholeFiles(pa.string()), decode_text, "text")
+        return self.open_cells(self.list_files(), WholeFiles(pa.string(), self.suffixes), decode_text, "text")
 
     def advise(self, rows: TextRows | TextShards) -> str:
         return f"check {self.files_option}"
 
 
+@dataclass(frozen=True)
 class WholeFiles(CellReader):
     """Each file is a cell. Its bytes are read as latin-1, one character each, so that one that is not UTF-8 affects no other.
 
     Line ends are not kept: reading in text mode turns CRLF and CR into LF.
     """
 
+    suffixes: tuple[str, ...]
+    """Of the files in an archive."""
+
     def read(self, path: str) -> Iterator:
         import pyarrow as pa
 
-        for content in open_contents(path):
+        for _, content in open_contents(path, self.suffixes):
             yield pa.array([io.TextIOWrapper(content, encoding="latin-1").read()], self.cell_type)
 
 
+@dataclass(frozen=True)
 class Lines(CellReader):
     """Each line is a cell, otherwise as `WholeFiles`."""
+
+    suffixes: tuple[str, ...]
 
     def read(self, path: str) -> Iterator:
         import pyarrow as pa
 
-        for content in open_contents(path):
+        for _, content in open_contents(path, self.suffixes):
             text = io.TextIOWrapper(content, encoding="latin-1")
             while lines := text.readlines(CHARACTERS_AT_ONCE):
                 yield pa.array([line.removesuffix("\n") for line in lines], self.cell_type)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flame.data.sources.files import describe_version
 from flame.data.sources.token_index import Scan, TokenIndex, map_file, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
 
 SUFFIXES = (".bin", ".npy")
 INDEX_SUFFIX = ".idx"
+RAW_KINDS = ("nanoGPT", "OLMo")
 RAW_DTYPES = ("uint16", "uint32", "int32", "int64")
 """What `token_dtype` can be."""
 SHORT_VOCABULARY = 1 << 16
@@ -67,6 +67,11 @@ class TokenFile:
     count: int
     is_guessed: bool = False
     """Whether nothing but the size of the vocabulary told the dtype."""
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the file does not say its dtype itself."""
+        return self.kind in RAW_KINDS
 
     def map_tokens(self) -> np.ndarray:
         """The ids, integers [count]: a read-only view of the file."""
@@ -128,17 +133,18 @@ def open_token_files(
         vocabulary_size: ids must be below it.
 
     Raises:
-        UserError: a file is something else, is damaged, or holds ids outside the vocabulary.
+        UserError: a file is something else, is damaged, or holds ids outside the vocabulary or no end of a document.
     """
     files, indices = [], []
     for path in dict.fromkeys(_find_ids_of_index(path) for path in paths):
         try:
             file = examine_file(path, token_dtype, vocabulary_size)
-            index = _index_file(file, end_of_text)
+            index, fault = _index_file(file, end_of_text, vocabulary_size)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f'{option}: "{path}" cannot be read as token ids ({reason})') from error
-        _check_ids(file, index, option, vocabulary_size)
+        if fault:
+            raise UserError(f'{option}: "{path}" {fault}')
         files.append(file)
         indices.append(index)
     return TokenFiles(files, indices, end_of_text, option, name)
@@ -206,7 +212,13 @@ def _agree(file: TokenFile, token_dtype: str) -> TokenFile:
 def _examine_numpy(path: str) -> TokenFile:
     with open(path, "rb") as file:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+        version = np.lib.format.read_magic(file)
+        if version not in read:
+            raise ValueError(
+                f"it is a NumPy file of format {version[0]}.{version[1]}, of arrays with named fields: token ids are one row of "
+                "integers"
+            )
+        shape, _, dtype = read[version](file)
         start = file.tell()
     if dtype.kind not in "ui" or len(shape) != 1:
         raise ValueError(f"it is a NumPy array of {dtype} and shape {shape}: token ids are one row of integers")
@@ -252,10 +264,9 @@ def _read_megatron_offsets(index: str, file: TokenFile) -> np.ndarray:
     return offsets[np.append(np.diff(offsets) > 0, True)]
 
 
-def _index_file(file: TokenFile, end_of_text: int) -> TokenIndex:
+def _index_file(file: TokenFile, end_of_text: int, vocabulary_size: int) -> tuple[TokenIndex, str | None]:
     is_indexed = file.kind == "Megatron"
     index = file.path.removesuffix(".bin") + INDEX_SUFFIX
-    told = [repr(file), str(end_of_text), *describe_version(file.path), *(describe_version(index) if is_indexed else [])]
 
     def make() -> tuple[Scan, np.ndarray]:
         if is_indexed:
@@ -266,18 +277,28 @@ def _index_file(file: TokenFile, end_of_text: int) -> TokenIndex:
         rest = [] if len(after) and after[-1] == file.count else [file.count]
         return scan, np.concatenate([[0], after, rest]).astype(np.int64)
 
-    return open_index(told, make)
+    def find_fault(index: TokenIndex) -> str | None:
+        return _find_fault(file, index, end_of_text, vocabulary_size)
+
+    return open_index([repr(file), str(end_of_text)], [file.path, *([index] if is_indexed else [])], make, find_fault)
 
 
-def _check_ids(file: TokenFile, index: TokenIndex, option: str, vocabulary_size: int) -> None:
-    what = f'{option}: "{file.path}" is a {file.kind} token file'
-    dtype = np.dtype(file.dtype).name
-    if file.is_guessed and file.dtype == "<u2" and index.is_every_second_zero:
-        raise UserError(f'{what} in which every second uint16 is 0: set token_dtype = "uint32", or "uint16" if they are uint16')
+def _find_fault(file: TokenFile, index: TokenIndex, end_of_text: int, vocabulary_size: int) -> str | None:
+    """Why the ids cannot be trained on; None if they can."""
+    what, dtype = f"is a {file.kind} token file", np.dtype(file.dtype)
+    if file.is_raw and dtype.itemsize < 8 and file.count % 2 == 0 and index.is_every_second_zero:
+        wider = '"uint32", or "int64" if it was written so' if dtype.itemsize == 2 else '"int64"'
+        return f"{what} in which every second {dtype.name} is 0, as in wider ids: set token_dtype = {wider}"
     if index.smallest < 0 or index.largest >= vocabulary_size:
         wrong = index.smallest if index.smallest < 0 else index.largest
         advice = "give the tokenizer that made it, or set token_dtype" if file.is_guessed else "give the tokenizer that made it"
-        raise UserError(
-            f"{what} of {dtype} that holds the id {wrong}, but model.tokenizer_path has the ids 0 to {vocabulary_size - 1}: "
+        return (
+            f"{what} of {dtype.name} that holds the id {wrong}, but model.tokenizer_path has the ids 0 to {vocabulary_size - 1}: "
             f"{advice}"
         )
+    if file.kind != "Megatron" and len(index.offsets) == 2 and file.map_tokens()[-1] != end_of_text:
+        return (
+            f"holds no end-of-text id {end_of_text}, so it would be one document: set end_of_text_id to the id that ends its "
+            "documents; a file that is one text must be split by flame-preprocess or given as text"
+        )
+    return None

@@ -1,7 +1,7 @@
 """What is known of a file of token ids after it was read once: where documents begin, and the smallest and largest id.
 
-It is kept in a cache beside that of `datasets`, under the file's path, size and time, so that later starts, other ranks and
-worker processes map it. Reading a file once goes at the speed of memory or disk.
+It is kept in a cache beside that of `datasets`, under the file's path, size and times, so that later starts, other ranks and
+worker processes map it. Reading a file once goes at the speed of memory or disk. What is known of a faulty file is not kept.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame.data.sources.files import describe_version
+
 TOKENS_AT_ONCE = 1 << 24
 HEADER = 4
 """Integers before the offsets: version, smallest id, largest id, whether every second token is 0."""
-VERSION = 1
+VERSION = 2
 OFFSET_DTYPE = np.dtype("<i8")
 
 
@@ -86,34 +88,44 @@ class TokenIndex:
         return self.content[HEADER:]
 
 
-def open_index(told: list[str], make: Callable[[], tuple[Scan, np.ndarray]]) -> TokenIndex:
-    """The index of a file, from the cache or made now.
+def open_index(
+    told: list[str], files: list[str], make: Callable[[], tuple[Scan, np.ndarray]], find_fault: Callable[[TokenIndex], str | None]
+) -> tuple[TokenIndex, str | None]:
+    """The index of a file, from the cache or made now, and the file's fault.
 
     Args:
-        told: all that decides its content.
-        make: reads the file, and returns what it found with the boundaries of the documents.
+        told: all that decides its content, beside the files.
+        files: paths of the files that `make` reads.
+        make: reads the files, and returns what it found with the boundaries of the documents.
+        find_fault: why the files cannot be used. Then the index is not kept: a correct copy may have the same size and time.
     """
-    name = hashlib.sha256("\n".join([str(VERSION), *told]).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\n".join([str(VERSION), *told, *map(_describe_state, files)]).encode()).hexdigest()[:32]
     path = find_cache() / f"{name}.idx"
     if _is_complete(path):
-        return TokenIndex(path)
+        return TokenIndex(path), find_fault(TokenIndex(path))
     scan, offsets = make()
     header = [VERSION, scan.smallest, scan.largest, scan.is_every_second_zero]
     content = np.concatenate([np.asarray(header, dtype=OFFSET_DTYPE), offsets.astype(OFFSET_DTYPE)])
+    if fault := find_fault(TokenIndex(content)):
+        return TokenIndex(content), fault
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(content.tobytes())
         os.replace(file.name, path)
     except OSError:  # nowhere to keep it: each start reads the file again
-        return TokenIndex(content)
-    return TokenIndex(path)
+        return TokenIndex(content), None
+    return TokenIndex(path), None
 
 
 def find_cache() -> Path:
     """Folder of the indices."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")), "flame_tokens")
+
+
+def _describe_state(path: str) -> str:
+    return "\n".join([*describe_version(path), str(os.stat(path).st_ctime_ns)])
 
 
 def map_file(path: Path, dtype: np.dtype, start: int = 0, count: int = -1) -> np.ndarray:

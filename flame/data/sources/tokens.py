@@ -12,7 +12,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -24,10 +25,10 @@ from flame.config.schema import JobConfig
 from flame.config.types import STRICT
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
-from flame.data.sources.containers import is_remote
-from flame.data.sources.files import describe_version, find_missing, has_suffix, list_data_files, walk
+from flame.data.sources.containers import has_suffix, is_remote
+from flame.data.sources.files import find_missing, list_data_files, walk
 from flame.data.sources.token_files import INDEX_SUFFIX, SUFFIXES, TokenFiles, open_token_files
-from flame.data.sources.token_index import OFFSET_DTYPE, Scan, map_file, open_index, scan_tokens, sum_lengths
+from flame.data.sources.token_index import OFFSET_DTYPE, Scan, TokenIndex, map_file, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,13 @@ TOKEN_DTYPES: dict[TokenDtype, np.dtype] = {"uint16": np.dtype("<u2"), "uint32":
 
 OWN_FILES = (MANIFEST_FILE, "progress.json", OFFSETS_FILE)
 """Any of them makes a folder one of ours, complete or not."""
-SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "dev", "eval"})
+SPLITS = {
+    "train": "training",
+    "training": "training",
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
+    "test": "test",
+}
+"""By what a file's path calls it."""
 SAME_COMMAND = "run the same flame-preprocess again"
 NEW_FOLDER = "delete the folder and run flame-preprocess again"
 
@@ -89,9 +96,13 @@ class Tokens(SourceKind):
         if missing := list(find_missing(self.corpus.data_files, key)):
             raise UserError(*missing)
         found = list_data_files(self.corpus.data_files, key, SUFFIXES)
-        names = [os.path.basename(each) for each in found]
-        if os.path.isdir(path) and len({name.split("_")[0].split(".")[0] for name in names} & SPLIT_NAMES) > 1:
-            raise UserError(f"{option}: the folder holds several splits ({', '.join(sorted(names)[:5])}): name the files of one")
+        if own := next(filter(_is_ours, found), None):
+            raise UserError(
+                f'{option}: "{own}" is in a folder of flame-preprocess, which is read as a whole: give that folder alone, and '
+                "several such folders as [sources.NAME] each"
+            )
+        if os.path.isdir(path) and (splits := _choose_examples_of_splits(os.path.relpath(each, path) for each in found)):
+            raise UserError(f"{option}: the folder holds several splits ({', '.join(splits)}): name the files of one")
         if remote := next((each for each in found if is_remote(each)), None):
             raise UserError(f'{option}: "{remote}": token files are mapped into memory, so they must be here: copy it')
         return found
@@ -121,6 +132,21 @@ class Manifest:
     text_column: str
     chat_template: str = ""
     """SHA-256 of what rendered chats; empty for other documents."""
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file here lies in a folder of flame-preprocess."""
+    return not is_remote(path) and any(os.path.exists(os.path.join(os.path.dirname(path), name)) for name in OWN_FILES)
+
+
+def _choose_examples_of_splits(paths: Iterable[str]) -> list[str]:
+    """The first path of each split, if the paths are of several: the first word of a path that names a split says which."""
+    first: dict[str, str] = {}
+    for path in sorted(paths):
+        named = [SPLITS[word] for word in re.split(r"[\W_]+", path.lower()) if word in SPLITS]
+        if named:
+            first.setdefault(named[0], path)
+    return list(first.values()) if len(first) > 1 else []
 
 
 def name_folder(folder: str) -> str:
@@ -258,20 +284,23 @@ def _find_fault(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizer
 
 def _find_wrong_ids(folder: Path, manifest: Manifest, offsets: np.ndarray) -> str | None:
     files = [str(folder / name) for name in (TOKENS_FILE, OFFSETS_FILE)]
-    told = [manifest.dtype, str(manifest.eos_id), *(each for path in files for each in describe_version(path))]
 
     def check() -> tuple[Scan, np.ndarray]:
         tokens = map_file(folder / TOKENS_FILE, TOKEN_DTYPES[manifest.dtype])
         wrong_ends = np.flatnonzero(tokens[offsets[1:] - 1] != manifest.eos_id)
         return scan_tokens(tokens), wrong_ends[:1]
 
-    index = open_index(told, check)
-    if index.largest >= manifest.vocabulary_size:
-        return (
-            f'"{files[0]}" is damaged: it holds the id {index.largest}, and the tokenizer has {manifest.vocabulary_size}: copy '
-            f"it again, or {NEW_FOLDER}"
-        )
-    if len(index.offsets):
-        number = int(index.offsets[0])
-        return f'"{folder}" is damaged: document {number} does not end with the end-of-text id: copy it again, or {NEW_FOLDER}'
-    return None
+    def find_fault(index: TokenIndex) -> str | None:
+        if index.largest >= manifest.vocabulary_size:
+            return (
+                f'"{files[0]}" is damaged: it holds the id {index.largest}, and the tokenizer has {manifest.vocabulary_size}: '
+                f"copy it again, or {NEW_FOLDER}"
+            )
+        if len(index.offsets):
+            number = int(index.offsets[0])
+            return (
+                f'"{folder}" is damaged: document {number} does not end with the end-of-text id: copy it again, or {NEW_FOLDER}'
+            )
+        return None
+
+    return open_index([manifest.dtype, str(manifest.eos_id)], files, check, find_fault)[1]

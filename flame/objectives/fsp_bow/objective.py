@@ -10,6 +10,7 @@ The paper adds l to next-token prediction with factor 1. Its weights w may be tf
 help in few cases of its ablation; here they are 1. l is a sum over the vocabulary and starts at about V ln 2. With a large
 vocabulary, an `fsp_bow.loss_weight` of 1 / V makes it a mean. The head is a transformer layer, like each head of MTP, with its
 own unembedding. The window ends with the document. Near the end the bag is small or empty, and is predicted too.
+If only some tokens count (`training.loss_on`), only those are in the bag.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ position t to the first v after it (1 for the next token). The target y and the 
 The paper adds L to next-token prediction with factor 1. A softmax ignores constants, so the target is proportional to exp(-d_v).
 Scoring the next token W - 1, as here, or W, as in the published code, therefore gives the same target. W only decides which
 tokens are part of it. The published models set W to the sequence length. Here the window also ends with the document.
+If only some tokens count (`training.loss_on`), only those are ranked.
 """
 
 from __future__ import annotations

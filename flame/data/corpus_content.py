@@ -1,11 +1,13 @@
 """What a source holds, told by a sample of it: a run knows its corpus again under another path or name.
 
 Compared are the number of documents, the bytes of its local files, and hashes of a few documents, evenly spaced. Of a streamed
-source the number of shards, hashes of pieces of its files, and its name are compared.
+source the number of shards, hashes of pieces of its files, and its name are compared. Of chats the messages and the chat
+template are compared, not what it makes of them: that may hold the date.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from hashlib import sha256
@@ -16,12 +18,13 @@ from flame.data.documents import TokenizedShards
 from flame.data.mixture import Mixture
 from flame.data.sources.base import Documents, SourceKind
 from flame.data.sources.containers import is_remote
+from flame.data.sources.contents import Conversation
 from flame.data.sources.files import find_size
 from flame.data.sources.registry import build_kind
 
 Content = dict[str, Any]
-"""JSON-serializable: `documents` or `shards`, `bytes` (None without local files), `name` (of a streamed source), and `sample`,
-hashes by number."""
+"""JSON-serializable: `documents` or `shards`, `bytes` (None without local files), `name` (of a streamed source), `chat_template`
+(SHA-256 of what renders its chats), and `sample`, hashes by number."""
 
 SAMPLED = 64
 LONGEST_SAMPLE = 1 << 16
@@ -39,10 +42,12 @@ def describe_content(kind: SourceKind, source: Documents | TokenizedShards) -> C
     """The content of one source. Reads at most `SAMPLED` documents, or pieces of as many files."""
     files = kind.list_content_files()
     size = sum(map(find_size, files)) if files else None
+    template = getattr(source, "chat_template", "")
+    rendered = {"chat_template": template} if template else {}
     if not isinstance(source, TokenizedShards):
-        return {"documents": len(source), "bytes": size, "sample": _sample(len(source), _find_reader(source))}
+        return {"documents": len(source), "bytes": size, **rendered, "sample": _sample(len(source), _find_reader(source))}
     sample = _sample(len(files), lambda number: _read_file(files[number]))
-    return {"shards": source.num_shards, "bytes": size, "name": kind.identity, "sample": sample}
+    return {"shards": source.num_shards, "bytes": size, "name": kind.identity, **rendered, "sample": sample}
 
 
 def list_differences(saved: Content, now: Content) -> list[str]:
@@ -54,6 +59,8 @@ def list_differences(saved: Content, now: Content) -> list[str]:
     ]
     if saved.get("name") != now.get("name"):
         found.append(f"{now.get('name')} instead of {saved.get('name')}")
+    if "chat_template" in now and saved.get("chat_template", now["chat_template"]) != now["chat_template"]:
+        found.append("another chat template of model.tokenizer_path")
     if found:
         return found
     shared = [number for number in saved["sample"] if number in now["sample"]]
@@ -81,14 +88,15 @@ def _choose(count: int) -> Iterable[int]:
 
 
 def _find_reader(source: Documents) -> Callable[[int], bytes]:
-    """Reads a document as it is stored: tokenizing it would take longer."""
+    """Reads a document as it is stored, neither rendered nor tokenized."""
     read: Callable[[int], Any] = getattr(source, "read_untokenized", source.read)
 
     def encode(number: int) -> bytes:
         document = read(number)
         if document is None:
             return b""
-        document = getattr(document, "text", document)  # of a rendered chat
+        if isinstance(document, Conversation):
+            document = json.dumps(document.messages, sort_keys=True, default=str)
         start = document[:LONGEST_SAMPLE]
         content = start.encode("utf-8", "replace") if isinstance(start, str) else start.astype("<i8").tobytes()
         return len(document).to_bytes(8, "little") + content
