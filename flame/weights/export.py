@@ -80,7 +80,10 @@ def convert(
         write_weights(folder, layout, weights, max_shard_bytes)
         model.config.dtype = dtype
         model.config.architectures = [type(model).__name__]
-        write_config(model.config, folder)
+        if otherwise := write_config(model.config, folder):
+            logger.warning(
+                "export %s: transformers 4 does not compute the same: %s; load it with transformers 5", out, "; ".join(otherwise)
+            )
         generation = getattr(model, "generation_config", None)  # None for models that cannot generate
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
             generation.save_pretrained(folder)
