@@ -11,6 +11,7 @@ It is written to `OUT.partial/`, checked, and renamed. Writing needs memory for 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -34,7 +35,7 @@ from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
-from flame.weights.source import MODULES_SUFFIX
+from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
 
 logger = logging.getLogger("flame")
@@ -108,7 +109,8 @@ def _write_objective(tensors: ModelTensors, folder: Path) -> None:
     kept = tensors.load(name for name in tensors.names if name.startswith(prefixes))
     if kept:
         named = {name.removeprefix(OBJECTIVE_PREFIX): tensor for name, tensor in kept.items()}
-        save_file(named, folder / name_objective_file(objective["name"]))
+        about = {TASK_KEY: json.dumps(objective["task"])} if "task" in objective else {}
+        save_file(named, folder / name_objective_file(objective["name"]), metadata={"format": "pt"} | about)
 
 
 def _to_checkpoint(name: str) -> str:
