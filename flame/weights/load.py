@@ -263,9 +263,18 @@ def _fill(tensor: Tensor, reading: Reading, source: WeightSource) -> None:
     if not local.isfinite().all():
         count = int((~local.isfinite()).sum())
         raise UserError(
-            f"{source.label}: {reading.keys[0]} holds {count} values that are NaN or infinite in {local.dtype}: take the weights "
-            "of an earlier step, or fetch them again"
+            f"{source.label}: {_find_not_finite(reading, source, local.dtype)} holds {count} values that are NaN or infinite in "
+            f"{local.dtype}: take the weights of an earlier step, or fetch them again"
         )
+
+
+def _find_not_finite(reading: Reading, source: WeightSource, dtype: torch.dtype) -> str:
+    """The key, of those that make one tensor, that holds a value that is not finite."""
+    for key in reading.keys[:-1]:
+        stored = source.read(key, 0, (source.entries[key].shape or (1,))[0])
+        if not stored.to(dtype).isfinite().all():
+            return key
+    return reading.keys[-1]
 
 
 def _average_rows(reading: Reading) -> Tensor:

@@ -235,7 +235,8 @@ class SafetensorsSource:
     def _open(self, path: Path) -> None:
         try:
             file = safe_open(path, "pt")
-            self.task = json.loads((file.metadata() or {}).get(TASK_KEY, "null"))
+            if path.name.endswith(MODULES_SUFFIX):
+                self.task = json.loads((file.metadata() or {}).get(TASK_KEY, "null"))
             for key in file.keys():  # noqa: SIM118 - the object is not a mapping
                 part = file.get_slice(key)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
