@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from flame.config.data import Corpus
 from flame.config.schema import JobConfig
 from flame.config.types import Section, get_declaration, list_fixed
 from flame.data.sources.registry import list_used
@@ -114,17 +115,30 @@ def list_changes(saved: dict[str, Any], config: JobConfig) -> list[str]:
     Args:
         saved: as for `check_resumable`. An option that only it has is shown as `unset` now.
     """
-    unreported = set(_list_unreported(config))
-    differences = _diff(_complete(saved, config), flatten(config.to_dict()))
+    before, now = _complete(saved, config), flatten(config.to_dict())
+    unreported = {*_list_unreported(config), *_list_new_defaults(before, config)}
+    differences = _diff(before, now)
     return [f"{key}: {old} -> {new}" for key, old, new in differences if key not in unreported]
 
 
 def _list_unreported(config: JobConfig) -> Iterator[str]:
     """Options that `check_resumable` compares, and those that do not change what the run computes."""
+    if config.sources:  # which replace the corpus of [training]
+        yield from (f"training.{each.name}" for each in fields(Corpus))
     for section, options in config.list_sections():
         fixed = list_fixed(options)
         silent = [each.name for each in fields(options) if get_declaration(each).is_silent]  # type: ignore[arg-type]
         yield from (f"{section}.{name}" for name in [*fixed, *silent])
+
+
+def _list_new_defaults(before: Mapping[str, Any], config: JobConfig) -> Iterator[str]:
+    """Options that the checkpoint lacks and nobody has set."""
+    for section, options in config.list_sections():
+        defaults = type(options)()
+        for each in fields(options):  # type: ignore[arg-type]  # every section is a dataclass
+            key = f"{section}.{each.name}"
+            if key not in before and getattr(options, each.name) == getattr(defaults, each.name):
+                yield key
 
 
 def check_model(saved: dict[str, Any], model_config: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ class RunCheckpoints:
             else {
                 "name": objective.name,
                 "exported": list(objective.list_exported()),
+                "task": objective.describe_task()._asdict(),
                 "description": objective.describe_training(),
                 "modules": objective.describe_modules(),
             },

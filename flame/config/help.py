@@ -121,7 +121,7 @@ def _write_toml(job: JobConfig, table: OptionTable | None) -> Iterable[str]:
             value: Any = getattr(options, each.name)
             if each.name in texts:
                 yield from (f"# {line}" for line in textwrap.wrap(texts[each.name], TOML_WIDTH))
-            if value is None:
+            if value is None or ((section, each.name) == ("training", "steps") and job.training.budget is not None):
                 yield f"# {each.name} = unset"
             elif f"{section}.{each.name}" == CONFIG_FILE:
                 yield f"# {each.name} = {format_toml(value)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from flame.config.locations import read_small
 from flame.config.renamed import explain_absence
 from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig
 from flame.config.table import OptionTable, format_toml, list_types, name_table
+from flame.config.training import LENGTHS, Training
 from flame.config.types import Section
 from flame.errors import UserError
 
@@ -70,7 +71,7 @@ def parse_config(
         is_valid[setting.key] = fault is None
         if fault:
             faults.append(fault)
-    job.typed = frozenset(is_valid)
+    job.typed = frozenset(is_valid) - _replace_lengths(job, [word.key for word in words])
     faults.extend(_find_unnamed_sources(job, is_valid))
     if file_is_read and is_valid.get(CONFIG_FILE, True):
         wrong_keys = [key for key, valid in is_valid.items() if not valid]
@@ -190,6 +191,15 @@ def _apply(job: JobConfig, setting: _Setting, table: OptionTable) -> str | None:
         return f"{setting}: allowed only on the command line"
     allowed = table.set(job, setting.key, setting.value)
     return None if allowed is None else f"{setting}: allowed is {allowed}"
+
+
+def _replace_lengths(job: JobConfig, on_command_line: Collection[str]) -> set[str]:
+    """Unset what the file says of how long to train, if the command line says it, too; return the keys."""
+    given = [name for name in LENGTHS if f"training.{name}" in on_command_line and getattr(job.training, name) is not None]
+    replaced = set(LENGTHS) - set(given) if given else set()
+    for name in replaced:
+        setattr(job.training, name, getattr(Training, name))
+    return {f"training.{name}" for name in replaced}
 
 
 def _find_unnamed_sources(job: JobConfig, given: Mapping[str, bool]) -> Iterator[str]:

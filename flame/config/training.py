@@ -30,6 +30,8 @@ MOST_NAMED = 8
 """Numbers of ranks or workers in an error line."""
 BUDGETS = ("tokens", "epochs", "flops")
 """Options of `Training` that say how long to train, instead of `steps`."""
+LENGTHS = ("steps", *BUDGETS)
+"""Of these the command line's replace the file's."""
 DEFAULT_SEPARATOR = "="
 FLOAT8_SIZE_STEP = 16
 """Each size of an 8-bit matrix product must be a multiple of this."""
@@ -116,7 +118,7 @@ class Training(Corpus):
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
-        typed = [each for each in ("steps", *BUDGETS) if f"training.{each}" in job.typed and getattr(self, each) is not None]
+        typed = [each for each in LENGTHS if f"training.{each}" in job.typed and getattr(self, each) is not None]
         if self.budget and len(typed) > 1:
             given = " and ".join(f"training.{each} = {getattr(self, each)}" for each in typed)
             yield f"{given} all say how long to train: leave out all but one"

@@ -88,6 +88,15 @@ class ParameterGroup(NamedTuple):
     """Further warm-up of the learning rate, from the first step with the objective's loss."""
 
 
+class Task(NamedTuple):
+    """What exported modules are trained for, in values of JSON by name. A run that takes them compares it with its own."""
+
+    decisive: dict[str, Any]
+    """Where one of these differs, the modules are of no use."""
+    options: dict[str, Any]
+    """Differences are said in the log."""
+
+
 class FuturePass(NamedTuple):
     """An anti-causal pass that an objective reads."""
 
@@ -118,6 +127,8 @@ class Objective(nn.Module):
     """Its section of options."""
     count_metric: ClassVar[str | None] = None
     """Name of the metric that logs the mean count of a step; None logs none."""
+    modules_belong_together: ClassVar[bool] = False
+    """Its exported modules are taken from initial weights together or not at all."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -242,6 +253,10 @@ class Objective(nn.Module):
     def list_exported(self) -> Sequence[str]:
         """Prefixes of the objective's tensors that are exported beside the model; "" is all."""
         return [""]
+
+    def describe_task(self) -> Task:
+        """What the exported modules are trained for. It is saved with them."""
+        return Task({}, {})
 
     def describe_training(self) -> str:
         """A sentence of the model card on what was learned beside the next token."""

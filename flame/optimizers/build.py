@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,8 +116,12 @@ def _select(model: nn.Module, prefix: str, earlier: Sequence[Group], decayed: bo
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: more than one dimension is larger than 1, as in weights of linear maps and convolutions."""
-    return sum(size > 1 for size in parameter.shape) > 1 and name.rpartition(".")[2] not in VECTORS
+    """Whether weight decay applies: more than one dimension is larger than 1, as in weights of linear maps and convolutions.
+
+    Biases have none, also where those of all experts are one tensor.
+    """
+    leaf = name.rpartition(".")[2]
+    return sum(size > 1 for size in parameter.shape) > 1 and leaf not in VECTORS and not leaf.endswith("bias")
 
 
 def _configure(
@@ -149,10 +155,15 @@ class WarmUp(NamedTuple):
     first_step: int
     """Counted from 1."""
     steps: int
+    """0 is none."""
+
+    def find_share(self, step: int) -> float:
+        """Factor of the learning rate at a step, counted from 1."""
+        return min(1.0, max(step + 1 - max(self.first_step, 1), 0) / self.steps) if self.steps else 1.0
 
     def scale(self, factor: Callable[[int], float], done: int) -> float:
         """The run's factor after `done` steps, times that of this warm-up."""
-        return factor(done) * min(1.0, max(done + 2 - max(self.first_step, 1), 0) / self.steps)
+        return factor(done) * self.find_share(done + 1)
 
 
 def build_schedule(
@@ -164,7 +175,7 @@ def build_schedule(
     """Warm-up, plateau and decay over this many steps.
 
     Args:
-        warm_ups: further ones, by prefix of the parameters' names.
+        warm_ups: further ones, by prefix of the parameters' names. The first that fits wins, as for groups.
     """
     built = LRSchedulersContainer.Config(
         warmup_steps=schedule.warmup_steps,
@@ -174,9 +185,9 @@ def build_schedule(
     ).build(optimizers=optimizer, training_steps=steps)
     for scheduler in built if warm_ups else ():
         for index, group in enumerate(scheduler.optimizer.param_groups):
-            for prefix, warm_up in (warm_ups or {}).items():
-                if group["param_names"][0].startswith(prefix):
-                    scheduler.lr_lambdas[index] = partial(warm_up.scale, scheduler.lr_lambdas[index])
+            fitting = (warm_up for prefix, warm_up in (warm_ups or {}).items() if group["param_names"][0].startswith(prefix))
+            if (first := next(fitting, None)) is not None:
+                scheduler.lr_lambdas[index] = partial(first.scale, scheduler.lr_lambdas[index])
     if warm_ups:
         seek_schedule(built, 0)
     return built
@@ -194,9 +205,21 @@ def read_rates(optimizer: OptimizersContainer) -> dict[str, float]:
 
 
 def find_rate_factor(schedule: LRScheduler, steps: int) -> Callable[[int], float]:
-    """The factor of `optimizer.lr` by the number of steps done, from 0 to `steps`."""
-    (scheduler,) = build_schedule(schedule, steps, [torch.optim.SGD([torch.zeros(1)])])
+    """The factor of `optimizer.lr` by the number of steps done, from 0 to `steps`. Logs nothing: the run has another schedule."""
+    with _silence_root():
+        (scheduler,) = build_schedule(schedule, steps, [torch.optim.SGD([torch.zeros(1)])])
     return scheduler.lr_lambdas[0]
+
+
+@contextmanager
+def _silence_root() -> Iterator[None]:
+    """Drop what torchtitan logs, which goes to the root logger."""
+    root, silent = logging.getLogger(), logging.Filter("nothing has this name")
+    root.addFilter(silent)
+    try:
+        yield
+    finally:
+        root.removeFilter(silent)
 
 
 def seek_schedule(schedule: LRSchedulersContainer, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
 from flame.trainer.setup import build_weight_schedule
 
+MOST_STEPS = 10**9
+"""A budget of more is a slip."""
 SAMPLED = 16
 """Packed sequences whose FLOPs are counted."""
 
@@ -51,8 +54,13 @@ def resolve_budget(config: JobConfig, model: TrainingModel, mixture: Mixture) ->
         steps = run_on_main(partial(_resolve_flops, config, model, mixture, done))
     else:
         tokens = training.tokens or run_on_main(partial(_count_epochs, config, mixture))
-        steps = done.step + math.ceil((tokens - done.tokens) / (training.seq_len * per_step))
-    value, training.steps = getattr(training, budget), max(steps, done.step, 1)  # what is done stays done
+        steps = done.step - (done.tokens - tokens) // (training.seq_len * per_step)
+    value = getattr(training, budget)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"training.{budget} = {value:g} comes to more than {MOST_STEPS:g} steps, the most that are allowed: lower it"
+        )
+    training.steps = max(steps, done.step, 1)  # what is done stays done
     training.tokens = training.epochs = training.flops = None  # what is recorded are the steps
     tokens_per_step = training.seq_len * per_step
     logger.info("training.%s = %g: up to step %d, of %d tokens each", budget, value, training.steps, tokens_per_step)
@@ -84,7 +92,7 @@ def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
             f"training.epochs = {epochs:g} needs one source of counted tokens, and the run has {found}: write its tokens with "
             'flame-preprocess and set training.dataset = "tokens", or give training.tokens'
         )
-    return round(epochs * source.count_tokens(mixture.subset.every))
+    return round(min(epochs * source.count_tokens(mixture.subset.every), sys.float_info.max))
 
 
 def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, done: Done) -> int:
@@ -101,7 +109,7 @@ def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, do
     left = config.training.flops - plain * done.sequences - aux * max(done.sequences - without, 0)
     before = max(without - done.sequences, 0)
     sequences = left / plain if left <= before * plain else before + (left - before * plain) / (plain + aux)
-    return done.step + math.ceil(sequences / per_step)
+    return done.step + math.ceil(min(sequences / per_step, MOST_STEPS + 1))
 
 
 def _pack_first(config: JobConfig, mixture: Mixture) -> list[PackedBatch]:

@@ -206,11 +206,9 @@ def build_run_optimizer(config: JobConfig, model: TrainingModel) -> OptimizersCo
 def build_run_schedule(config: JobConfig, model: TrainingModel, optimizer: OptimizersContainer) -> LRSchedulersContainer:
     """Schedule of the learning rates, with the warm-ups of the objective's groups."""
     objective = get_objective(model)
-    warm_ups = {
-        f"objective.{group.prefix}": WarmUp(config.objective.start_step, group.warmup_steps)
-        for group in (objective.list_parameter_groups() if objective is not None else ())
-        if group.warmup_steps
-    }
+    warm_ups: dict[str, WarmUp] = {}
+    for group in objective.list_parameter_groups() if objective is not None else ():
+        warm_ups.setdefault(f"objective.{group.prefix}", WarmUp(config.objective.start_step, group.warmup_steps))
     return build_schedule(config.lr_scheduler, config.schedule_steps, optimizer, warm_ups)
 
 

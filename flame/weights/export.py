@@ -11,6 +11,7 @@ It is written to `OUT.partial/`, checked, and renamed. Writing needs memory for 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -34,7 +35,7 @@ from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
-from flame.weights.source import MODULES_SUFFIX
+from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
 
 logger = logging.getLogger("flame")
@@ -80,7 +81,10 @@ def convert(
         write_weights(folder, layout, weights, max_shard_bytes)
         model.config.dtype = dtype
         model.config.architectures = [type(model).__name__]
-        write_config(model.config, folder)
+        if otherwise := write_config(model.config, folder):
+            logger.warning(
+                "export %s: transformers 4 does not compute the same: %s; load it with transformers 5", out, "; ".join(otherwise)
+            )
         generation = getattr(model, "generation_config", None)  # None for models that cannot generate
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
             generation.save_pretrained(folder)
@@ -105,7 +109,8 @@ def _write_objective(tensors: ModelTensors, folder: Path) -> None:
     kept = tensors.load(name for name in tensors.names if name.startswith(prefixes))
     if kept:
         named = {name.removeprefix(OBJECTIVE_PREFIX): tensor for name, tensor in kept.items()}
-        save_file(named, folder / name_objective_file(objective["name"]))
+        about = {TASK_KEY: json.dumps(objective["task"])} if "task" in objective else {}
+        save_file(named, folder / name_objective_file(objective["name"]), metadata={"format": "pt"} | about)
 
 
 def _to_checkpoint(name: str) -> str:

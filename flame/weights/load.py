@@ -28,7 +28,7 @@ from flame.runtime.agreement import run_on_all
 from flame.weights.assets import Settings, read_generation_settings
 from flame.weights.objective_modules import ModulePlan, plan_modules
 from flame.weights.plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
-from flame.weights.source import CONFIG_FILE, WeightSource, find_weights
+from flame.weights.source import CONFIG_FILE, WeightSource, find_objective_weights, find_weights
 
 GIB = 2**30
 BUFFER_BYTES = 16 * 2**20
@@ -69,7 +69,8 @@ def load_initial_weights(
         loaded = run_on_all(partial(load_hf_weights, model, source, resize=resize, own_config=own_config), group)
         modules = ModulePlan({}, set(), [])
         if checkpoint.load_objective:
-            modules = run_on_all(partial(load_objective_modules, model, source), group)
+            share = dist.get_rank(), dist.get_world_size()
+            modules = run_on_all(partial(load_objective_modules, model, source, share), group)
     finally:
         dist.destroy_process_group(group)
     lines = [*loaded, *modules.lines, *_describe_fresh(model, modules.taken), *differences]
@@ -106,20 +107,24 @@ def load_hf_weights(model: TrainingModel, source: WeightSource, *, resize: bool 
     return [_describe_loaded(source, plan), *_describe_new_rows(live, plan)]
 
 
-def load_objective_modules(model: TrainingModel, source: WeightSource) -> ModulePlan:
+def load_objective_modules(model: TrainingModel, source: WeightSource, share: tuple[int, int] = (0, 1)) -> ModulePlan:
     """Copy the objective's modules from where the language model's weights are, as far as they fit.
+
+    Args:
+        share: (index, count) of the part of the files whose checksums are verified.
 
     Raises:
         UserError: they cannot be read.
     """
-    if model.objective is None:
-        return ModulePlan({}, set(), [])
     objective = get_objective(model)
-    assert objective is not None
-    plan, live = plan_modules(objective, source), objective.state_dict()
+    found = None if objective is None else find_objective_weights(source, objective.name)
+    if objective is None or found is None:
+        return ModulePlan({}, set(), [])
+    plan, live = plan_modules(objective, found), objective.state_dict()
+    found.verify(*share, plan.readings)
     with torch.no_grad():
         for name, reading in plan.readings.items():
-            _fill(live[name], reading, source)
+            _fill(live[name], reading, found)
     return plan
 
 
@@ -258,9 +263,18 @@ def _fill(tensor: Tensor, reading: Reading, source: WeightSource) -> None:
     if not local.isfinite().all():
         count = int((~local.isfinite()).sum())
         raise UserError(
-            f"{source.label}: {reading.keys[0]} holds {count} values that are NaN or infinite in {local.dtype}: take the weights "
-            "of an earlier step, or fetch them again"
+            f"{source.label}: {_find_not_finite(reading, source, local.dtype)} holds {count} values that are NaN or infinite in "
+            f"{local.dtype}: take the weights of an earlier step, or fetch them again"
         )
+
+
+def _find_not_finite(reading: Reading, source: WeightSource, dtype: torch.dtype) -> str:
+    """The key, of those that make one tensor, that holds a value that is not finite."""
+    for key in reading.keys[:-1]:
+        stored = source.read(key, 0, (source.entries[key].shape or (1,))[0])
+        if not stored.to(dtype).isfinite().all():
+            return key
+    return reading.keys[-1]
 
 
 def _average_rows(reading: Reading) -> Tensor:

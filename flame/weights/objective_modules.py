@@ -1,16 +1,20 @@
-"""Which modules of an objective are taken from initial weights: those that fit, module by module."""
+"""Which modules of an objective are taken from initial weights: those that fit and were trained for the same.
+
+They are taken module by module, or together or not at all (`Objective.modules_belong_together`).
+"""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flame.objectives.base import Objective
+from flame.objectives.base import Objective, Task
 from flame.weights.plan import Reading, read_plainly
-from flame.weights.source import DTYPES, WeightSource, find_objective_weights
+from flame.weights.source import DTYPES, WeightSource
 
 SHOWN = 3
 
@@ -26,30 +30,63 @@ class ModulePlan(NamedTuple):
     """For the log."""
 
 
-def plan_modules(objective: Objective, source: WeightSource) -> ModulePlan:
-    """Plan which of the modules that the objective exports are read from where the language model's weights are.
+def plan_modules(objective: Objective, found: WeightSource) -> ModulePlan:
+    """Plan which of the modules that the objective exports are read.
 
     A module is taken if the names and shapes of its tensors are the same.
+
+    Args:
+        found: modules of an objective with the same name.
 
     Raises:
         UserError: the file that holds them cannot be read.
     """
-    found = find_objective_weights(source, objective.name)
-    if found is None:
-        return ModulePlan({}, set(), [])
     prefixes = tuple(objective.list_exported())
     live = _group(objective.state_dict(), prefixes)
     stored = _group({name: name for name in found.entries}, prefixes)
+    modules = sorted(live.keys() | stored.keys())
+    own, theirs = objective.describe_task(), _read_task(found.task)
+    if theirs is not None and (wrong := _list_differences(theirs.decisive, own.decisive)):
+        name, before, now = wrong[0]
+        reason = f"they were trained for another {name}, {before}, and this run has {now}"
+        return ModulePlan({}, set(), [f"{' and '.join(modules)} of {found.label} are not taken: {reason}"])
     plan = ModulePlan({}, set(), [])
-    for module in sorted(live.keys() | stored.keys()):
-        fault = _find_fault(live[module], stored[module], found)
-        if fault:
-            plan.lines.append(f"{module} of {source.label} does not fit and is not taken: {fault}")
+    faults = {module: _find_fault(live[module], stored[module], found) for module in modules}
+    misfit = next((module for module in modules if faults[module]), None) if objective.modules_belong_together else None
+    for module in modules:
+        if faults[module]:
+            plan.lines.append(f"{module} of {found.label} does not fit and is not taken: {faults[module]}")
+        elif misfit:
+            plan.lines.append(f"{module} of {found.label} is not taken either: it belongs to its {misfit}")
         else:
             plan.readings.update({name: read_plainly(found, name) for name in live[module]})
             plan.taken.add(module)
-            plan.lines.append(f"{module} from {source.label}: {len(live[module])} tensors")
+            plan.lines.append(f"{module} from {found.label}: {len(live[module])} tensors")
+    if plan.taken:
+        plan.lines.extend(_compare(theirs, own, found.label))
     return plan
+
+
+def _read_task(saved: Any) -> Task | None:
+    is_task = isinstance(saved, dict) and all(isinstance(saved.get(field), dict) for field in Task._fields)
+    return Task(**{field: saved[field] for field in Task._fields}) if is_task else None
+
+
+def _compare(theirs: Task | None, own: Task, label: str) -> list[str]:
+    """Lines for the log."""
+    if theirs is None:
+        return [f"{label} does not say what they were trained for: it is unknown"] if own.options else []
+    differences = _list_differences(theirs.options, own.options)
+    return [f"other than they were trained with: {name} = {now} instead of {before}" for name, before, now in differences]
+
+
+def _list_differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names, with both values, of what both describe and what differs."""
+    return [(name, _show(before[name]), _show(value)) for name, value in now.items() if name in before and before[name] != value]
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) and " " in value else json.dumps(value)
 
 
 def _group(tensors: Mapping[str, Tensor | str], prefixes: tuple[str, ...]) -> dict[str, dict[str, Tensor | str]]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ MODEL_PREFIX = "model.lm."
 OBJECTIVE_PREFIX = "model.objective."
 MODULES_SUFFIX = "_modules.safetensors"
 """Of the file with an objective's modules, after the objective's name."""
+TASK_KEY = "task"
+"""In that file's metadata: what the modules were trained for, as JSON."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LFS_MARK = b"version https://git-lfs"
 
@@ -62,6 +64,8 @@ class WeightSource(Protocol):
     files: list[Path]
     entries: dict[str, TensorEntry]
     is_native: bool
+    task: Any
+    """What an objective's modules were trained for; None where the files do not say."""
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, on the CPU, in the file's dtype. A tensor without dimensions is returned as it is.
@@ -71,8 +75,11 @@ class WeightSource(Protocol):
         """
         ...
 
-    def verify(self, share: int, shares: int) -> None:
+    def verify(self, share: int, shares: int, keys: Collection[str] | None = None) -> None:
         """Verify the checksums, if there are any, of the share-th of `shares` parts of the files.
+
+        Args:
+            keys: of the tensors that are read; None for all.
 
         Raises:
             UserError: they differ.
@@ -187,6 +194,7 @@ class SafetensorsSource:
         self.label, self.assets = label, folder
         self.files = [folder / name for name in names or self._list_files(folder)]
         self.entries: dict[str, TensorEntry] = {}
+        self.task: Any = None
         self._slices: dict[str, tuple[Any, Path]] = {}
         for path in self.files:
             self._open(path)
@@ -210,6 +218,8 @@ class SafetensorsSource:
     def _open(self, path: Path) -> None:
         try:
             file = safe_open(path, "pt")
+            if path.name.endswith(MODULES_SUFFIX):
+                self.task = json.loads((file.metadata() or {}).get(TASK_KEY, "null"))
             for key in file.keys():  # noqa: SIM118 - the object is not a mapping
                 part = file.get_slice(key)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -217,7 +227,7 @@ class SafetensorsSource:
                 size = getattr(torch, name).itemsize if dtype in DTYPES else 1
                 self.entries[key] = TensorEntry(shape, name, math.prod(shape) * size)
                 self._slices[key] = file, path
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{self.label}: {path.name} cannot be read ({_explain_damage(path, error)}): fetch it again"
             ) from error
@@ -229,7 +239,7 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.label}: {key} in {path.name} cannot be read ({error}): fetch the file again") from error
 
-    def verify(self, share: int, shares: int) -> None:
+    def verify(self, share: int, shares: int, keys: Collection[str] | None = None) -> None:
         """Nothing to do: the format has no checksums, and its header was checked against the file's size."""
 
 
@@ -257,6 +267,7 @@ class CheckpointSource:
             raise UserError(f"{label} is not a complete checkpoint folder (step-N, with {TRAINER_FILE} in it): give another one")
         self.label, self.folder, self.assets, self._prefix = label, folder, folder / "hf", prefix
         self.objective: str | None = None
+        self.task: Any = None
         self._metadata = self._check(self._read_metadata)
         self.entries: dict[str, TensorEntry] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -268,7 +279,8 @@ class CheckpointSource:
         self.files = [folder / name for name in sorted({info.relative_path for info in self._metadata.storage_data.values()})]
 
     def _read_metadata(self) -> Any:
-        self.objective = (read_state(self.folder).get("objective") or {}).get("name")
+        objective = read_state(self.folder).get("objective") or {}
+        self.objective, self.task = objective.get("name"), objective.get("task")
         return TensorReader(self.folder).read_metadata()
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
@@ -290,8 +302,9 @@ class CheckpointSource:
             file.seek(location.offset)
             return torch.load(io.BytesIO(file.read(location.length)), map_location="cpu", weights_only=True)
 
-    def verify(self, share: int, shares: int) -> None:
-        own = {index: info for index, info in self._metadata.storage_data.items() if index.fqn.startswith(self._prefix)}
+    def verify(self, share: int, shares: int, keys: Collection[str] | None = None) -> None:
+        read = {self._prefix + key for key in (self.entries if keys is None else keys)}
+        own = {index: info for index, info in self._metadata.storage_data.items() if index.fqn in read}
         self._check(partial(verify_tensors, self.folder, replace(self._metadata, storage_data=own), share, shares))
 
     def _check(self, action: Callable[[], T]) -> T:

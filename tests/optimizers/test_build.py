@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwe
 
 from flame.config.schema import Experimental, JobConfig
 from flame.models.wrapper import TrainingModel
+from flame.objectives.base import ParameterGroup
 from flame.objectives.future.options import PredictorOptions
-from flame.optimizers.build import build_schedule, read_rates, seek_schedule
+from flame.objectives.step import get_objective
+from flame.optimizers.build import Group, build_optimizer, build_schedule, read_rates, seek_schedule
 from flame.optimizers.muon import MOMENTUM, Muon, orthogonalize, select_matrices
 from flame.optimizers.random_rounding import round_into
 from flame.optimizers.rounded_adamw import RoundedAdamW
@@ -61,6 +63,16 @@ def test_only_matrices_decay(name, state_dtype):
         "objective.estimator.log_temperature": (adamw, base.lr * 0.5, 0.0),
     }
     assert {name: groups[name] for name in expected} == expected
+
+
+def test_biases_of_all_experts_in_one_tensor_do_not_decay():
+    """As in gpt-oss."""
+    layer = nn.Module()
+    layer.weight, layer.gate_up_proj_bias = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+    config = JobConfig()
+    optimizer = build_optimizer(config.optimizer, config.training, layer, nn.ModuleList([layer]), [Group("", 1.0, 0.5)])
+    decay = {name: group["weight_decay"] for each in optimizer for group in each.param_groups for name in group["param_names"]}
+    assert decay == {"weight": 0.5, "gate_up_proj_bias": 0.0}
 
 
 def test_a_frozen_model_is_not_in_the_optimizer():
@@ -170,6 +182,24 @@ def test_the_predictor_may_warm_up_by_itself(start_step):
         assert read_rates(optimizer) == found
         for each in (optimizer, plain, schedule, plain_schedule):
             each.step()
+
+
+def test_the_first_group_that_fits_decides_the_warm_up():
+    """Warm-ups never multiply, and a group without one keeps a later one away."""
+    groups = [ParameterGroup("predictor.out."), ParameterGroup("predictor.", warmup_steps=4), ParameterGroup("", warmup_steps=8)]
+    config = future_config(learnable_temperature=True)
+    config.training.steps, config.lr_scheduler.warmup_steps = 20, 0
+    model = build_unsharded(config)
+    objective = get_objective(model)
+    assert objective is not None
+    objective.list_parameter_groups = lambda: groups
+    optimizer = build_run_optimizer(config, model)
+    build_run_schedule(config, model, optimizer)
+    rates = {name: group["lr"] for each in optimizer for group in each.param_groups for name in group["param_names"]}
+    full = rates["lm.lm_head.weight"] if "lm.lm_head.weight" in rates else rates["lm.model.norm.weight"]
+    assert rates["objective.predictor.out.weight"] == full
+    assert rates["objective.predictor.norm.weight"] == pytest.approx(full / 4)
+    assert rates["objective.estimator.log_temperature"] == pytest.approx(full / 8)
 
 
 # ---------------------------------------------------------------- rounding at random

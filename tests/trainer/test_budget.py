@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from flame.cli.preprocess import main as preprocess
+from flame.config.help import write_config
+from flame.train import main
+from flame.trainer.options import read_options
 from tests.support.options import read_mistakes
 from tests.support.runs import SEQ_LEN, final_weights, measured, options, read_metrics, run_here
 
@@ -62,6 +65,10 @@ def test_flops_are_counted_as_they_are_logged(workspace, tmp_path):
     ("changes", "expected"),
     [
         ({"training__tokens": 512}, "training.steps = 6 and training.tokens = 512 all say how long to train"),
+        (
+            {"training__steps": None, "training__tokens": 512, "training__epochs": 2.0},
+            "training.tokens = 512 and training.epochs = 2.0 all say how long to train",
+        ),
         ({"training__steps": None, "training__flops": -1}, "training.flops = -1 (command line): allowed is a finite number > 0"),
     ],
 )
@@ -74,6 +81,11 @@ def test_one_budget_is_given(workspace, tmp_path, changes, expected):
     ("changes", "expected"),
     [
         ({"training__epochs": 2.0}, "training.epochs = 2 needs one source of counted tokens, and the run has training.dataset"),
+        (
+            {"training__flops": 1e300},
+            "training.flops = 1e+300 comes to more than 1e+09 steps, the most that are allowed: lower it",
+        ),
+        ({"training__tokens": 10**18}, "training.tokens = 1e+18 comes to more than 1e+09 steps"),
     ],
 )
 def test_what_a_budget_comes_to_is_checked(workspace, tmp_path, capsys, changes, expected):
@@ -81,3 +93,54 @@ def test_what_a_budget_comes_to_is_checked(workspace, tmp_path, capsys, changes,
         run_here(workspace, tmp_path / "run", **QUICK | changes)
     line = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and line.startswith(expected) and "\n" not in line
+
+
+@pytest.mark.parametrize("epochs", [1e12, 1e306])
+def test_epochs_have_an_end(workspace, tmp_path, token_folder, capsys, epochs):
+    changes = QUICK | {"training__dataset": "tokens", "training__data_files": token_folder, "training__epochs": epochs}
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **changes)
+    assert stop.value.code == 2 and "comes to more than 1e+09 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("filed", "typed", "expected"),
+    [
+        ("steps = 5", {"tokens": 512}, (1000, 512, None)),
+        ("tokens = 512", {"steps": 2}, (2, None, None)),
+        ("tokens = 512", {"epochs": 2.0}, (1000, None, 2.0)),
+        ("tokens = 512", {"tokens": 1024}, (1000, 1024, None)),
+        ("steps = 5", {"tokens": "none"}, (5, None, None)),
+        ("steps = 5", {}, (5, None, None)),
+    ],
+)
+def test_the_command_line_replaces_what_the_file_says(workspace, tmp_path, filed, typed, expected):
+    (tmp_path / "run.toml").write_text(f"[training]\n{filed}\n")
+    changes = {"training__steps": None, "job__config_file": tmp_path / "run.toml"}
+    changes |= {f"training__{name}": value for name, value in typed.items()}
+    training = read_options(options(workspace, tmp_path / "run", **changes), 1).training
+    assert (training.steps, training.tokens, training.epochs) == expected
+
+
+def test_two_in_one_file_are_refused(workspace, tmp_path):
+    (tmp_path / "run.toml").write_text("[training]\nsteps = 5\ntokens = 512\n")
+    changes = {"training__steps": None, "job__config_file": tmp_path / "run.toml"}
+    (line,) = read_mistakes(options(workspace, tmp_path / "run", **changes))
+    assert line.startswith("training.steps = 5 and training.tokens = 512 all say how long to train")
+
+
+def test_a_run_restarts_from_its_own_config(workspace, tmp_path):
+    """With the budget given again, and without."""
+    run = tmp_path / "run"
+    run_here(workspace, run, **QUICK, training__tokens=2 * TOKENS_PER_STEP)
+    own = ["--job.config_file", str(run / "config.toml"), "--job.dump_folder", str(run)]
+    main(own)
+    main([*own, "--training.tokens", str(3 * TOKENS_PER_STEP)])
+    assert read_metrics(run)[-1]["step"] == 3
+
+
+def test_a_resolved_configuration_with_a_budget_is_read_back(workspace, tmp_path):
+    config = read_options(options(workspace, tmp_path / "run", **QUICK, training__tokens=512), 1)
+    write_config(config, tmp_path / "resolved.toml")
+    again = read_options(["--job.config_file", str(tmp_path / "resolved.toml")], 1)
+    assert again.training == config.training

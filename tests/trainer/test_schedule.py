@@ -39,6 +39,25 @@ def test_a_jump_is_said_with_both_values(workspace, tmp_path, caplog):
     assert new["lr"] > 1.5 * old["lr"] and new["loss_weight"] > 2 * old["loss_weight"]
 
 
+def test_a_jump_of_the_predictors_own_rate_is_said(workspace, tmp_path, caplog):
+    """The schedule before was of fewer steps than its warm-up: no warning is about it at the resume."""
+    run, plain = tmp_path / "run", {"checkpoint__export_hf": False, "lr_scheduler__total_steps": 6}
+    run_here(workspace, run, **plain, training__steps=1)
+    rows = run_here(workspace, run, **plain, training__steps=3, future_predictor__warmup_steps=4)
+    (told,) = [message for message in caplog.messages if message.startswith("the schedule jumps: ")]
+    old, new = rows[0]["lr/predictor"], rows[1]["lr/predictor"]
+    assert told == (f"the schedule jumps: learning rate of future_predictor {old:.3g} at step 1 -> {new:.3g} at step 2")
+
+
+def test_the_schedule_before_gives_no_warning(workspace, tmp_path, caplog):
+    """It was of fewer steps than its warm-up."""
+    run_here(workspace, tmp_path / "run", checkpoint__export_hf=False, training__steps=1)
+    assert "exceed total steps" in caplog.text
+    caplog.clear()
+    run_here(workspace, tmp_path / "run", checkpoint__export_hf=False, training__steps=3)
+    assert "exceed total steps" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -260,6 +260,22 @@ def test_harmless_changes_are_listed(workspace, tmp_path, caplog):
     ]
 
 
+def test_what_nobody_has_set_is_not_listed_as_changed(workspace, tmp_path, caplog):
+    """A corpus that becomes a source: neither the source's defaults nor what it replaces in [training]."""
+    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    run_here(workspace, tmp_path / "run", **quick)
+    caplog.clear()
+    source = {"sources__json__dataset": "json", "sources__json__data_files": workspace / "corpus.jsonl"}
+    replaced = {"training__dataset": None, "training__data_files": None}
+    run_here(workspace, tmp_path / "run", **quick | source | replaced | {"training__steps": 2})
+    told = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
+    assert told == [
+        "changed since the checkpoint: training.steps: 1 -> 2",
+        'changed since the checkpoint: sources.json.dataset: unset -> "json"',
+        f'changed since the checkpoint: sources.json.data_files: unset -> "{workspace}/corpus.jsonl"',
+    ]
+
+
 def test_a_source_that_has_not_been_drawn_from_is_not_new(workspace, tmp_path, caplog):
     def name_sources(*names: str) -> dict[str, object]:
         corpus = {"dataset": "json", "data_files": workspace / "corpus.jsonl"}

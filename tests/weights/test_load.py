@@ -403,6 +403,16 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     refuse(lambda: load_hf_weights(model, find_weights(str(tmp_path))), "model.layers.1.mlp.up_proj.weight holds 1 values", "NaN")
 
 
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+def test_of_several_tensors_made_into_one_the_right_one_is_named(tmp_path, part):
+    save_reference(tmp_path, "qwen3_moe")
+    weights = load_file(tmp_path / WEIGHTS_FILE)
+    key = f"model.layers.1.mlp.experts.2.{part}.weight"
+    weights[key][1, 1] = float("nan")
+    save_file(weights, tmp_path / WEIGHTS_FILE)
+    refuse(lambda: load_hf_weights(build(tiny_moe()), find_weights(str(tmp_path))), f"{key} holds 1 values")
+
+
 @pytest.mark.parametrize(("prefix", "wrapper"), [("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")])
 def test_a_wrapper_in_the_names_is_named(tmp_path, prefix, wrapper):
     tensors = save_reference(tmp_path, "llama-tied").state_dict()

@@ -29,7 +29,7 @@ from flame.models.flops import ModelFlops, count_matrix_weights, measure_lengths
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
 from flame.models.wrapper import TrainingModel
-from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup
+from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup, Task
 from flame.objectives.future.anchors import (
     Anchors,
     choose_shift,
@@ -56,6 +56,8 @@ CARD_OPTIONS = (
     "learnable_temperature",
 )
 """Options that the model card shows."""
+TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "projection_dim", "estimator_type")
+"""Options that decide what predictor and estimator learn."""
 PREDICTOR_DRAW, ESTIMATOR_DRAW, TEACHER_DRAW = 1, 2, 4
 """Numbers of the random draws of its modules: each has its own seed, so its weights do not depend on the others."""
 
@@ -73,6 +75,7 @@ class FutureObjective(Objective):
     name: ClassVar[str] = "future"
     Options: ClassVar[type[FutureOptions]] = FutureOptions
     count_metric: ClassVar[str | None] = "anchors"
+    modules_belong_together: ClassVar[bool] = True
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -269,6 +272,13 @@ class FutureObjective(Objective):
 
     def list_exported(self) -> Sequence[str]:
         return ["predictor.", "estimator."]
+
+    def describe_task(self) -> Task:
+        """The fixed projection needs no comparison: the estimator has it."""
+        options, seed = self.options, self.setup.seed
+        teacher = f"a random network of training.seed = {seed}" if options.target == "random" else "no random network"
+        named = {f"{options.section}.{name}": getattr(options, name) for name in TASK_OPTIONS}
+        return Task({"teacher": teacher}, named | {f"{PredictorOptions.section}.input": self.predictor_options.input})
 
     def describe_training(self) -> str:
         options = self.options
