@@ -130,6 +130,14 @@ class RunCheckpoints:
                 logger.info("a branch of %s, from step %d on", found.label, self._state.step)
             for change in changes:
                 logger.warning("changed since the checkpoint: %s", change)
+            weights = config.checkpoint.initial_load_path
+            if weights and weights != saved["config"]["checkpoint"].get("initial_load_path"):
+                logger.warning(
+                    'checkpoint.initial_load_path = "%s" has no effect: the run goes on from %s; for a new run set another '
+                    "job.dump_folder",
+                    weights,
+                    found.label,
+                )
             if jump := describe_jump(saved["config"], config, self._state.step):
                 logger.warning("the schedule jumps: %s", jump)
         return True

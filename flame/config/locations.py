@@ -133,10 +133,12 @@ def find_branch_conflicts(branch_from: str, own_folder: Path) -> Iterator[str]:
         own_folder: of the run's checkpoints.
     """
     path = os.path.expanduser(branch_from)
-    if not branch_from or find_own_checkpoint(own_folder):
+    if not branch_from:
         return
     if os.path.realpath(os.path.dirname(os.path.abspath(path))) == os.path.realpath(own_folder):
         yield f'checkpoint.branch_from = "{branch_from}" is in this run\'s own folder: to go back to it, set checkpoint.load_step'
+    elif find_own_checkpoint(own_folder):
+        return  # the branch goes on from its own
     elif not looks_like_path(branch_from) and not os.path.isdir(path):
         yield f'checkpoint.branch_from = "{branch_from}": no such folder'
     elif os.path.isdir(path) and not is_checkpoint(Path(path)) and not _find_checkpoint_in(branch_from):

@@ -153,7 +153,7 @@ def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence
     A server process imports everything once and forks the workers. It has neither CUDA nor threads, which a fork would break.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__, *_find_main_module()])
+    server.set_forkserver_preload([__name__, *_list_imports_of_main()])
     loader: DataLoader = DataLoader(
         share,
         batch_size=None,
@@ -168,10 +168,13 @@ def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence
         return iter(loader)
 
 
-def _find_main_module() -> list[str]:
-    """Name of the module that `python -m` runs. Python imports it again in each worker, unless it is a `__main__.py`."""
-    name = getattr(sys.modules["__main__"].__spec__, "name", "__main__")
-    return [] if name.endswith("__main__") else [name]
+def _list_imports_of_main() -> list[str]:
+    """What the module that `python -m` runs has imported. Python runs it again in each worker, unless it is a `__main__.py`."""
+    main = sys.modules["__main__"]
+    if getattr(main.__spec__, "name", "__main__").endswith("__main__"):
+        return []
+    owners = {getattr(value, "__module__", None) for value in vars(main).values()}
+    return sorted(owner for owner in owners if owner in sys.modules and owner != "__main__")
 
 
 def _pass_through(sequence: Any) -> Any:

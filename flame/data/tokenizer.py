@@ -65,6 +65,8 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
         if os.path.basename(place) != TOKENIZER_FILE or not os.path.exists(os.path.join(folder, SETTINGS_FILE)):
             return _load_file(place, option)
         path = place = folder or "."
+    if os.path.isfile(os.path.join(place, TOKENIZER_FILE)) and not os.path.exists(os.path.join(place, SETTINGS_FILE)):
+        return _load_file(os.path.join(place, TOKENIZER_FILE), option)
     if _has_only_pieces(place):
         raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
     if not trust_remote_code:  # code that comes along is looked up by the Hub name

@@ -11,6 +11,7 @@ from flame.config.schema import JobConfig
 from flame.data.mixture import Mixture
 from flame.models.config_keys import list_unknown_keys
 from flame.models.wrapper import TrainingModel
+from flame.objectives.step import get_objective
 from flame.runtime.distributed import get_world_size
 from flame.trainer.options import list_idle_options
 from flame.trainer.setup import build_weight_schedule
@@ -35,6 +36,12 @@ def report_start(
         device.type,
         model.describe_attention(),
     )
+    schedule, objective = build_weight_schedule(config), get_objective(model)
+    if objective is None:
+        logger.info("objective: next_token alone")
+    else:
+        first = max(schedule.start_step, 1)
+        logger.info("objective: %s, loss_weight %s from step %d on", objective.name, schedule.loss_weight, first)
     logger.info("%d tokens a step, from", training.seq_len * training.gradient_accumulation_steps * world_size)
     for line in mixture.describe():
         logger.info("  %s", line)
@@ -59,10 +66,9 @@ def report_start(
     if unknown := list_unknown_keys(model.lm.config):
         own, names = type(model.lm.config).__name__, ", ".join(unknown)
         logger.info("the model's configuration has keys that %s lacks, and that most likely nothing reads: %s", own, names)
-    schedule = build_weight_schedule(config)
     if schedule.loss_weight and not schedule.reaches_weight():
         logger.warning(
-            "loss_weight = %s is not reached: objective.start_step, warmup_steps and decay_steps leave no step for it",
+            "the objective's loss_weight = %s is not reached: objective.start_step, warmup_steps and decay_steps leave no step",
             schedule.loss_weight,
         )
     logger.info("run folder: %s", Path(config.job.dump_folder))

@@ -107,9 +107,6 @@ def test_a_branch_at_another_rate_says_what_has_changed(workspace, tmp_path, par
     ],
 )
 def test_what_cannot_be_branched_from_is_one_line(workspace, tmp_path, parent, capsys, changes, expected):
-    if "job__dump_folder" in changes:  # where no checkpoint is whole: else the run goes on from that
-        for checkpoint in list_checkpoints(parent / "checkpoint"):
-            (checkpoint / "hf" / "config.json").unlink()
     places = {"parent": parent, "model": workspace / "model"}
     changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(SystemExit) as stop:
