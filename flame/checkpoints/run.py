@@ -133,7 +133,7 @@ class RunCheckpoints:
             weights = config.checkpoint.initial_load_path
             if weights and weights != saved["config"]["checkpoint"].get("initial_load_path"):
                 logger.warning(
-                    'checkpoint.initial_load_path = "%s" has no effect: the run goes on from %s; for a new run set another '
+                    'checkpoint.initial_load_path = "%s" has no effect: the weights are those of %s; for a new run set another '
                     "job.dump_folder",
                     weights,
                     found.label,

@@ -71,6 +71,14 @@ def test_a_resumed_run_goes_on_from_its_own_weights(source, workspace, tmp_path,
     assert "resumed after step 3" in caplog.text and "weights from" not in caplog.text
 
 
+def test_weights_named_for_a_run_with_checkpoints_are_said_to_have_no_effect(source, workspace, tmp_path, caplog):
+    run = tmp_path / "run"
+    run_here(workspace, run, training__steps=2)
+    run_here(workspace, run, training__steps=3, checkpoint__initial_load_path=source)
+    assert f'checkpoint.initial_load_path = "{source}" has no effect: the weights are those of the run in {run}' in caplog.text
+    assert "objective: future, loss_weight" in caplog.text
+
+
 def test_a_converted_model_is_no_run_to_go_on_with(source, workspace, tmp_path, capsys):
     run = tmp_path / "run"
     convert(str(source), run / "checkpoint" / "step-0")
