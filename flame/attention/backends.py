@@ -24,6 +24,7 @@ from flame.attention import flash as flash_kernels
 from flame.attention.families import find_family, find_limits, tighten
 from flame.attention.fla_families import TAKES_ROWS
 from flame.attention.kernel_masks import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
+from flame.attention.sinks import IMPLEMENTATION as WITH_SINKS
 from flame.attention.varlen import IMPLEMENTATION, WIDEST_HEAD, DocumentLayout
 from flame.errors import UserError
 
@@ -68,7 +69,7 @@ class VarlenBackend:
 
     Args:
         max_length: upper bound of the document lengths in all batches.
-        head_dim: width of the heads.
+        head_dim: largest width of the heads.
     """
 
     def __init__(self, max_length: int, head_dim: int):
@@ -251,26 +252,32 @@ def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 Attention = Literal["varlen", "flex", "sdpa", "none"]
-IMPLEMENTATIONS = {"varlen": IMPLEMENTATION, "flex": "flex_attention", "sdpa": "sdpa"}
-"""Names in transformers (`attn_implementation`)."""
 
 
 def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dtype) -> Attention:
     """Choose the attention kernel by family, device and dtype of the activations. "none": flash-linear-attention's own layers.
 
     The flash kernels support bfloat16 and heads of up to `WIDEST_HEAD`, for families whose code passes on the document
-    boundaries. FlexAttention needs heads of `NARROWEST_FLEX_HEAD` or more.
+    boundaries. FlexAttention needs heads of `NARROWEST_FLEX_HEAD` or more. It applies sinks in the dtype of the activations,
+    which is exact enough in float32 alone.
     """
     if is_recurrent(config):
         return "none"
     if device_type != "cuda":
         return "sdpa"
-    head_dim, family = find_head_dim(config), find_family(config)
-    fits = dtype == torch.bfloat16 and head_dim <= WIDEST_HEAD and head_dim % 8 == 0
+    widths, family = find_head_dims(config), find_family(config)
+    fits = dtype == torch.bfloat16 and max(widths) <= WIDEST_HEAD and max(widths) % 8 == 0
     if family is not None and fits and flash_kernels.is_supported():
         return "varlen"
-    takes_flex = (family is None or family.takes_flex) and head_dim >= NARROWEST_FLEX_HEAD
-    return "flex" if takes_flex else "sdpa"
+    takes_flex = family is None or (family.takes_flex and (dtype == torch.float32 or not family.has_sinks))
+    return "flex" if takes_flex and min(widths) >= NARROWEST_FLEX_HEAD else "sdpa"
+
+
+def name_implementation(attention: Attention, config: PretrainedConfig) -> str:
+    """Name in transformers (`attn_implementation`) of a result of `choose_attention`, other than "none"."""
+    family = find_family(config)
+    dense = WITH_SINKS if family is not None and family.has_sinks else "sdpa"
+    return {"varlen": IMPLEMENTATION, "flex": "flex_attention", "sdpa": dense}[attention]
 
 
 NARROWEST_FLEX_HEAD = 16
@@ -293,15 +300,22 @@ def check_attention(attention: Attention, seq_len: int) -> None:
         )
 
 
-def find_head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def find_head_dims(config: PretrainedConfig) -> tuple[int, int]:
+    """Width of one attention head in queries and keys, and in values.
+
+    They differ in multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), where `head_dim` is that of the rotary part.
+    """
+    without, rotary = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+    if without and rotary:
+        return without + rotary, getattr(config, "v_head_dim", None) or without + rotary
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width, width
 
 
 def build_backend(attention: Attention, config: PretrainedConfig, max_length: int, is_compiled: bool = False) -> AttentionBackend:
     """Build the backend for a result of `choose_attention`. See the backends for `max_length` and `is_compiled`."""
     if attention == "varlen":
-        return VarlenBackend(max_length, find_head_dim(config))
+        return VarlenBackend(max_length, max(find_head_dims(config)))
     if attention == "none":
         return RecurrentBackend()
     row_width = config.hidden_size if find_family(config) else None

@@ -16,22 +16,29 @@ class Family(NamedTuple):
     """Whether FlexAttention supports it. If not, SDPA with dense T x T masks is used where the flash kernels cannot run."""
     windows: Literal["none", "all layers", "by layer"] = "none"
     """Which layers have a sliding window. "by layer": those that `layer_types` lists; each type has its own mask."""
+    has_experts: bool = False
+    """Whether layers may be mixtures of experts."""
+    has_sinks: bool = False
+    """Whether the softmax has an attention sink, see `flame.attention.sinks`."""
 
 
 FAMILIES = {
+    "deepseek_v2": Family(has_experts=True),
+    "deepseek_v3": Family(has_experts=True),
     "gemma3_text": Family(windows="by layer"),
     "gpt2": Family(takes_flex=False),
     "gpt_neox": Family(),
+    "gpt_oss": Family(windows="by layer", has_experts=True, has_sinks=True),
     "llama": Family(),
     "mistral": Family(windows="all layers"),
-    "mixtral": Family(windows="all layers"),
+    "mixtral": Family(windows="all layers", has_experts=True),
     "olmo2": Family(),
     "olmo3": Family(windows="by layer"),
-    "olmoe": Family(takes_flex=False),
+    "olmoe": Family(takes_flex=False, has_experts=True),
     "phi3": Family(windows="all layers"),
     "qwen2": Family(windows="by layer"),
     "qwen3": Family(windows="by layer"),
-    "qwen3_moe": Family(windows="all layers"),
+    "qwen3_moe": Family(windows="all layers", has_experts=True),
     "smollm3": Family(windows="by layer"),
 }
 
@@ -93,9 +100,9 @@ def find_unsupported_layers(config: PretrainedConfig) -> list[str]:
         faults.append("use_bidirectional_attention = true is not supported: next-token training needs causal attention")
     numbers = [(key, value) for key, value in config.to_dict().items() if isinstance(value, int)]
     experts = [(key, value) for key, value in numbers if "experts" in key and value > 1]
-    if experts and family is None:
+    if experts and (family is None or not family.has_experts):
         key, value = experts[0]
-        known = ", ".join(name for name in FAMILIES if name in ("mixtral", "olmoe", "qwen3_moe"))
+        known = ", ".join(name for name, entry in FAMILIES.items() if entry.has_experts)
         faults.append(f'{key} = {value}: of mixture-of-experts models, only {known} are supported, not "{config.model_type}"')
     if experts and getattr(config, "output_router_logits", False):
         faults.append("output_router_logits = true is not supported: no loss that balances experts is added; set it to false")

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention.backends import (
-    IMPLEMENTATIONS,
     SHORTEST_FLEX,
     Attention,
     AttentionBackend,
@@ -25,6 +24,7 @@ from flame.attention.backends import (
     build_backend,
     choose_attention,
     is_recurrent,
+    name_implementation,
 )
 from flame.attention.families import find_family, find_limits
 from flame.attention.fla_families import is_tested_fla
@@ -121,7 +121,9 @@ def find_faults(lm: PreTrainedModel) -> list[str]:
     if not getattr(lm.config, "return_dict", True):
         return [f"{name} is not supported with config.return_dict = False: set it to True"]
     faults = find_unsupported_passes(lm.config)
-    if not faults and not is_recurrent(lm.config) and not getattr(lm, "_supports_sdpa", False):
+    family = find_family(lm.config)
+    takes_masks = getattr(lm, "_supports_sdpa", False) or (family is not None and family.has_sinks)
+    if not faults and not is_recurrent(lm.config) and not takes_masks:
         faults = [f'model_type "{lm.config.model_type}" is not supported: its attention takes no boolean mask (SDPA)']
     if is_recurrent(lm.config) and not parameters[0].is_cuda:
         faults.append(f'model_type "{lm.config.model_type}" runs on GPUs only: move the model to one')
@@ -236,7 +238,7 @@ def attend_by(lm: PreTrainedModel, attention: Attention) -> Iterator[None]:
     if attention == "none":
         yield
         return
-    implementation = IMPLEMENTATIONS[attention]
+    implementation = name_implementation(attention, lm.config)
     checkpointed: list[Any] = [module for module in lm.modules() if "_gradient_checkpointing_func" in vars(module)]
     functions = [module._gradient_checkpointing_func for module in checkpointed]
     for module, function in zip(checkpointed, functions, strict=True):

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from flame.attention.backends import IMPLEMENTATIONS, Attention, is_recurrent
+from flame.attention.backends import Attention, is_recurrent, name_implementation
 from flame.attention.families import find_unsupported_layers
 from flame.attention.fla_families import find_unsupported_fla, init_weights, register_fla_family
+from flame.attention.mixtures import find_unsupported_mixtures
 from flame.config.locations import check_readable
 from flame.errors import UserError
 from flame.models.config_keys import find_misspelt_keys, show_value
@@ -113,7 +114,9 @@ def find_unsupported_passes(config: PretrainedConfig) -> list[str]:
     heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
     if heads and groups and heads % groups:
         faults.append(f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}")
-    return faults + (find_unsupported_fla(config) if is_recurrent(config) else find_unsupported_layers(config))
+    if is_recurrent(config):
+        return faults + find_unsupported_fla(config)
+    return faults + find_unsupported_layers(config) + find_unsupported_mixtures(config)
 
 
 def find_logit_changes(config: PretrainedConfig) -> list[str]:
@@ -168,7 +171,7 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
     """
     if is_recurrent(config) and device_type != "cuda":
         raise UserError(f'model_type "{config.model_type}" runs on GPUs only, and this machine has none')
-    implementation = {} if attention == "none" else {"attn_implementation": IMPLEMENTATIONS[attention]}
+    implementation = {} if attention == "none" else {"attn_implementation": name_implementation(attention, config)}
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

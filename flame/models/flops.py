@@ -11,14 +11,14 @@ Embedding look-ups, norms, the recurrences of linear attention and the recomputa
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.attention.backends import find_head_dim, is_recurrent
+from flame.attention.backends import find_head_dims, is_recurrent
 from flame.attention.families import list_layer_limits, tighten
 from flame.data.batch import PackedBatch
 
@@ -79,7 +79,7 @@ def count_weights_used(model: PreTrainedModel) -> float:
     tables |= set() if head is None else {id(head.weight)}
     used = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and id(parameter) not in tables:
+        if parameter.ndim > 1 and id(parameter) not in tables and not name.endswith("bias"):
             is_of_experts = parameter.ndim == 3 and ".experts." in name
             share = model.config.num_experts_per_tok / len(parameter) if is_of_experts else 1
             used += parameter.numel() * share
@@ -91,16 +91,16 @@ def count_matrix_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
-def count_attention_channels(config: PretrainedConfig) -> Counter[int]:
-    """Total width of the query heads of all layers, by window of the layer (0 is no limit)."""
-    width = 0 if is_recurrent(config) else config.num_attention_heads * find_head_dim(config)
-    channels: Counter[int] = Counter()
+def count_attention_channels(config: PretrainedConfig) -> dict[int, float]:
+    """Total width of the heads of all layers, the mean of queries and values, by window of the layer (0 is no limit)."""
+    width = 0 if is_recurrent(config) else config.num_attention_heads * sum(find_head_dims(config)) / 2
+    channels: dict[int, float] = defaultdict(float)
     for limit in list_layer_limits(config):
         channels[limit] += width
     return channels
 
 
-def count_causal_attention(lengths: Tensor, channels: Counter[int]) -> float:
+def count_causal_attention(lengths: Tensor, channels: dict[int, float]) -> float:
     """Pairs of query and key, including a token with itself, times the channels of the layers that attend to them."""
     return sum(width * (_count_later_pairs(lengths, limit) + float(lengths.sum())) for limit, width in channels.items())
 

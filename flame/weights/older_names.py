@@ -28,6 +28,8 @@ HAVE_LOCAL_BASE = ("gemma3_text", "gemma3n_text")
 LONGROPE = ("short_factor", "long_factor")
 NO_SCALING = ("olmo", "olmo2")
 """Families that refuse scaling in the form of `rope_parameters`, by an error."""
+CONSTANTS = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}}
+"""Settings by family that have one value in transformers 4."""
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 OF_THIS_MACHINE = ("is_local", "local_files_only")
 """Keys of a tokenizer's settings that say where it was loaded from."""
@@ -104,7 +106,10 @@ def _list_rotary_names(config: PretrainedConfig, rope: dict[str, Any]) -> dict[s
 
 
 def _find_inexpressible(config: PretrainedConfig) -> Iterator[str]:
-    """What of the rotary settings transformers 4 has no name for, or refuses."""
+    """What of the settings transformers 4 has no name for, or refuses."""
+    for key, value in CONSTANTS.get(config.model_type, {}).items():
+        if getattr(config, key, value) != value:
+            yield f"it takes {key} = {value} instead of {getattr(config, key)}"
     rope = getattr(config, "rope_parameters", None) or {}
     main, sliding = rope.get(FULL, rope), rope.get(SLIDING)
     kind = main.get("rope_type", "default")
@@ -114,6 +119,8 @@ def _find_inexpressible(config: PretrainedConfig) -> Iterator[str]:
         yield f"its sliding layers take rope_theta = {main.get('rope_theta')} instead of {sliding.get('rope_theta')}"
     if kind != "default" and config.model_type in NO_SCALING:
         yield f'its {config.model_type} refuses rope_type "{kind}"'
+    if config.model_type == "deepseek_v2" and kind != "default" and main.get("mscale_all_dim"):
+        yield f"its deepseek_v2 does not scale attention by mscale_all_dim = {main['mscale_all_dim']}"
     if config.model_type == "phi3" and (kind not in ("default", "longrope") or {"factor", "attention_factor"} & main.keys()):
         yield "its phi3 refuses scaling beside the factors of longrope"
     elif kind == "longrope" and "attention_factor" not in main and ORIGINAL_LENGTH in main:

@@ -120,7 +120,7 @@ def test_new_layouts_compile_nothing_new(name, graphs):
     assert counters["stats"]["unique_graphs"] - before == graphs
 
 
-@pytest.mark.parametrize("name", ["dropout", "softcap", "s_aux"])
+@pytest.mark.parametrize("name", ["dropout", "softcap", "sinks"])
 def test_what_the_kernels_would_leave_out_is_refused(name):
     states = [torch.randn(1, 2, 9, 4) for _ in range(3)]
     layout = DocumentLayout(torch.tensor([0, 9], dtype=torch.int32), 9, is_strict=False)

@@ -55,6 +55,9 @@ def test_a_parameter_that_init_weights_forgets_is_named():
         initialize(module, CPU, seed=0)
 
 
+V2 = '{"model_type": "deepseek_v2", "num_experts_per_tok": 6, '
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -67,7 +70,20 @@ def test_a_parameter_that_init_weights_forgets_is_named():
         ('{"model_type": "llama4_text"}', "layers of type chunked_attention are not supported"),
         ('{"model_type": "gemma3"}', "it has a configuration for each of several parts"),
         ('{"model_type": "gemma2"}', "final_logit_softcapping = 30.0 is not supported"),
-        ('{"model_type": "deepseek_v3"}', "of mixture-of-experts models, only mixtral, olmoe, qwen3_moe are supported"),
+        ('{"model_type": "jamba"}', "of mixture-of-experts models, only deepseek_v2, deepseek_v3, gpt_oss, mixtral, "),
+        ('{"model_type": "deepseek_v2"}', "num_experts_per_tok = None: it must be a number from 1 to n_routed_experts = 64"),
+        (
+            '{"model_type": "mixtral", "num_experts_per_tok": 9}',
+            "num_experts_per_tok = 9: it must be a number from 1 to num_local",
+        ),
+        (V2 + '"norm_topk_prob": true}', "norm_topk_prob = true is not supported: transformers leaves it out"),
+        (V2 + '"topk_method": "noaux_tc"}', 'topk_method = "noaux_tc" is not supported: choose greedy or group_limited_greedy'),
+        (V2 + '"topk_method": "group_limited_greedy"}', "n_group = None does not divide n_routed_experts = 64"),
+        ('{"model_type": "deepseek_v3", "head_dim": 32}', "head_dim = 32 differs from qk_rope_head_dim = 64"),
+        ('{"model_type": "deepseek_v3", "n_group": 7}', "n_group = 7 does not divide n_routed_experts = 256"),
+        ('{"model_type": "deepseek_v3", "n_group": 256}', "topk_group = 4: it must be at most n_group = 256, and so many"),
+        ('{"model_type": "deepseek_v3", "num_key_value_heads": 8}', "num_key_value_heads = 8 differs from num_attention_heads"),
+        ('{"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}', "quantised weights cannot be trained"),
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),
         (

@@ -17,6 +17,7 @@ from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import FORMAT
 from flame.config.schema import JobConfig
 from flame.data.tokenizer import build_bytes_tokenizer
+from tests.support.weights import list_saved_buffers
 
 
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -24,8 +25,8 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for tensor in (*model.parameters(), *list_saved_buffers(model)):
+            tensor.add_(torch.randn_like(tensor), alpha=0.1)
     tokenizer = build_bytes_tokenizer()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from transformers import AutoConfig, PretrainedConfig
 
 WINDOW = 8
@@ -20,6 +22,20 @@ _SHAPE = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _BY_LAYER = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
 TOYS: dict[str, tuple[str, dict]] = {
@@ -39,10 +55,21 @@ TOYS: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
     "mixtral": ("mixtral", _EXPERTS),
+    "gpt_oss": ("gpt_oss", {**_EXPERTS, **_BY_LAYER}),
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2, lite": (
+        "deepseek_v2",
+        {**_LATENT, "q_lora_rank": None, "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**_LATENT, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
 }
 
 
 def build_toy(name: str, **changes: object) -> PretrainedConfig:
-    """Two layers of 32, vocabulary 61 unless changed."""
-    family, special = TOYS[name]
-    return AutoConfig.for_model(family, **{"vocab_size": 61, "tie_word_embeddings": True, **_SHAPE, **special, **changes})
+    """Two layers of 32, vocabulary 61 unless changed. With latent attention, `head_dim` is the width of the rotary part, and
+    there are as many heads of keys as of queries."""
+    family, special = copy.deepcopy(TOYS[name])
+    settings = {"vocab_size": 61, "tie_word_embeddings": True, **_SHAPE, **special, **changes}
+    if "kv_lora_rank" in special:
+        settings |= {"qk_rope_head_dim": settings["head_dim"], "num_key_value_heads": settings["num_attention_heads"]}
+    return AutoConfig.for_model(family, **settings)

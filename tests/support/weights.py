@@ -19,6 +19,7 @@ from transformers import (
 from flame.models.causal_lm import build_on_meta
 from flame.models.wrapper import TrainingModel
 from flame.trainer.setup import materialize
+from tests.support.families import build_toy
 from tests.support.models import CPU, tiny_llama
 
 
@@ -46,6 +47,9 @@ CONFIGS: dict[str, Any] = {
         n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),
     "qwen3_moe": tiny_moe,
+    "gpt_oss": lambda: build_toy("gpt_oss"),
+    "deepseek_v2": lambda: build_toy("deepseek_v2"),
+    "deepseek_v3": lambda: build_toy("deepseek_v3"),
     "gpt_neox": lambda: GPTNeoXConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -57,13 +61,19 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+def list_saved_buffers(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Those that are saved with the weights, such as the correction of a router's scores."""
+    saved = model.state_dict(keep_vars=True)
+    return [buffer for name, buffer in model.named_buffers() if name in saved]
+
+
 def save_reference(folder: Path, family: str, dtype: torch.dtype = torch.float32, shard_size: str = "50GB") -> PreTrainedModel:
     """Save a model with every tensor drawn at random, and return it as transformers reads it back."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+        for tensor in (*model.parameters(), *list_saved_buffers(model)):
+            tensor.normal_()
     model.save_pretrained(folder, max_shard_size=shard_size)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -17,6 +17,7 @@ from flame.weights.export import convert
 from flame.weights.older_names import adapt_tokenizer, write_config
 from tests.support.exports import build_model, make_checkpoint
 from tests.support.families import TOYS, build_toy
+from tests.support.weights import list_saved_buffers
 
 OLDER = ["transformers>=4.57,<5", "huggingface_hub<1", "tokenizers>=0.22,<0.23.1"]
 SCALING = {
@@ -31,6 +32,8 @@ ONE_BASE = ("olmo3",)
 """Families that have one rotary base for all layers in transformers 4."""
 UNSCALED = ("olmo2",)
 """Families for which transformers 4 rejects this scaling, by an error."""
+UNSCALED_ATTENTION = ("deepseek_v2, lite",)
+"""Families for which transformers 4 leaves out that yarn scales attention."""
 HEAD_DIM = 32
 """Several rotary frequencies, even of a part of the head: a wrong base would show."""
 PART = 0.5
@@ -63,7 +66,10 @@ def build_config(name: str, scaling: dict | None = None) -> PretrainedConfig:
     if scaling is None and config.model_type == "phi3":
         config.original_max_position_embeddings = 64
         scaling = build_longrope(main)
-    main.update(({} if name in UNSCALED else SCALING) if scaling is None else scaling)
+    if name in UNSCALED_ATTENTION:
+        del main["mscale_all_dim"]
+    if main.get("rope_type", "default") == "default":
+        main.update(({} if name in UNSCALED else SCALING) if scaling is None else scaling)
     return config
 
 
@@ -85,6 +91,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for number, name in enumerate(TOYS):
         folder = tmp_path_factory.mktemp("family") / str(number)
         model = build_model(build_config(name)).eval()
+        for correction in list_saved_buffers(model):
+            correction.abs_()  # to a negative score, transformers 4 prefers an expert outside of the chosen groups
         convert(make_checkpoint(folder, model), folder / "hf")
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -128,6 +136,7 @@ def test_transformers_5_reads_the_same_settings(tmp_path, name, scaling):
         ("olmo2", {"rope_type": "linear", "factor": 2.0}, 'its olmo2 refuses rope_type "linear"'),
         ("phi3", {"attention_factor": 1.5}, "its phi3 refuses scaling beside the factors of longrope"),
         ("olmo3", {"rope_theta": 99.0}, "its sliding layers take rope_theta = 99.0 instead of 54321.0"),
+        ("deepseek_v2, lite", {"mscale_all_dim": 0.7}, "its deepseek_v2 does not scale attention by mscale_all_dim = 0.7"),
         ("llama", {"rope_type": "longrope", "factor": 3.0}, "its longrope takes the factor 32 instead of 3.0"),
     ],
 )

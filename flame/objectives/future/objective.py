@@ -305,4 +305,11 @@ class FutureObjective(Objective):
 
 
 def _list_local(network: PreTrainedModel) -> list[Tensor]:
-    return [each.to_local() if isinstance(each, DTensor) else each for each in network.parameters()]
+    """This rank's shards of all weights, and the saved buffers, such as the correction of a router's scores."""
+    saved = [
+        buffer
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return [each.to_local() if isinstance(each, DTensor) else each for each in (*network.parameters(), *saved)]
