@@ -8,10 +8,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flame.attention.families import FAMILIES
+from flame.data.tokenizer import build_bytes_tokenizer
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.setup import build_run_optimizer
+from tests.support.exports import build_model
 from tests.support.families import TOYS, build_toy
 from tests.support.models import build_unsharded, future_config, get_own, random_batch
+from tests.support.runs import cut_power_after, final_weights, options, run_here
 
 CU = torch.tensor([0, 14, 15, 40], dtype=torch.int32)
 MIXTURES = [name for name, (family, _) in TOYS.items() if FAMILIES[family].has_experts]
@@ -61,3 +64,21 @@ def test_a_correction_of_scores_is_used_and_averaged_and_never_trained():
     optimizer.step()
     get_own(model).after_step(model)
     assert correction.tolist() == averaged.tolist() == [0.0, 0.0, 9.0, 9.0] and correction.dtype == torch.float32
+
+
+def test_a_run_keeps_the_correction_that_it_loads(workspace, tmp_path):
+    """Through shards, a checkpoint, a resume and the export."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    model = build_model(build_toy("deepseek_v3", vocab_size=264))
+    expected = {name: buffer for name, buffer in model.named_buffers() if name.endswith(CORRECTION)}
+    assert expected and all(buffer.any() for buffer in expected.values())
+    model.save_pretrained(source)
+    build_bytes_tokenizer().save_pretrained(source)
+    changes = {"model__config": None, "model__tokenizer_path": None, "checkpoint__initial_load_path": source}
+    cut_power_after(4, options(workspace, run, **changes))
+    run_here(workspace, run, **changes)
+    trained, exported = final_weights(run), AutoModelForCausalLM.from_pretrained(run / "hf")
+    for name, buffer in expected.items():
+        assert torch.equal(trained[f"lm.{name}"], buffer) and torch.equal(exported.get_buffer(name), buffer)
+    router = next(iter(expected)).replace("e_score_correction_bias", "weight")
+    assert not torch.equal(trained[f"lm.{router}"], model.get_parameter(router))
