@@ -25,6 +25,8 @@ class Family(NamedTuple):
 FAMILIES = {
     "deepseek_v2": Family(has_experts=True),
     "deepseek_v3": Family(has_experts=True),
+    "dots1": Family(windows="by layer", has_experts=True),
+    "glm4_moe": Family(has_experts=True),
     "gemma3_text": Family(windows="by layer"),
     "gpt2": Family(takes_flex=False),
     "gpt_neox": Family(),
@@ -37,6 +39,7 @@ FAMILIES = {
     "olmoe": Family(takes_flex=False, has_experts=True),
     "phi3": Family(windows="all layers"),
     "qwen2": Family(windows="by layer"),
+    "qwen2_moe": Family(windows="by layer", has_experts=True),
     "qwen3": Family(windows="by layer"),
     "qwen3_moe": Family(windows="all layers", has_experts=True),
     "smollm3": Family(windows="by layer"),

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from flame.attention.families import find_family
 
 CHOICES = ("greedy", "group_limited_greedy")
-"""Values of `topk_method` in `deepseek_v2`. `deepseek_v3` chooses by groups always."""
+"""Values of `topk_method` in `deepseek_v2`. Other families with `n_group` always choose by groups, ranked by their two best."""
 
 
 def find_unsupported_mixtures(config: PretrainedConfig) -> list[str]:
@@ -32,7 +32,8 @@ def _find_wrong_choice(config: PretrainedConfig) -> Iterator[str]:
         yield f'topk_method = "{method}" is not supported: choose {" or ".join(CHOICES)}'
     if config.model_type == "deepseek_v2" and config.norm_topk_prob:
         yield "norm_topk_prob = true is not supported: transformers leaves it out in this family; set it to false"
-    if config.model_type == "deepseek_v3" or method == "group_limited_greedy":
+    ranks_by_two = config.model_type != "deepseek_v2"
+    if hasattr(config, "n_group") and (ranks_by_two or method == "group_limited_greedy"):
         groups, open_groups = config.n_group, config.topk_group
         if not groups or count % groups:
             yield f"n_group = {groups} does not divide {number} = {count}"
@@ -41,7 +42,7 @@ def _find_wrong_choice(config: PretrainedConfig) -> Iterator[str]:
                 f"topk_group = {open_groups}: it must be at most n_group = {groups}, and so many groups of {count // groups} "
                 f"experts must hold num_experts_per_tok = {chosen}"
             )
-        elif config.model_type == "deepseek_v3" and count == groups:
+        elif ranks_by_two and count == groups:
             yield f"n_group = {groups} leaves one expert in a group: this family ranks groups by their two best; lower it"
 
 

@@ -218,7 +218,8 @@ def test_all_that_a_family_writes_it_knows(tmp_path, family):
     register_fla_family(family)
     settings = AutoConfig.for_model(family).to_dict() | {"use_l2warp": False}
     dropped = {key: 0.0 for key in settings if key.endswith("_pdrop")}
-    chosen = {key: 2 for key, value in settings.items() if key == "num_experts_per_tok" and value is None}
+    needed = {"num_experts_per_tok": 2, "n_routed_experts": 4}
+    chosen = {key: number for key, number in needed.items() if settings.get(key, 0) is None}
     found = load_model_config(write(tmp_path, settings | dropped | chosen))
     assert list_unknown_keys(found) == ([] if hasattr(AutoConfig.for_model(family), "use_l2warp") else ["use_l2warp"])
 

@@ -70,7 +70,7 @@ V2 = '{"model_type": "deepseek_v2", "num_experts_per_tok": 6, '
         ('{"model_type": "llama4_text"}', "layers of type chunked_attention are not supported"),
         ('{"model_type": "gemma3"}', "it has a configuration for each of several parts"),
         ('{"model_type": "gemma2"}', "final_logit_softcapping = 30.0 is not supported"),
-        ('{"model_type": "jamba"}', "of mixture-of-experts models, only deepseek_v2, deepseek_v3, gpt_oss, mixtral, "),
+        ('{"model_type": "jamba"}', "of mixture-of-experts models, only deepseek_v2, deepseek_v3, dots1, "),
         ('{"model_type": "deepseek_v2"}', "num_experts_per_tok = None: it must be a number from 1 to n_routed_experts = 64"),
         (
             '{"model_type": "mixtral", "num_experts_per_tok": 9}',

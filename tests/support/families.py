@@ -35,6 +35,13 @@ _LATENT = {
     "n_group": 2,
     "topk_group": 1,
 }
+_SHARED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _BY_LAYER = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -55,6 +62,18 @@ TOYS: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
     "mixtral": ("mixtral", _EXPERTS),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "sliding_window": None,
+        },
+    ),
+    "glm4_moe": ("glm4_moe", {**_SHARED, "n_group": 2, "topk_group": 1}),
+    "dots1": ("dots1", {**_SHARED, **_BY_LAYER}),
     "gpt_oss": ("gpt_oss", {**_EXPERTS, **_BY_LAYER}),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "group_limited_greedy"}),
     "deepseek_v2, lite": (
