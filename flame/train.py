@@ -63,6 +63,7 @@ from flame.runtime.interrupt import raise_on_interrupt
 from flame.runtime.seeds import derive_seed
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
+from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
 from flame.trainer.finish import describe_saved, finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
@@ -204,7 +205,7 @@ class Trainer:
         finally:
             self._close_run()
         end_processes()
-        if is_complete and self.is_main:
+        if is_complete and self.is_main and not self.config.is_dry_run:
             finish_run(self.config, self.step)
         return is_complete
 
@@ -428,7 +429,12 @@ def _run(config: JobConfig) -> bool:
     try:
         raise_on_interrupt()
         with StopListener() as listener:
-            return Trainer(config, lambda: listener.requested is not None).train()
+            used = dry_run.shorten(config) if config.is_dry_run else config
+            trainer = Trainer(used, lambda: listener.requested is not None)
+            is_complete = trainer.train()
+            if config.is_dry_run and is_complete and trainer.is_main:
+                dry_run.report(config, used)
+            return is_complete
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
         logger.info("interrupted: %s", describe_saved(config))

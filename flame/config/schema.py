@@ -49,10 +49,12 @@ class JobConfig:
     """Sections of objectives and data sources, by name."""
     world_size: int = 1
     """Processes of the run over all machines. No option: the launcher says it."""
+    is_dry_run: bool = field(default=False, compare=False)
+    """Whether `--dry-run` was given. No option."""
     typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """Keys that the file or the command line has set. No option."""
 
-    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "typed")
+    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "is_dry_run", "typed")
 
     def get(self, kind: type[S]) -> S:
         """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""
