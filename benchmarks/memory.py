@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory OUT
 
-Each run makes three steps on the GPUs of this machine, on the Python standard library as bytes. Runs that need more GPUs than there
-are, or more memory, are left out. Runs that need fewer GPUs than there are take turns on all of them.
+Each run makes three steps on the GPUs of this machine, on the Python standard library as bytes. Runs that need more GPUs than
+there are, or more memory, are left out. Runs of one GPU are spread over all of them.
 """
 
 from __future__ import annotations
@@ -102,27 +102,12 @@ def list_options(case: Case, out: Path) -> list[str]:
 
 def measure(case: Case, out: Path, gpus: list[int], seconds: int) -> float | None:
     """GiB at the peak of a run; None if it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={case.gpus}",
-        "-m",
-        "flame.train",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.gpus}"]
+    command = [*torchrun, "-m", "flame.train", *list_options(case, out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
     with (out / f"{case.name}.log").open("w") as log:
         try:
-            subprocess.run(
-                [*command, *list_options(case, out)],
-                cwd=REPO,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                timeout=seconds,
-                check=True,
-            )
+            subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, timeout=seconds, check=True)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             return None
     rows = map(parse_line, (out / case.name / "metrics.jsonl").read_bytes().splitlines(keepends=True))
