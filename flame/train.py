@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.profiler import record_function
 
 from flame.attention.masks import (  # the two private names are part of this module's interface
     _future_valid_from_cu,
@@ -54,6 +55,7 @@ from flame.runtime.distributed import (
     end_processes,
     get_rank,
     get_world_size,
+    keep_flight_record,
     set_single_process_defaults,
     start_processes,
 )
@@ -61,11 +63,13 @@ from flame.runtime.interrupt import raise_on_interrupt
 from flame.runtime.seeds import derive_seed
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
+from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
 from flame.trainer.finish import describe_saved, finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
 from flame.trainer.options import read_options
+from flame.trainer.profiler import Profiler
 from flame.trainer.run_record import record_run
 from flame.trainer.setup import (
     build_model,
@@ -125,6 +129,7 @@ class Trainer:
         self.tokenizer, model_config, self.mixture = open_inputs(config)
         self.source_names = [source.name for source in self.mixture.sources]
 
+        keep_flight_record(self.folder)
         self.device, mesh = start_processes(config.training, config.comm.timeout_seconds)
         check_same_data(self.mixture)
         self.lock = claim_folder(self.folder)
@@ -182,7 +187,8 @@ class Trainer:
             self._validate_when_due()  # the run may have been stopped before it validated this step
             self.exporter.export_when_due(self.checkpoints.saved_step, again=False)  # or before it exported it
             while self.step < self.config.training.steps:
-                self.train_step()
+                with self.profiler.watch(self.step + 1):
+                    self.train_step()
                 self.garbage.run(self.step)
                 self._log_when_due()
                 self._validate_when_due()
@@ -199,7 +205,7 @@ class Trainer:
         finally:
             self._close_run()
         end_processes()
-        if is_complete and self.is_main:
+        if is_complete and self.is_main and not self.config.is_dry_run:
             finish_run(self.config, self.step)
         return is_complete
 
@@ -212,11 +218,13 @@ class Trainer:
             Preempted, DataMistake: a rank is asked to stop, or its data are wrong. Nothing has been changed.
         """
         batches = self._next_batches()
-        counts = self._count_over_ranks(batches)
+        with record_function("counting over ranks"):
+            counts = self._count_over_ranks(batches)
         self.data_state.advance(batches, self.world_size)
         self.state.step += 1
         weight = self.aux_schedule.find_weight(self.step)
 
+        self.meters.throughput.begin_launch()
         self.optimizer.zero_grad()
         on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
         prepared = self._prepare_objective(on_device, weight)
@@ -228,17 +236,21 @@ class Trainer:
             torch.manual_seed(derive_seed(self.config.training.seed, batch.sequence_index))
             losses = self.model(compute_losses, batch, requested, own)
             loss = self._average(losses, weight, counts)
-            loss.backward()
+            with record_function("backward"):
+                loss.backward()
             step_loss += loss.detach()
             outcomes.append(losses)
         step_loss, failures = self.guard.reduce(step_loss, outcomes)
         max_norm = self.config.training.max_norm or torch.inf
-        grad_norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
-        grad_norm = grad_norm.to(self.device)  # with CPU offload it is on the CPU
+        with record_function("clipping"):
+            grad_norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
+            grad_norm = grad_norm.to(self.device)  # with CPU offload it is on the CPU
+        self.meters.throughput.end_launch()
 
         is_usable = self.guard.should_apply(self.step, step_loss, grad_norm, failures, batches, outcomes)
         if is_usable:
-            self.optimizer.step()
+            with record_function("optimizer"):
+                self.optimizer.step()
             if self.objective is not None:
                 self.objective.after_step(self.model)
             rates = read_rates(self.optimizer)
@@ -263,7 +275,7 @@ class Trainer:
     def _next_batches(self) -> list[PackedBatch]:
         """This rank's packed sequences of the step; empty if it is asked to stop while waiting for them, or if they are wrong."""
         batches: list[PackedBatch] = []
-        with self.meters.throughput.waiting_for_data():
+        with self.meters.throughput.waiting_for_data(), record_function("waiting for data"):
             try:
                 batches = self.prefetcher.take(self.config.training.gradient_accumulation_steps, self.is_stop_requested) or []
             except UserError as error:
@@ -364,6 +376,7 @@ class Trainer:
         self.meters = RunMeters(config, self.model, self.source_names, self.device, self.step, self.state.service_ids)
         self.state.service_ids = self.meters.service_ids
         self.garbage = GarbageCollection(GARBAGE_STEPS)
+        self.profiler = Profiler(config.profiling, self.folder, self.rank, range(self.step, config.training.steps))
         loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
         self.prefetcher = Prefetcher(loader, config.comm.timeout_seconds, self.rank)
         report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
@@ -391,6 +404,7 @@ class Trainer:
             ending.callback(self.meters.close)
             ending.callback(self.prefetcher.close)
             ending.callback(self.checkpointer.close)
+            ending.callback(self.profiler.close)
 
 
 def main(argv: list[str]) -> None:
@@ -415,7 +429,12 @@ def _run(config: JobConfig) -> bool:
     try:
         raise_on_interrupt()
         with StopListener() as listener:
-            return Trainer(config, lambda: listener.requested is not None).train()
+            used = dry_run.shorten(config) if config.is_dry_run else config
+            trainer = Trainer(used, lambda: listener.requested is not None)
+            is_complete = trainer.train()
+            if config.is_dry_run and is_complete and trainer.is_main:
+                dry_run.report(config, used)
+            return is_complete
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
         logger.info("interrupted: %s", describe_saved(config))

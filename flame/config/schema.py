@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from flame.config.data import Corpus, Source, Validation
 from flame.config.locations import Start, find_beside_weights, find_start
+from flame.config.profiling import Profiling
 from flame.config.run import CHECKPOINT_FOLDER, Checkpoint, Comm, Job, Metrics, Model, ObjectiveChoice
 from flame.config.training import ActivationCheckpoint, Experimental, LRScheduler, Optimizer, Training
 from flame.config.types import Section
@@ -42,15 +43,18 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
     extensions: dict[str, Section] = field(default_factory=dict)
     """Sections of objectives and data sources, by name."""
     world_size: int = 1
     """Processes of the run over all machines. No option: the launcher says it."""
+    is_dry_run: bool = field(default=False, compare=False)
+    """Whether `--dry-run` was given. No option."""
     typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """Keys that the file or the command line has set. No option."""
 
-    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "typed")
+    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "is_dry_run", "typed")
 
     def get(self, kind: type[S]) -> S:
         """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""

@@ -65,6 +65,7 @@ class Throughput:
     def restart(self) -> None:
         """Start the next interval."""
         self.data_wait = 0.0
+        self.launch = 0.0
         self.tokens = 0
         self.steps = 0
         self.started = time.perf_counter()
@@ -85,6 +86,14 @@ class Throughput:
         yield
         self.data_wait += time.perf_counter() - start
 
+    def begin_launch(self) -> None:
+        """Count the time until `end_launch` as handing work to the device."""
+        self.launch -= time.perf_counter()
+
+    def end_launch(self) -> None:
+        """Call it before waiting for the device."""
+        self.launch += time.perf_counter()
+
     def count_step(self, tokens: int) -> None:
         """Count a finished step with `tokens` tokens over all ranks."""
         self.tokens += tokens
@@ -98,6 +107,10 @@ class Throughput:
             self.metrics.record_sum("mfu", flops.total)
             self.metrics.record_sum("mfu_aux_forward", flops.aux_forward)
             self.metrics.record_sum("mfu_heads", flops.heads)
+
+    def find_own_times(self) -> tuple[float, float]:
+        """Seconds a step, since the last line, that this rank has waited for data, and that it took to hand over its work."""
+        return self.data_wait / self.steps, self.launch / self.steps
 
     def record(self) -> None:
         """Record the maxima over ranks: peak memory and time waiting for data. Call before `Metrics.collect`."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from flame.config.training import Optimizer
 from flame.errors import UserError
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_experts", "num_local_experts")
@@ -60,6 +61,11 @@ def estimate_bytes(model: nn.Module, moment_bytes: int) -> int:
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return 4 * weights + (4 + moment_bytes) * trained
+
+
+def find_moment_bytes(optimizer: Optimizer) -> int:
+    """Bytes of AdamW's moments of one weight."""
+    return 4 if optimizer.state_dtype == "bfloat16" else 8
 
 
 def find_memory(device: torch.device) -> int:

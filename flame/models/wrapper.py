@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from flame.attention.backends import AttentionBackend
@@ -39,7 +40,8 @@ class TrainingModel(nn.Module):
 
     def encode_past(self, batch: PackedBatch) -> Tensor:
         """Causal forward: final hidden states [T, d]."""
-        return self._backend.encode_past(self.lm, batch)
+        with record_function("causal forward"):
+            return self._backend.encode_past(self.lm, batch)
 
     def encode_future(self, batch: PackedBatch, window_k: int = 0, network: PreTrainedModel | None = None) -> Tensor:
         """Anti-causal forward: summaries [T, d] of each position's future.
@@ -48,7 +50,8 @@ class TrainingModel(nn.Module):
             window_k: tokens that each layer attends ahead; 0 is up to the end of the document.
             network: network of the same family that runs the pass; None is the language model.
         """
-        return self._backend.encode_future(self.lm if network is None else network, batch, window_k)
+        with record_function("anti-causal forward"):
+            return self._backend.encode_future(self.lm if network is None else network, batch, window_k)
 
     def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""

@@ -224,6 +224,10 @@ class Objective(nn.Module):
         """
         return AuxFlops()
 
+    def estimate_memory(self, tokens: int) -> float:
+        """Bytes that it keeps on a GPU while a packed sequence of so many tokens is differentiated, beside its weights."""
+        return 0.0
+
     def read_metrics(self, compute_dtype: Any) -> Measures:
         """Metrics of its state, such as a learned temperature, for each log line. A collective call.
 

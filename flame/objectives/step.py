@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from flame.attention.masks import list_marked, round_up_to_bucket
 from flame.data.batch import NO_LABEL, PackedBatch
@@ -62,13 +63,16 @@ def compute_losses(model: TrainingModel, batch: PackedBatch, requested: Requeste
     positions = list_predicted(batch)
     ce_sum = None
     if requested.ce:
-        ce_sum = linear_cross_entropy(pick(hidden_states, positions), model.output_embedding, pick(batch.labels[0], positions))
+        with record_function("cross entropy"):
+            labels = pick(batch.labels[0], positions)
+            ce_sum = linear_cross_entropy(pick(hidden_states, positions), model.output_embedding, labels)
     is_correct = find_correct(hidden_states, model.output_embedding, batch.labels[0]) if requested.correct else None
 
     # 3. The objective's loss, from the same hidden states.
     aux = None
     if objective is not None:
-        aux = objective.loss(model, guard_gradient(hidden_states), batch, prepared, with_sample=requested.sample)
+        with record_function("objective's loss"):
+            aux = objective.loss(model, guard_gradient(hidden_states), batch, prepared, with_sample=requested.sample)
     return Losses(ce_sum, aux, is_correct)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from flame.config.training import Training
 from flame.errors import UserError
 from flame.runtime.torchtitan import ParallelDims, ParallelismConfig
+
+FLIGHT_RECORDS = "2000"
+"""Collectives that NCCL's flight recorder remembers."""
 
 
 def set_single_process_defaults() -> None:
@@ -66,6 +70,20 @@ def start_processes(training: Training, timeout_seconds: int) -> tuple[torch.dev
     )
     axes = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]
     return device, dims.get_mesh(axes)
+
+
+def keep_flight_record(folder: Path) -> None:
+    """Let NCCL write which collectives each rank has begun and ended, when one waits too long: `nccl-RANK` in a folder.
+
+    Call it before the process group exists. Variables that the user has set stay.
+    """
+    record = {
+        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder.absolute() / "nccl-"),
+    }
+    for key, value in record.items():
+        os.environ.setdefault(key, value)
 
 
 def get_gpu() -> int | None:

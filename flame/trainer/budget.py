@@ -48,24 +48,35 @@ def resolve_budget(config: JobConfig, model: TrainingModel, mixture: Mixture) ->
     training, budget = config.training, config.training.budget
     if budget is None:
         return
-    done = run_on_main(partial(_find_done, config))
-    per_step = training.gradient_accumulation_steps * config.world_size
-    if budget == "flops":
-        steps = run_on_main(partial(_resolve_flops, config, model, mixture, done))
-    else:
-        tokens = training.tokens or run_on_main(partial(_count_epochs, config, mixture))
-        steps = done.step - (done.tokens - tokens) // (training.seq_len * per_step)
     value = getattr(training, budget)
-    if steps > MOST_STEPS:
-        raise UserError(
-            f"training.{budget} = {value:g} comes to more than {MOST_STEPS:g} steps, the most that are allowed: lower it"
-        )
-    training.steps = max(steps, done.step, 1)  # what is done stays done
+    training.steps = run_on_main(partial(resolve_steps, config, model, mixture))
     training.tokens = training.epochs = training.flops = None  # what is recorded are the steps
-    tokens_per_step = training.seq_len * per_step
+    tokens_per_step = training.seq_len * training.gradient_accumulation_steps * config.world_size
     logger.info("training.%s = %g: up to step %d, of %d tokens each", budget, value, training.steps, tokens_per_step)
     if faults := list(find_conflicts(config)):
         raise UserError(*faults)
+
+
+def resolve_steps(config: JobConfig, model: TrainingModel, mixture: Mixture) -> int:
+    """Steps of the whole run that a budget comes to.
+
+    Raises:
+        UserError: the budget cannot be resolved.
+    """
+    training, budget, done = config.training, config.training.budget, _find_done(config)
+    assert budget is not None
+    per_step = training.gradient_accumulation_steps * config.world_size
+    if budget == "flops":
+        steps = _resolve_flops(config, model, mixture, done)
+    else:
+        tokens = training.tokens or _count_epochs(config, mixture)
+        steps = done.step - (done.tokens - tokens) // (training.seq_len * per_step)
+    if steps > MOST_STEPS:
+        value = getattr(training, budget)
+        raise UserError(
+            f"training.{budget} = {value:g} comes to more than {MOST_STEPS:g} steps, the most that are allowed: lower it"
+        )
+    return max(steps, done.step, 1)  # what is done stays done
 
 
 def _find_done(config: JobConfig) -> Done:
@@ -98,7 +109,7 @@ def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
 def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, done: Done) -> int:
     """Steps of `training.flops`, as `step_tflops` counts them, by the first packed sequences of the data."""
     assert config.training.flops is not None
-    batches = _pack_first(config, mixture)
+    batches = pack_first(config, mixture)
     flops, objective, schedule = ModelFlops(model.lm), get_objective(model), build_weight_schedule(config)
     is_frozen = config.experimental.freeze_lm_for_infonce
     plain = sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches) / len(batches)
@@ -112,7 +123,8 @@ def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, do
     return done.step + math.ceil(min(sequences / per_step, MOST_STEPS + 1))
 
 
-def _pack_first(config: JobConfig, mixture: Mixture) -> list[PackedBatch]:
+def pack_first(config: JobConfig, mixture: Mixture) -> list[PackedBatch]:
+    """The first packed sequences of the data, for their lengths."""
     training, batches = config.training, []
     for index in range(min(SAMPLED, training.num_streams)):
         packer = mixture.open_packer(mixture.choose(index, training.num_streams), index, training.num_streams, training)

@@ -17,6 +17,7 @@ from flame.logging.console import format_line, format_validation
 from flame.logging.counters import Counters
 from flame.logging.metrics import Metrics
 from flame.logging.run_log import RunLog, drop_validation
+from flame.logging.stragglers import StragglerWatch
 from flame.logging.throughput import Flops, Throughput
 from flame.logging.writers.base import RunIdentity
 from flame.logging.writers.json_lines import METRICS_FILE
@@ -84,6 +85,7 @@ class RunMeters:
         self._audit = AuditLog(folder, rank) if config.training.audit else None
         self._model_flops = ModelFlops(model.lm)
         self.throughput = Throughput(self.metrics, device, get_world_size(), config.training.steps - start_step)
+        self._stragglers = StragglerWatch(device)
         self._logged_step = start_step
         self._has_reported_no_count = False
 
@@ -150,11 +152,15 @@ class RunMeters:
             self.record(self._objective.read_metrics(self._compute_dtype))
         self.throughput.record()
         values = self.metrics.collect()
+        own_times = self.throughput.find_own_times()
         seconds_left = self.throughput.summarize(values)
         values |= counters.flatten()
         self._run_log.log(step, values)
         logger.info(format_line(step, self._total_steps, values, seconds_left, self._describe))
         self._logged_step = step
+        for line in self._stragglers.compare(*own_times, values["step_seconds"]):
+            if get_rank() == 0:
+                logger.warning(line)
         metric = self._objective.count_metric if self._objective is not None else None
         if metric is not None and values.get(metric) == 0 and get_rank() == 0 and not self._has_reported_no_count:
             self._has_reported_no_count = True

@@ -23,12 +23,14 @@ from flame.objectives.registry import BUILT_IN, choose_kind, choose_objective, l
 
 HELP = ("--help", "-h")
 PRINT_CONFIG = "--print-config"
+ESTIMATE = "--estimate"
+DRY_RUN = "--dry-run"
 
 
 def read_options(argv: list[str], world_size: int) -> JobConfig:
     """Resolve the options of a run: defaults < TOML file (`--job.config_file`) < command line.
 
-    `--help`, `--help SECTION` and `--print-config` print and end the process with 0.
+    `--help`, `--help SECTION`, `--print-config`, `--estimate` and `--estimate GPUS` print and end the process with 0.
 
     Args:
         argv: command line without the program's name.
@@ -48,7 +50,26 @@ def read_options(argv: list[str], world_size: int) -> JobConfig:
             job.extensions.setdefault(name, kind())
         print(render_commented(job, table))
         sys.exit(0)
-    return parse_config(argv, world_size, _find_extensions, find_all_conflicts)[0]
+    if ESTIMATE in argv:
+        from flame.trainer.estimate import describe, estimate_run
+
+        rest, gpus = _take_estimate(argv, world_size)
+        job = parse_config(rest, gpus, _find_extensions, find_all_conflicts)[0]
+        for line in describe(estimate_run(job), job):
+            print(line)
+        sys.exit(0)
+    job = parse_config([word for word in argv if word != DRY_RUN], world_size, _find_extensions, find_all_conflicts)[0]
+    job.is_dry_run = DRY_RUN in argv
+    return job
+
+
+def _take_estimate(argv: list[str], world_size: int) -> tuple[list[str], int]:
+    """The words without `--estimate [GPUS]`, and the number of GPUs."""
+    place = argv.index(ESTIMATE)
+    value = argv[place + 1] if len(argv) > place + 1 and not argv[place + 1].startswith("-") else None
+    if value is not None and not (value.isdecimal() and int(value) > 0):
+        raise UserError(f"{ESTIMATE} {value}: allowed is a number of GPUs above 0")
+    return argv[:place] + argv[place + 1 + (value is not None) :], int(value or world_size)
 
 
 def _find_section(words: list[str]) -> str | None:

@@ -26,7 +26,7 @@ from flame.models.causal_lm import (
 )
 from flame.models.custom_model import import_custom_model
 from flame.models.leak_check import check_no_leak, needs_leak_check
-from flame.models.memory import Share, check_memory
+from flame.models.memory import Share, check_memory, find_moment_bytes
 from flame.models.parallelize import parallelize, place_buffers
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import FuturePass, Objective, Setup
@@ -162,8 +162,7 @@ def build_model(config: JobConfig, model_config: PretrainedConfig, device: torch
     model = build_modules(config, model_config, device.type)
     label = f'{config.model_key} = "{config.model_source}"'
     home = torch.device("cpu") if config.training.cpu_offload else device
-    moment_bytes = 4 if config.optimizer.state_dtype == "bfloat16" else 8
-    check_memory(model, model_config, label, home, find_share(config), moment_bytes)
+    check_memory(model, model_config, label, home, find_share(config), find_moment_bytes(config.optimizer))
     objective = get_objective(model)
     parallelize(
         model,

@@ -13,6 +13,7 @@ from flame.models.config_keys import list_unknown_keys
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
 from flame.runtime.distributed import get_world_size
+from flame.trainer.estimate import find_shortage
 from flame.trainer.options import list_idle_options
 from flame.trainer.setup import build_weight_schedule
 from flame.trainer.validation import Validator
@@ -71,6 +72,8 @@ def report_start(
             "the objective's loss_weight = %s is not reached: objective.start_step, warmup_steps and decay_steps leave no step",
             schedule.loss_weight,
         )
+    if shortage := find_shortage(config, model, device):
+        logger.warning(shortage)
     logger.info("run folder: %s", Path(config.job.dump_folder))
     if start_step:
         logger.info("resumed after step %d of %d", start_step, training.steps)

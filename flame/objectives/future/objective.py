@@ -58,6 +58,8 @@ CARD_OPTIONS = (
 """Options that the model card shows."""
 TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "projection_dim", "estimator_type")
 """Options that decide what predictor and estimator learn."""
+KEPT_OF_TOKENS, KEPT_OF_ANCHORS, BFLOAT16_BYTES = 2, 8, 2
+"""Vectors of the model's width that are kept, for the estimate of memory: measured, 10 in all (docs/performance.md)."""
 PREDICTOR_DRAW, ESTIMATOR_DRAW, TEACHER_DRAW = 1, 2, 4
 """Numbers of the random draws of its modules: each has its own seed, so its weights do not depend on the others."""
 
@@ -256,6 +258,11 @@ class FutureObjective(Objective):
         packs = self.setup.sequences_per_step if options.negatives == "global" else 1
         compared = self.estimator.count_flops(anchors, anchors * packs)
         return float(6 * count_matrix_weights(self.predictor) * predictions + compared)
+
+    def estimate_memory(self, tokens: int) -> float:
+        """The summaries, in their places and as targets, and what predictor and InfoNCE keep of each anchor."""
+        anchors = min(tokens, self.options.max_anchors or tokens)
+        return (KEPT_OF_TOKENS * tokens + KEPT_OF_ANCHORS * anchors) * self.setup.lm.config.hidden_size * BFLOAT16_BYTES
 
     def read_metrics(self, compute_dtype: torch.dtype) -> Measures:
         temperature = read_temperature(self.estimator, compute_dtype)

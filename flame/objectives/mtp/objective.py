@@ -56,6 +56,11 @@ class MultiTokenPrediction(LabelObjective):
             total = total + linear_cross_entropy(ahead, output.output_embedding, shift_labels(output, steps))
         return total
 
+    def estimate_memory(self, tokens: int) -> float:
+        """Each head's gradients of its states and of the output embedding, beside what its layer keeps."""
+        width = self.setup.lm.config.hidden_size
+        return 2.0 * len(self.layers) * (tokens * width + self._embedding_size)
+
     def count_head_weights(self) -> float:
         return float(len(self.layers) * self._embedding_size)
 

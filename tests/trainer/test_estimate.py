@@ -1,0 +1,97 @@
+"""What a run is said to need, before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from flame.config.training import Training
+from flame.launch import main as launch
+from flame.models.memory_estimate import count_layer_kept, estimate_memory
+from flame.models.wrapper import TrainingModel
+from flame.trainer.estimate import estimate_run, show_flops, show_time
+from flame.trainer.options import read_options
+from tests.support.paths import REPO
+from tests.support.runs import options, run_here
+
+GIB = 2**30
+LLAMA_1B = AutoConfig.from_pretrained(REPO / "configs/models/llama_1B.json")
+LLAMA_340M = AutoConfig.from_pretrained(REPO / "configs/models/llama_340M.json")
+LLAMA_8B = AutoConfig.from_pretrained(
+    REPO / "configs/models/llama_1B.json",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
+
+MEASURED = [  # GiB on H200s, docs/performance.md
+    (LLAMA_1B, 65_536, 1, 1, False, 94.5),
+    (LLAMA_1B, 65_536, 1, 1, True, 97.0),
+    (LLAMA_1B, 16_384, 2, 1, False, 29.7),
+    (LLAMA_1B, 16_384, 2, 1, True, 29.9),
+    (LLAMA_340M, 32_768, 1, 2, False, 31.1),
+    (LLAMA_340M, 32_768, 1, 2, True, 32.0),
+    (LLAMA_340M, 32_768, 2, 1, True, 28.6),
+    (LLAMA_8B, 16_384, 4, 1, True, 98.5),
+]
+
+
+def build(config: PretrainedConfig) -> TrainingModel:
+    with torch.device("meta"):
+        return TrainingModel(AutoModelForCausalLM.from_config(config), None)  # type: ignore[arg-type]  # nothing runs
+
+
+@pytest.mark.parametrize(("config", "tokens", "shards", "micro_steps", "has_future", "measured"), MEASURED)
+def test_peaks_are_those_of_measured_runs(
+    config: PretrainedConfig, tokens: int, shards: int, micro_steps: int, has_future: bool, measured: float
+):
+    future = 20.0 * tokens * config.hidden_size if has_future else 0.0
+    memory = estimate_memory(build(config), [], Training(seq_len=tokens, compile=True), "none", shards, 8, future)
+    assert memory.find_peak(keeps_gradients=micro_steps > 1) / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_what_a_llama_layer_keeps():
+    layer = build(LLAMA_1B).lm.model.layers[0]
+    stream_and_norms, queries_keys_values, attended, feed_forward = 4 * 2048, 2048 + 2 * 512, 2048, 3 * 8192
+    assert count_layer_kept(layer, LLAMA_1B) == stream_and_norms + queries_keys_values + attended + feed_forward
+
+
+def test_weights_are_spread_and_activations_are_not():
+    model, training = build(LLAMA_340M), Training(seq_len=4096, compile=True)
+    one, four = (estimate_memory(model, [], training, "none", shards, 8, 0.0) for shards in (1, 4))
+    count = sum(weight.numel() for weight in model.parameters())
+    assert (one.weights, one.gradients, one.moments) == (4 * count, 4 * count, 8 * count)
+    assert (four.weights, four.gradients, four.moments) == (count, count, 2 * count)
+    assert four.activations == one.activations
+    assert estimate_memory(model, [], training, "full", 1, 8, 0.0).activations < one.activations / 4
+
+
+def test_the_run_is_counted_as_it_is_logged(workspace: Path, tmp_path: Path):
+    changes = {"training__steps": 5, "objective__start_step": 3}
+    rows = run_here(workspace, tmp_path / "run", **changes)
+    estimate = estimate_run(read_options(options(workspace, tmp_path / "other", **changes), 1))
+    logged = sum(row["step_tflops"] for row in rows) * 1e12
+    assert estimate.steps == 5
+    assert estimate.run_flops == pytest.approx(logged, rel=0.05)  # its first packed sequences stand for all
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["--nproc-per-node=1", "-m", "flame.train", *options(workspace, tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        launch([*argv, "--estimate", "4"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "a step on 4 GPUs: 1,024 tokens" in out and "activations" in out and "H200" in out
+    assert launch([*argv, "--estimate", "none"]) == 2
+    assert capsys.readouterr().err == "--estimate none: allowed is a number of GPUs above 0\n"
+
+
+def test_units():
+    assert [show_flops(value) for value in (2e9, 3e12, 4e15, 5e18)] == ["2.0 GFLOP", "3.0 TFLOP", "4.0 PFLOP", "5.0 EFLOP"]
+    assert [show_time(value) for value in (3.0, 600.0, 36_000.0)] == ["3.0 s", "10 min", "10.0 h"]
