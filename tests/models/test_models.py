@@ -59,14 +59,17 @@ def test_a_parameter_that_init_weights_forgets_is_named():
     ("content", "reason"),
     [
         ('{"model_type": "mistral", "sliding_window": 1}', "sliding_window = 1 is not supported"),
-        ('{"model_type": "gemma2"}', 'model_type "gemma2" is not supported with sliding_window = 4096'),
-        (
-            '{"model_type": "starcoder2", "sliding_window": 64}',
-            'model_type "starcoder2" is not supported with sliding_window = 64',
-        ),
+        ('{"model_type": "cwm"}', 'model_type "cwm" is not supported with sliding_window = 8192'),
+        ('{"model_type": "phimoe", "sliding_window": 64}', 'model_type "phimoe" is not supported with sliding_window = 64'),
         ('{"model_type": "llama4_text"}', "layers of type chunked_attention are not supported"),
         ('{"model_type": "gemma3"}', "it has a configuration for each of several parts"),
-        ('{"model_type": "gemma2"}', "final_logit_softcapping = 30.0 is not supported"),
+        ('{"model_type": "gemma2", "final_logit_softcapping": 0.0}', "final_logit_softcapping = 0.0: it must be greater than 0"),
+        ('{"model_type": "granite", "logits_scaling": -8}', "logits_scaling = -8: it must be greater than 0"),
+        ('{"model_type": "gemma2", "attn_logit_softcapping": 0.0}', "attn_logit_softcapping = 0.0: it must be greater than 0"),
+        (
+            '{"model_type": "llama", "attn_logit_softcapping": 50.0}',
+            'attn_logit_softcapping = 50.0 is not supported with model_type "llama", only with gemma2, gemma3_text, vaultgemma',
+        ),
         ('{"model_type": "deepseek_v3"}', "of mixture-of-experts models, only mixtral, olmoe, qwen3_moe are supported"),
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),

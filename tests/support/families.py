@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, PretrainedConfig
 
+from flame.attention.backends import Attention
+from flame.attention.families import find_score_cap
+
 WINDOW = 8
 """Of the layers that have one, in tokens."""
 
@@ -21,6 +24,14 @@ _SHAPE = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _BY_LAYER = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_CAPS = {
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 8,
+    "initializer_range": 0.2,
+}
+"""Scores and logits of the initial weights reach the caps."""
+_MULTIPLIERS = {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
 
 TOYS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -36,10 +47,25 @@ TOYS: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4}),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**_BY_LAYER, **_CAPS}),
+    "gemma3, caps": ("gemma3_text", {**_BY_LAYER, **_CAPS}),
+    "vaultgemma": ("vaultgemma", {**_BY_LAYER, **_CAPS}),
+    "granite": ("granite", {"logits_scaling": 1.5, **_MULTIPLIERS}),
+    "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.5, **_BY_LAYER}),
+    "ministral": ("ministral", _BY_LAYER),
+    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
+    "olmo": ("olmo", {"clip_qkv": 0.05}),
+    "phi": ("phi", {"tie_word_embeddings": False}),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
     "mixtral": ("mixtral", _EXPERTS),
 }
+
+
+def list_paths(name: str) -> list[Attention]:
+    """The attention implementations that run a toy on a CPU; the second is the definition of the flash kernels."""
+    return ["dense"] if find_score_cap(build_toy(name)) is not None else ["sdpa", "varlen"]
 
 
 def build_toy(name: str, **changes: object) -> PretrainedConfig:

@@ -237,11 +237,13 @@ def test_row_kernel_equals_its_definition():
         keys = column_keys, column_keys[own]
         own[::7] = -1
         scale, count = torch.tensor(10.0), torch.tensor(columns - 50)
-        for options in ((None, None), (count, None), (count, excluded), (count, None, keys), (count, excluded, keys)):
+        capped = (None, None, None, 3.0)
+        for options in ((None, None), capped, (count, None), (count, excluded), (count, None, keys), (count, excluded, keys)):
             exact, found = scores.double(), scores.to(CUDA)
             expected = softmax_rows_(exact, own, scale.double(), *options)
             on_gpu = [
-                tuple(e.to(CUDA) for e in o) if isinstance(o, tuple) else None if o is None else o.to(CUDA) for o in options
+                tuple(e.to(CUDA) for e in o) if isinstance(o, tuple) else o.to(CUDA) if isinstance(o, torch.Tensor) else o
+                for o in options
             ]
             sums = softmax_rows_(found, own.to(CUDA), scale.to(CUDA), *on_gpu)
             assert (found.double().cpu() - exact).norm() / exact.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
