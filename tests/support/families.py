@@ -24,6 +24,7 @@ _SHAPE = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _BY_LAYER = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _CAPS = {
     "attn_logit_softcapping": 1.0,
     "final_logit_softcapping": 3.0,
@@ -45,7 +46,7 @@ TOYS: dict[str, tuple[str, dict]] = {
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4}),
-    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": ("gpt2", _NO_DROPOUT),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "gemma2": ("gemma2", {**_BY_LAYER, **_CAPS}),
     "gemma3, caps": ("gemma3_text", {**_BY_LAYER, **_CAPS}),
@@ -61,6 +62,39 @@ TOYS: dict[str, tuple[str, dict]] = {
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
     "mixtral": ("mixtral", _EXPERTS),
 }
+
+
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+OTHERS: dict[str, dict] = {
+    "arcee": {},
+    "bitnet": {},
+    "codegen": {"rotary_dim": 4, **_NO_DROPOUT},
+    "diffllama": {},
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "helium": {},
+    "gptj": {"rotary_dim": 4, **_NO_DROPOUT},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {"logits_scaling": 1.5, **_MULTIPLIERS},
+    "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 16, **_LATENT},
+    "ministral3": {},
+    "nanochat": {"final_logit_softcapping": 3.0},
+    "nemotron": {},
+    "persimmon": {},
+    "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
+    "stablelm": {},
+}
+"""Families that are not in `flame.attention.families`, and run on the paths that any family does."""
+
+
+def build_other(family: str, **changes: object) -> PretrainedConfig:
+    """As `build_toy`, for a family of `OTHERS`."""
+    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return AutoConfig.for_model(family, **{"vocab_size": 61, **_SHAPE, **dropout, **OTHERS[family], **changes})
 
 
 def list_paths(name: str) -> list[Attention]:
