@@ -164,9 +164,9 @@ def _encode_alone(root: TwoPassModel, batch: PackedBatch) -> Tensor:
 
     with torch.compiler.set_stance("force_eager"):  # nothing is compiled for these two forwards
         try:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = refuse
-            root.encode_past(batch)
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+            if root.lm.config._attn_implementation == "sdpa":
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = refuse
+                root.encode_past(batch)
             for config in configs.values():
                 config._attn_implementation = "eager"
             return root.lm.base_model(input_ids=batch.input_ids[:, ALONE], use_cache=False).last_hidden_state[0].float().cpu()

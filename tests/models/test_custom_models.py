@@ -307,6 +307,18 @@ def test_a_run_begins_with_the_check(workspace, tmp_path, monkeypatch, capsys):
     assert "checked with True, 5, None" in capsys.readouterr().err
 
 
+def test_every_run_compares_its_logits_with_the_models_own(workspace, tmp_path, monkeypatch, capsys):
+    """Also one of a tested family."""
+
+    def refuse(model, device):
+        raise UserError(f'checked the head of "{model.lm.config.model_type}"')
+
+    monkeypatch.setattr("flame.trainer.setup.check_head", refuse)
+    with pytest.raises(SystemExit):
+        run_here(workspace, tmp_path / "run")
+    assert 'checked the head of "llama"' in capsys.readouterr().err
+
+
 def test_a_tested_family_passes():
     check_no_leak(build_unsharded(future_config()), CPU, with_future=True)
 

@@ -29,7 +29,7 @@ SCALING = {
 IDS = torch.arange(300)[None] * 7 % 264
 ONE_BASE = ("olmo3",)
 """Families that have one rotary base for all layers in transformers 4."""
-UNSCALED = ("olmo2",)
+UNSCALED = ("olmo", "olmo2")
 """Families for which transformers 4 rejects this scaling, by an error."""
 HEAD_DIM = 32
 """Several rotary frequencies, even of a part of the head: a wrong base would show."""
