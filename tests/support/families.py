@@ -68,7 +68,6 @@ _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope
 
 OTHERS: dict[str, dict] = {
     "arcee": {},
-    "bitnet": {},
     "codegen": {"rotary_dim": 4, **_NO_DROPOUT},
     "diffllama": {},
     "ernie4_5": {},
