@@ -46,7 +46,7 @@ def run_table(file: str, out: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def belongs(parameters: str, family: str) -> bool:
-    return parameters == family or parameters.endswith(f"-{family}") or parameters.startswith(f"{family}-")
+    return f"-{family}-" in f"-{parameters}-"
 
 
 def main(argv: list[str]) -> None:

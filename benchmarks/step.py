@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 import flame.train
 from benchmarks.packs import write_corpus
 from benchmarks.timing import Report
-from flame.objectives import step as objective
+from flame.models import output_head
 from flame.runtime.distributed import end_processes, get_world_size, set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
@@ -82,7 +82,7 @@ def instrument(trainer: Trainer, phases: Phases, stack: contextlib.ExitStack) ->
     places = [
         (model, "encode_future", "anti-causal forward"),
         (model, "encode_past", "causal forward"),
-        (objective, "linear_cross_entropy", "cross entropy"),
+        (output_head, "linear_cross_entropy", "cross entropy"),
         *([(trainer.objective, "loss", "predictor and InfoNCE")] if trainer.objective is not None else []),
         (torch.Tensor, "backward", "backward"),
         (flame.train, "clip_grad_norm_", "clipping"),

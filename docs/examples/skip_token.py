@@ -8,7 +8,6 @@ from torch import nn
 
 from flame.config.types import PositiveInt, option
 from flame.data.batch import NO_LABEL
-from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.objectives.base import AuxLoss, Objective, ObjectiveOptions, Setup
 from flame.runtime.measures import Mean
 
@@ -41,7 +40,7 @@ class SkipToken(Objective):
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:-distance] = torch.where(is_labelled, tokens[distance:], NO_LABEL)
         states = self.map(hidden_states)
-        loss_sum = linear_cross_entropy(states, backbone.output_embedding, labels)
+        loss_sum = backbone.output_head.sum_cross_entropy(states, labels)
         count = is_labelled.sum().to(loss_sum.dtype)
         norm = Mean(torch.where(is_labelled, states.detach().float().norm(dim=-1)[:-distance], 0.0).sum(), count)
         return AuxLoss(loss_sum, count, torch.zeros_like(count), {"skip_token_norm": norm})

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flame.attention import dense
 from flame.attention import flash as flash_kernels
-from flame.attention.families import find_family, find_limits, tighten
+from flame.attention.families import find_family, find_limits, find_score_cap, tighten
 from flame.attention.fla_families import TAKES_ROWS
 from flame.attention.kernel_masks import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
 from flame.attention.sinks import IMPLEMENTATION as WITH_SINKS
@@ -100,25 +101,27 @@ class VarlenBackend:
 
 
 class MaskedBackend:
-    """Softmax attention by FlexAttention or SDPA, under the masks of `flame.attention.kernel_masks`.
+    """Softmax attention by FlexAttention, SDPA or `flame.attention.dense`, under the masks of `flame.attention.kernel_masks`.
 
     Args:
-        by_blocks: use FlexAttention with BlockMasks, instead of SDPA.
+        attention: "flex", with BlockMasks, or "sdpa" or "dense", with boolean masks.
         limits: of the layers' own windows, from `find_limits`.
-        row_width: width d of the model. If given, SDPA on CPUs gets one document per row where that `is_cheaper_in_rows`. None
-            for models that are only tested with masks over one row.
+        row_width: width d of the model. If given, boolean masks on CPUs are of one document per row where that
+            `is_cheaper_in_rows`. None for models that are only tested with masks over one row.
         is_compiled: the layers are compiled, once per shape. Rows are then used only if they need no padding. Otherwise each
             packed sequence would have its own shape.
     """
 
-    def __init__(self, by_blocks: bool, limits: int | dict[str, int], row_width: int | None = None, is_compiled: bool = False):
-        self._by_blocks = by_blocks
+    def __init__(
+        self, attention: Attention, limits: int | dict[str, int], row_width: int | None = None, is_compiled: bool = False
+    ):
+        self._attention = attention
         self._limits = limits
-        self._row_width = None if by_blocks else row_width
+        self._row_width = None if attention == "flex" else row_width
         self._is_compiled = is_compiled
 
     def describe(self) -> str:
-        return "FlexAttention" if self._by_blocks else "PyTorch's SDPA"
+        return {"flex": "FlexAttention", "sdpa": "PyTorch's SDPA", "dense": "dense products"}[self._attention]
 
     def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
         return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch, "causal", window_k=0)
@@ -153,7 +156,7 @@ class MaskedBackend:
             limit = tighten(limit, window_k)
             if rows is not None:
                 return build_row_mask(rows.lengths, rows.longest, direction, limit)
-            build_mask = build_block_mask if self._by_blocks else build_boolean_mask
+            build_mask = build_block_mask if self._attention == "flex" else build_boolean_mask
             return build_mask(segment_ids, direction, limit)
 
         if isinstance(self._limits, dict):
@@ -251,7 +254,7 @@ def reverse_documents(cu_seqlens: Tensor, total: int) -> Tensor:
     return starts_plus_ends - 1 - torch.arange(total, device=cu.device)
 
 
-Attention = Literal["varlen", "flex", "sdpa", "none"]
+Attention = Literal["varlen", "flex", "sdpa", "dense", "none"]
 
 
 def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dtype) -> Attention:
@@ -259,25 +262,27 @@ def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dt
 
     The flash kernels support bfloat16 and heads of up to `WIDEST_HEAD`, for families whose code passes on the document
     boundaries. FlexAttention needs heads of `NARROWEST_FLEX_HEAD` or more. It applies sinks in the dtype of the activations,
-    which is exact enough in float32 alone.
+    which is exact enough in float32 alone. Neither the flash kernels nor SDPA cap scores.
     """
     if is_recurrent(config):
         return "none"
+    is_capped = find_score_cap(config) is not None
+    by_mask: Attention = "dense" if is_capped else "sdpa"
     if device_type != "cuda":
-        return "sdpa"
+        return by_mask
     widths, family = find_head_dims(config), find_family(config)
-    fits = dtype == torch.bfloat16 and max(widths) <= WIDEST_HEAD and max(widths) % 8 == 0
+    fits = dtype == torch.bfloat16 and max(widths) <= WIDEST_HEAD and max(widths) % 8 == 0 and not is_capped
     if family is not None and fits and flash_kernels.is_supported():
         return "varlen"
     takes_flex = family is None or (family.takes_flex and (dtype == torch.float32 or not family.has_sinks))
-    return "flex" if takes_flex and min(widths) >= NARROWEST_FLEX_HEAD else "sdpa"
+    return "flex" if takes_flex and min(widths) >= NARROWEST_FLEX_HEAD else by_mask
 
 
 def name_implementation(attention: Attention, config: PretrainedConfig) -> str:
     """Name in transformers (`attn_implementation`) of a result of `choose_attention`, other than "none"."""
     family = find_family(config)
-    dense = WITH_SINKS if family is not None and family.has_sinks else "sdpa"
-    return {"varlen": IMPLEMENTATION, "flex": "flex_attention", "sdpa": dense}[attention]
+    by_mask = WITH_SINKS if family is not None and family.has_sinks else "sdpa"
+    return {"varlen": IMPLEMENTATION, "flex": "flex_attention", "sdpa": by_mask, "dense": dense.IMPLEMENTATION}[attention]
 
 
 NARROWEST_FLEX_HEAD = 16
@@ -319,7 +324,7 @@ def build_backend(attention: Attention, config: PretrainedConfig, max_length: in
     if attention == "none":
         return RecurrentBackend()
     row_width = config.hidden_size if find_family(config) else None
-    return MaskedBackend(attention == "flex", find_limits(config), row_width, is_compiled)
+    return MaskedBackend(attention, find_limits(config), row_width, is_compiled)
 
 
 def is_recurrent(config: PretrainedConfig) -> bool:

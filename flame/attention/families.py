@@ -20,29 +20,40 @@ class Family(NamedTuple):
     """Whether layers may be mixtures of experts."""
     has_sinks: bool = False
     """Whether the softmax has an attention sink, see `flame.attention.sinks`."""
+    caps_scores: bool = False
+    """Whether attention scores have the cap `attn_logit_softcapping`, if it is set."""
 
 
 FAMILIES = {
+    "cohere": Family(),
+    "cohere2": Family(windows="by layer"),
     "deepseek_v2": Family(has_experts=True),
     "deepseek_v3": Family(has_experts=True),
     "dots1": Family(windows="by layer", has_experts=True),
+    "gemma2": Family(windows="by layer", caps_scores=True),
+    "gemma3_text": Family(windows="by layer", caps_scores=True),
     "glm4_moe": Family(has_experts=True),
-    "gemma3_text": Family(windows="by layer"),
     "gpt2": Family(takes_flex=False),
     "gpt_neox": Family(),
     "gpt_oss": Family(windows="by layer", has_experts=True, has_sinks=True),
+    "granite": Family(),
     "llama": Family(),
+    "ministral": Family(windows="by layer"),
     "mistral": Family(windows="all layers"),
     "mixtral": Family(windows="all layers", has_experts=True),
+    "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(windows="by layer"),
     "olmoe": Family(takes_flex=False, has_experts=True),
+    "phi": Family(),
     "phi3": Family(windows="all layers"),
     "qwen2": Family(windows="by layer"),
     "qwen2_moe": Family(windows="by layer", has_experts=True),
     "qwen3": Family(windows="by layer"),
     "qwen3_moe": Family(windows="all layers", has_experts=True),
     "smollm3": Family(windows="by layer"),
+    "starcoder2": Family(windows="all layers"),
+    "vaultgemma": Family(windows="by layer", caps_scores=True),
 }
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -51,6 +62,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def find_family(config: PretrainedConfig) -> Family | None:
     """The family's entry in `FAMILIES`. None if it is not listed, or if the model brings its own code."""
     return None if hasattr(config, "auto_map") else FAMILIES.get(config.model_type)
+
+
+def find_score_cap(config: PretrainedConfig) -> float | None:
+    """Cap on attention scores, c in c tanh(x / c); None if there is none."""
+    family = find_family(config)
+    return getattr(config, "attn_logit_softcapping", None) if family is not None and family.caps_scores else None
 
 
 def find_limits(config: PretrainedConfig) -> int | dict[str, int]:
@@ -97,8 +114,15 @@ def find_unsupported_layers(config: PretrainedConfig) -> list[str]:
         )
     elif has_windows and (not isinstance(window, int) or window < 2):
         faults.append(f"sliding_window = {window} is not supported: it must be 2 or more")
-    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
-        faults.append(f"attn_logit_softcapping = {cap} is not supported: the attention kernels here leave it out; set it to null")
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None and (family is None or not family.caps_scores):
+        known = ", ".join(name for name, entry in FAMILIES.items() if entry.caps_scores)
+        faults.append(
+            f'attn_logit_softcapping = {cap} is not supported with model_type "{config.model_type}", only with {known}: '
+            "set it to null"
+        )
+    elif cap is not None and not cap > 0:
+        faults.append(f"attn_logit_softcapping = {cap}: it must be greater than 0, or null")
     if getattr(config, "use_bidirectional_attention", False):
         faults.append("use_bidirectional_attention = true is not supported: next-token training needs causal attention")
     numbers = [(key, value) for key, value in config.to_dict().items() if isinstance(value, int)]

@@ -2,6 +2,10 @@
 
 The logits of a packed sequence (T x V) are computed chunk by chunk. Like in InfoNCE, the forward also computes the gradients.
 So forward and backward together take three matrix products (6 T d V FLOPs) and one pass of `softmax_rows_` over the logits.
+
+With a bias b, a scale s and a cap c, as in some families, the logits are z = s (W h + b), then c tanh(z / c). As c tanh(s x / c)
+is s times x capped at c / s, the row kernel caps at c / s and scales afterwards. The backward multiplies the gradients by s.
+
 Shape legend: T tokens, d width, V vocabulary.
 """
 
@@ -17,27 +21,54 @@ IGNORED_LABEL = -100
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        cap: float | None,
+    ) -> Tensor:
         rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        one = torch.ones((), dtype=wide, device=weight.device)
+        factor = torch.full((), scale, dtype=wide, device=weight.device)
         grad_hidden = torch.empty_like(hidden_states)
         grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         logits_buffer = hidden_states.new_empty(rows, len(weight))
         losses = []
         for start in range(0, len(hidden_states), rows):
             chunk = slice(start, start + rows)
-            logits = torch.mm(hidden_states[chunk], weight.t(), out=logits_buffer[: len(hidden_states[chunk])])
-            losses.append(softmax_rows_(logits, labels[chunk], one).loss.sum())
+            logits = logits_buffer[: len(hidden_states[chunk])]
+            if bias is None:
+                torch.mm(hidden_states[chunk], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, hidden_states[chunk], weight.t(), out=logits)
+            losses.append(softmax_rows_(logits, labels[chunk], factor, cap=None if cap is None else cap / scale).loss.sum())
             torch.mm(logits, weight, out=grad_hidden[chunk])
             _add_product_(grad_weight, logits.t(), hidden_states[chunk])
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return torch.stack(losses).sum() if losses else one * 0.0
+            if grad_bias is not None:
+                grad_bias += logits.sum(dim=0, dtype=wide)
+        ctx.scale = scale
+        grad_bias = grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
+        return torch.stack(losses).sum() if losses else factor * 0.0
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        if ctx.scale != 1:
+            grad_loss = grad_loss * ctx.scale
+        grad_bias = None if grad_bias is None else grad_bias * grad_loss.to(grad_bias.dtype)
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            grad_weight * grad_loss.to(grad_weight.dtype),
+            None,
+            grad_bias,
+            None,
+            None,
+        )
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -48,15 +79,25 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over positions of the cross entropy between softmax(hidden_states @ weight.T) and labels, in nats.
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Tensor:
+    """Sum over positions of the cross entropy between softmax(z) and labels, in nats, with logits
+    z = scale * (hidden_states @ weight.T + bias), and cap * tanh(z / cap) instead if there is a cap.
 
     Args:
         hidden_states: [T, d].
         weight: [V, d], the output embedding.
         labels: int64 [T]; positions with `IGNORED_LABEL` (-100) do not count.
+        bias: [V]; None is 0.
+        scale, cap: greater than 0; no cap is None.
 
     Returns:
         0-d float32 (float64 for float64 inputs).
     """
-    return _LinearCrossEntropySum.apply(hidden_states, weight, labels)
+    return _LinearCrossEntropySum.apply(hidden_states, weight, labels, bias, scale, cap)

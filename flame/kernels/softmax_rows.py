@@ -6,6 +6,8 @@ always counts. With scale s,
 
     loss = ln sum_{j in A} exp(s z_j) - s z_o,      d loss / d (s z_j) = exp(s z_j) / sum_{k in A} exp(s z_k) - [j = o].
 
+With a cap c, z_j = c tanh(x_j / c) of the given scores x_j, and d z_j / d x_j = 1 - (z_j / c)^2. Without one, z_j = x_j.
+
 On CUDA a Triton kernel reads each row twice, the second time mostly from the L2 cache, and writes the gradient over the scores.
 Elsewhere plain PyTorch does the same out of place. Tests compare the kernel with it.
 
@@ -46,6 +48,7 @@ def softmax_rows_(
     count: Tensor | None = None,
     excluded: tuple[Tensor, Tensor] | None = None,
     keys: tuple[Tensor, Tensor] | None = None,
+    cap: float | None = None,
 ) -> RowSums:
     """Replace scores by the gradient of each row's loss with respect to `scale * scores`, in the dtype of the scores.
 
@@ -59,8 +62,9 @@ def softmax_rows_(
             empty range has last < first. None excludes nothing.
         keys: integers [n] and [c] of the same dtype: key of each column, and of each row's own column. Other columns with that
             key do not count for the row. A narrow dtype saves memory traffic. None excludes nothing.
+        cap: c, greater than 0. None leaves the scores as they are.
     """
-    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded, keys)
+    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded, keys, cap)
 
 
 def _define(
@@ -70,8 +74,11 @@ def _define(
     count: Tensor | None,
     excluded: tuple[Tensor, Tensor] | None,
     keys: tuple[Tensor, Tensor] | None = None,
+    cap: float | None = None,
 ) -> RowSums:
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if cap is not None:
+        wide = cap * torch.tanh(wide / cap)
     columns = torch.arange(scores.shape[1], device=scores.device)[None, :]
     limit = scores.shape[1] if count is None else count
     has_own = (own >= 0) & (own < limit)
@@ -90,7 +97,7 @@ def _define(
     best_other = torch.where(is_own, -torch.inf, logits).amax(dim=-1)
     grad = torch.where(has_own[:, None], torch.exp(logits - lse[:, None]) - is_own.to(wide.dtype), 0.0)
     grad_scale = (grad * torch.where(counts, wide, 0.0)).sum(dim=-1)
-    scores.copy_(grad)
+    scores.copy_(grad if cap is None else grad * (1 - (wide / cap) ** 2))
     is_best = own_score * scale > best_other
     loss = torch.where(has_own, lse - own_score * scale, torch.where(own < 0, 0.0, torch.nan))
     counted = counts.sum(dim=-1).to(wide.dtype)
@@ -106,9 +113,24 @@ def _add_block(best, total, score, log2_scale):
 
 
 @triton.jit
+def _cap_scores(score, cap, nothing):
+    """cap * tanh(score / cap), by one exponential; a score that never counts stays as it is."""
+    capped = cap * (1.0 - 2.0 / (tl.exp2(score / cap * 2.8853900817779268) + 1.0))
+    return tl.where(score > 0.5 * nothing, capped, nothing)
+
+
+@triton.jit
+def _find_slope(score, cap, nothing):
+    """d z / d x at a capped score z; 0 for a score that never counts, whose square would overflow."""
+    part = tl.where(score > 0.5 * nothing, score / cap, 1.0)
+    return 1.0 - part * part
+
+
+@triton.jit
 def _softmax_rows_kernel(
     scores_ptr, row_stride, own_ptr, scale_ptr, count_ptr, first_ptr, last_ptr, keys_ptr, own_keys_ptr, sums_ptr, rows, columns,
-    HAS_COUNT: tl.constexpr, HAS_EXCLUDED: tl.constexpr, HAS_KEYS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    cap, HAS_COUNT: tl.constexpr, HAS_EXCLUDED: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per row. sums [5, c] float32: loss, own score, is best, gradient by the scale, columns counted.
 
@@ -131,6 +153,8 @@ def _softmax_rows_kernel(
 
     log2_scale = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     own_score = tl.load(row_ptr + own, mask=has_own, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        own_score = _cap_scores(own_score, cap, nothing)
     first = own
     last = own
     if HAS_EXCLUDED:
@@ -152,6 +176,8 @@ def _softmax_rows_kernel(
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         column = start + offsets
         score = tl.load(row_ptr + column).to(tl.float32)
+        if HAS_CAP:
+            score = _cap_scores(score, cap, nothing)
         if HAS_EXCLUDED:
             score = tl.where((column >= first) & (column <= last), nothing, score)
         if HAS_KEYS:
@@ -160,6 +186,8 @@ def _softmax_rows_kernel(
         best, total = _add_block(best, total, score, log2_scale)
     tail = whole + offsets
     tail_score = tl.load(row_ptr + tail, mask=tail < limit, other=nothing).to(tl.float32)
+    if HAS_CAP:
+        tail_score = _cap_scores(tail_score, cap, nothing)
     if HAS_EXCLUDED:
         tail_score = tl.where((tail >= first) & (tail <= last), nothing, tail_score)
     if HAS_KEYS:
@@ -178,23 +206,32 @@ def _softmax_rows_kernel(
     # In reverse order, since the blocks read last are still in the cache.
     tail_prob = tl.where(tail < limit, tl.exp2(tail_score * log2_scale - shift), 0.0)
     grad_scale = tail_prob * tail_score
+    if HAS_CAP:
+        tail_prob *= _find_slope(tail_score, cap, nothing)
     tl.store(row_ptr + tail, tail_prob.to(scores_ptr.dtype.element_ty), mask=tail < columns)
     for block in tl.range(0, whole // BLOCK, num_stages=STAGES):
         column = whole - (block + 1) * BLOCK + offsets
         score = tl.load(row_ptr + column).to(tl.float32)
+        if HAS_CAP:
+            score = _cap_scores(score, cap, nothing)
         if HAS_EXCLUDED:
             score = tl.where((column >= first) & (column <= last), nothing, score)
         if HAS_KEYS:
             score = tl.where(tl.load(keys_ptr + column) == own_key, nothing, score)
         prob = tl.exp2(score * log2_scale - shift)
         grad_scale += prob * score
+        if HAS_CAP:
+            prob *= _find_slope(score, cap, nothing)
         tl.store(row_ptr + column, prob.to(scores_ptr.dtype.element_ty))
     for start in tl.range(whole + BLOCK, columns, BLOCK):
         column = start + offsets
         tl.store(row_ptr + column, tl.zeros([BLOCK], scores_ptr.dtype.element_ty), mask=column < columns)
 
     tl.debug_barrier()
-    tl.store(row_ptr + own, (own_prob - 1.0).to(scores_ptr.dtype.element_ty), mask=has_own)
+    own_grad = own_prob - 1.0
+    if HAS_CAP:
+        own_grad *= _find_slope(own_score, cap, nothing)
+    tl.store(row_ptr + own, own_grad.to(scores_ptr.dtype.element_ty), mask=has_own)
     loss = (log2_total - (own_score - top) * log2_scale) * 0.6931471805599453
     tl.store(sums_ptr + row, tl.where(has_own, loss, fault))
     tl.store(sums_ptr + rows + row, own_score)
@@ -215,6 +252,7 @@ def _launch(
     count: Tensor | None,
     excluded: tuple[Tensor, Tensor] | None,
     keys: tuple[Tensor, Tensor] | None = None,
+    cap: float | None = None,
 ) -> RowSums:
     rows, columns = scores.shape
     assert scores.stride(1) == 1
@@ -223,7 +261,8 @@ def _launch(
     column_keys, own_keys = keys if keys is not None else (own, own)
     _softmax_rows_kernel[(rows,)](
         scores, scores.stride(0), own, scale, own if count is None else count, first, last, column_keys, own_keys, sums,
-        rows, columns, HAS_COUNT=count is not None, HAS_EXCLUDED=excluded is not None, HAS_KEYS=keys is not None,
+        rows, columns, 1.0 if cap is None else cap,
+        HAS_COUNT=count is not None, HAS_EXCLUDED=excluded is not None, HAS_KEYS=keys is not None, HAS_CAP=cap is not None,
         BLOCK=BLOCK, STAGES=STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return RowSums(*sums)

@@ -7,20 +7,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flame.attention.backends import is_recurrent
 from flame.attention.families import list_layer_limits, tighten
 from flame.attention.masks import draw_anchors, find_anchors, find_neighbors
 from flame.errors import UserError
-from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.library.leaks import require_no_leak
 from flame.library.packs import IGNORED_LABEL, Pack
-from flame.library.passes import check_window, encode_future, encode_past, find_device, find_lm, read_tokens
-from flame.models.causal_lm import find_logit_changes
+from flame.library.passes import check_window, encode_future, encode_past, eval_mode, find_device, find_lm, read_tokens
 from flame.models.estimator import AuxLoss, Candidates
 from flame.models.estimators import ESTIMATORS
 from flame.models.future_predictor import FuturePredictorHead
+from flame.models.head_check import find_head_error
 from flame.models.mi_estimator import build_mi_estimator
+from flame.models.output_head import OutputHead, find_head_fault, read_head
 from flame.objectives.future.duplicates import hash_futures
 from flame.runtime.measures import Mean
 
@@ -95,6 +96,7 @@ class FutureLoss(nn.Module):
         self.exclude_duplicates = exclude_duplicates
         self.metrics: dict[str, Tensor] = {}
         """Metrics of the last call, 0-d tensors: "num_anchors" and the means of `AuxLoss.measures`."""
+        self._head_fault: str | None = None  # unknown until `next_token_loss` asks
         require_no_leak(lm, self.window_k)
         width = lm.config.hidden_size
         with torch.device(find_device(lm)):
@@ -128,24 +130,26 @@ class FutureLoss(nn.Module):
             reduction: "mean" over the labels that are not -100 (0 if there are none), or "sum".
 
         Raises:
-            UserError: the model's logits are not its hidden states times one matrix.
+            UserError: the model's logits are not its hidden states times its output head, with the scale and cap that its
+                configuration names.
         """
         lm, (states, pack) = find_lm(self._model[0]), self._read(hidden, input_ids, cu_seqlens)
-        head = lm.get_output_embeddings()
-        if changes := find_logit_changes(lm.config):
-            raise UserError(f"{changes[0]}: next_token_loss takes plain logits; take the loss from the model's own")
-        if type(head) is not nn.Linear or head.bias is not None:
-            raise UserError("next_token_loss needs an output head of one matrix without bias: take the loss from the model's own")
+        if self._head_fault is None:
+            self._head_fault = _find_head_fault(lm)
+        if self._head_fault:
+            raise UserError(f"next_token_loss cannot be used: {self._head_fault}; take the loss from the model's own")
+        head = read_head(lm)
         wanted = pack.list_next_tokens() if labels is None else labels.reshape(-1).to(states.device)
         if len(wanted) != pack.total:
             raise ValueError(f"labels holds {len(wanted)} entries for {pack.total} tokens: they must be equal")
         if labels is not None:
-            _check_labels(wanted, head.out_features)
+            _check_labels(wanted, len(head.weight))
         device = states.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else torch.promote_types(states.dtype, head.weight.dtype)
         with torch.autocast(device, enabled=False):
-            loss = linear_cross_entropy(states.to(dtype), head.weight.to(dtype), wanted)
+            bias = None if head.bias is None else head.bias.to(dtype)
+            loss = OutputHead(head.weight.to(dtype), bias, head.rule).sum_cross_entropy(states.to(dtype), wanted)
         return loss / (wanted != IGNORED_LABEL).sum().clamp(min=1) if _is_mean(reduction) else loss
 
     def forward(
@@ -241,6 +245,14 @@ class FutureLoss(nn.Module):
         config = find_lm(self._model[0]).config
         limits = [self.window_k] if is_recurrent(config) else [tighten(n, self.window_k) for n in list_layer_limits(config)]
         return sum(limits) + 1 if all(limits) else 0
+
+
+def _find_head_fault(lm: PreTrainedModel) -> str:
+    """Why the loss cannot be taken from the output head; empty if it can. Changes no weight: a graph may hold them."""
+    if fault := find_head_fault(lm):
+        return fault
+    with eval_mode(lm), torch.autocast(find_device(lm).type, enabled=False):
+        return find_head_error(lm, read_head(lm)) if lm.get_output_embeddings().weight.any() else ""
 
 
 def _check_labels(labels: Tensor, vocabulary_size: int) -> None:

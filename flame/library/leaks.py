@@ -14,7 +14,6 @@ from flame.attention.backends import Attention, PackedTokens, is_recurrent
 from flame.attention.kernel_masks import Direction
 from flame.errors import UserError
 from flame.library.passes import (
-    attend_by,
     check_window,
     choose,
     find_device,
@@ -25,6 +24,7 @@ from flame.library.passes import (
     note_passed,
     run_pass,
 )
+from flame.models.head_check import find_head_error
 from flame.models.leak_check import (
     LENGTHS,
     OTHER_PLACE,
@@ -32,10 +32,10 @@ from flame.models.leak_check import (
     WIDEST_SHIFTS,
     Finding,
     build_packs,
-    is_head_plain,
     judge_pass,
     left_as_it_was,
 )
+from flame.models.output_head import find_head_fault, read_head
 
 T = TypeVar("T")
 
@@ -72,7 +72,8 @@ class LeakReport:
     plain: Sequence[LeakTest]
     """Tests of the model's own forward over the same packed sequence, with position_ids that begin at 0 in each document."""
     has_plain_head: bool
-    """Whether logits are the last hidden states times the output embedding, as `FutureLoss.next_token_loss` assumes."""
+    """Whether `FutureLoss.next_token_loss` computes the model's logits: last hidden states times the output head, with the scale
+    and cap that the configuration names."""
     unsupported: Sequence[str] = ()
     """Other reasons why this package does not support the model."""
 
@@ -123,7 +124,7 @@ class LeakReport:
             lines.append((test.name, test.question, found, "-" if test.change is None else f"{test.change:.1e}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        notes = [] if self.has_plain_head else ["note: its logits are not its last hidden states times its output embedding"]
+        notes = [] if self.has_plain_head else ["note: its logits are not its last hidden states times its output head"]
         notes += [f"note: the passes of flame are refused for it: {reason}" for reason in self.unsupported]
         return "\n".join([*table, *notes, self.verdict])
 
@@ -171,7 +172,7 @@ def examine(lm: PreTrainedModel, choices: Sequence[Attention], window_k: int = 0
                 change = float((first.float() - own.float()).norm() / own.float().norm())
                 masked.append(LeakTest(PASSES["causal"] + suffix, OWN_STATES, not change <= widest, change))
         plain = _judge(PLAIN, "causal", _try_all(lambda pack: _run_plain(lm, pack), packs), widest, tolerance)
-        has_plain_head = _try(lambda: _has_plain_head(adapter, packs[0])) is True
+        has_plain_head = not find_head_fault(lm) and _try(lambda: find_head_error(lm, read_head(lm))) == ""
     return LeakReport(masked, plain, has_plain_head, find_faults(lm))
 
 
@@ -209,11 +210,6 @@ def _run_plain(lm: PreTrainedModel, pack: PackedTokens) -> Tensor:
     """Run packed sequences with position_ids only, as is common. Recurrent models of flash-linear-attention take no positions."""
     positions = {} if is_recurrent(lm.config) else {"position_ids": pack.position_ids}
     return lm.base_model(input_ids=pack.input_ids, use_cache=False, **positions).last_hidden_state[0]
-
-
-def _has_plain_head(adapter: _Adapter, pack: Any) -> bool:
-    with attend_by(adapter.lm, adapter._attention):
-        return is_head_plain(adapter, pack)
 
 
 def _try(call: Callable[[], Any]) -> Any:

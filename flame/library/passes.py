@@ -26,7 +26,7 @@ from flame.attention.backends import (
     is_recurrent,
     name_implementation,
 )
-from flame.attention.families import find_family, find_limits
+from flame.attention.families import find_family, find_limits, find_score_cap
 from flame.attention.fla_families import is_tested_fla
 from flame.attention.kernel_masks import Direction
 from flame.attention.masks import read_window
@@ -122,8 +122,9 @@ def find_faults(lm: PreTrainedModel) -> list[str]:
         return [f"{name} is not supported with config.return_dict = False: set it to True"]
     faults = find_unsupported_passes(lm.config)
     family = find_family(lm.config)
-    takes_masks = getattr(lm, "_supports_sdpa", False) or (family is not None and family.has_sinks)
-    if not faults and not is_recurrent(lm.config) and not takes_masks:
+    has_sinks = family is not None and family.has_sinks
+    takes_mask = getattr(lm, "_supports_sdpa", False) or has_sinks or find_score_cap(lm.config) is not None
+    if not faults and not is_recurrent(lm.config) and not takes_mask:
         faults = [f'model_type "{lm.config.model_type}" is not supported: its attention takes no boolean mask (SDPA)']
     if is_recurrent(lm.config) and not parameters[0].is_cuda:
         faults.append(f'model_type "{lm.config.model_type}" runs on GPUs only: move the model to one')
@@ -179,7 +180,9 @@ def choose(lm: PreTrainedModel, total: int) -> Attention:
     if attention == "varlen" and (is_random or not is_vouched_for(lm)):
         attention = "flex"
     takes_flex = getattr(lm, "_supports_flex_attn", False) and not is_cast and not is_random
-    return "sdpa" if attention == "flex" and (total < SHORTEST_FLEX or not takes_flex) else attention
+    if attention == "flex" and (total < SHORTEST_FLEX or not takes_flex):
+        return choose_attention(lm.config, "cpu", lm.dtype)
+    return attention
 
 
 def list_choices(lm: PreTrainedModel) -> list[Attention]:
@@ -227,8 +230,8 @@ def run_pass(
 
 
 def _build_backend(lm: PreTrainedModel, attention: Attention, total: int, may_split: bool) -> AttentionBackend:
-    if attention in ("flex", "sdpa") and not may_split:
-        return MaskedBackend(attention == "flex", find_limits(lm.config))
+    if attention in ("flex", "sdpa", "dense") and not may_split:
+        return MaskedBackend(attention, find_limits(lm.config))
     return build_backend(attention, lm.config, max_length=total)
 
 

@@ -20,6 +20,7 @@ from flame.config.locations import check_readable
 from flame.errors import UserError
 from flame.models.config_keys import find_misspelt_keys, show_value
 from flame.models.config_values import find_impossible_values
+from flame.models.output_head import find_head_fault, find_impossible_rules
 from flame.runtime.hub import find_folder
 
 
@@ -78,7 +79,7 @@ def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[s
     if foreign := _find_foreign(config):
         return foreign
     faults = find_unsupported_passes(config)
-    faults += [f"{key} is not supported: the loss is taken from plain logits" for key in find_logit_changes(config)]
+    faults += find_impossible_rules(config)
     for key, value in config.to_dict().items():
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
         is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
@@ -117,12 +118,6 @@ def find_unsupported_passes(config: PretrainedConfig) -> list[str]:
     if is_recurrent(config):
         return faults + find_unsupported_fla(config)
     return faults + find_unsupported_layers(config) + find_unsupported_mixtures(config)
-
-
-def find_logit_changes(config: PretrainedConfig) -> list[str]:
-    """Keys, with values, that change logits beyond the product of hidden states and output embedding."""
-    keys = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    return [f"{key} = {getattr(config, key)}" for key in keys if getattr(config, key, None) not in (None, 1, 1.0)]
 
 
 def find_model_conflicts(config: PretrainedConfig, tokenizer_size: int, context_len: int, *, exports: bool) -> Iterator[str]:
@@ -167,7 +162,7 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
     """Build the model in float32 on the meta device, without storage.
 
     Raises:
-        UserError: the architecture cannot be built, cannot run with a given mask, or its head is not one plain matrix.
+        UserError: the architecture cannot be built, cannot run with a given mask, or logits are more than its output head.
     """
     if is_recurrent(config) and device_type != "cuda":
         raise UserError(f'model_type "{config.model_type}" runs on GPUs only, and this machine has none')
@@ -182,14 +177,8 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
             f'model.config: model_type "{config.model_type}" cannot be built on this machine with these values '
             f"({type(error).__name__}: {_find_reason(error)}): check its configuration"
         ) from error
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(f'model_type "{config.model_type}" is not supported: its output head is not one matrix without bias')
-    if head.in_features != config.hidden_size:
-        raise UserError(
-            f'model_type "{config.model_type}" is not supported with an output head of width {head.in_features} beside '
-            f"hidden_size = {config.hidden_size}: they must be equal"
-        )
+    if fault := find_head_fault(model):
+        raise UserError(f'model_type "{config.model_type}" is not supported: {fault}')
     return model
 
 

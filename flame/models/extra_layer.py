@@ -15,6 +15,9 @@ from flame.attention.backends import Attention, is_recurrent
 from flame.errors import UserError
 from flame.models.causal_lm import build_on_meta, find_decoder_layers
 
+EMBEDDING_FACTOR = "embedding_multiplier"
+"""Attribute of base models that multiply their embeddings in the forward, and so would multiply the states too (Granite)."""
+
 
 def find_extra_layer_conflicts(objective: str, config: PretrainedConfig) -> Iterator[str]:
     """Yield a line if the family's layers cannot be run on hidden states.
@@ -31,7 +34,7 @@ def find_extra_layer_conflicts(objective: str, config: PretrainedConfig) -> Iter
 
 def build_extra_layer(objective: str, config: PretrainedConfig, attention: Attention) -> PreTrainedModel:
     """Build a base model of one layer and a final norm, on the meta device, which runs on `inputs_embeds`. It has no token
-    embedding and adds no positions to the states.
+    embedding, and neither multiplies the states nor adds positions to them.
 
     Args:
         objective: name of the objective that needs it, for messages.
@@ -51,6 +54,8 @@ def build_extra_layer(objective: str, config: PretrainedConfig, attention: Atten
     _keep_last_layer(base)
     base.set_input_embeddings(None)  # type: ignore[arg-type]  # nothing looks up tokens
     _drop_positions(base)
+    if hasattr(base, EMBEDDING_FACTOR):
+        setattr(base, EMBEDDING_FACTOR, 1.0)
     if any(isinstance(module, nn.Embedding) and module.num_embeddings == config.vocab_size for module in base.modules()):
         raise UserError(f"{kind}: its code has more than one embedding of tokens; {advice}")
     return base

@@ -1,13 +1,12 @@
-"""Checks that a model respects document boundaries and the direction of a pass, and that its head is a plain product.
+"""Checks that a model respects document boundaries and the direction of a pass, and that its states are the model's own.
 
 It runs for model families that the tests do not cover.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flame.attention.backends import is_recurrent
 from flame.attention.families import find_family
@@ -39,10 +39,10 @@ SPREAD = 0.02
 WIDEST_SHIFTS = {torch.float32: 0.01, torch.bfloat16: 0.2}
 """Largest relative difference between the states of the same text at two positions of the packed sequence, by compute dtype.
 Rounding is far below."""
-ENLARGED = 1000.0
-"""Factor on hidden states that makes a cap on logits visible: initial logits are near zero and do not reach it."""
-LARGEST_LOGIT_ERROR = 0.05
-"""Largest relative error over all logits; rounding is below."""
+ALONE = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))
+"""Positions of a document that is also run alone."""
+LEFT_OUT = ("softcap", "s_aux")
+"""Arguments of attention that transformers' SDPA leaves out, in some releases without an error."""
 
 
 class TwoPassModel(Protocol):
@@ -95,8 +95,8 @@ def check_no_leak(
     """Change single tokens of a small random packed sequence and see which hidden states change.
 
     In the causal pass, only states of the token itself and later ones of its document may change; in the anti-causal pass, only
-    those of the token itself and earlier ones. The same text must give the same states anywhere in the packed sequence. The
-    model's logits must be its hidden states times its output embedding.
+    those of the token itself and earlier ones. The same text must give the same states anywhere in the packed sequence. A model
+    of transformers must give a document the states that its own eager attention gives to it alone.
 
     All ranks must call it together. Weights that are all zero could hide a leak, so they are random during the check. Afterwards,
     weights, gradients, random generators and module modes are as before.
@@ -108,11 +108,11 @@ def check_no_leak(
         network: what runs it; None is the language model.
 
     Raises:
-        UserError: the model leaks, or its logits are not that product.
+        UserError: the model leaks, or computes other states than its own.
     """
     packs = build_packs(model.lm.config.vocab_size)
 
-    def run(root: TrainingModel) -> tuple[dict[str, tuple[Tensor, ...]], bool, torch.dtype]:
+    def run(root: TrainingModel) -> tuple[dict[str, tuple[Tensor, ...]], Tensor | None, torch.dtype]:
         def encode(batch: PackedBatch, direction: str) -> Tensor:
             batch = batch.to(device)
             states = root.encode_past(batch) if direction == "causal" else root.encode_future(batch, window_k, network)
@@ -120,12 +120,13 @@ def check_no_leak(
 
         directions = ("causal", "future") if with_future else ("causal",)
         found = {d: tuple(encode(pack, d) for pack in packs) for d in directions}
-        return found, is_head_plain(root, packs[0].to(device)), root.output_embedding.dtype
+        own = _encode_alone(root, packs[0].to(device)) if type(root.lm).__module__.startswith("transformers.") else None
+        return found, own, root.output_embedding.dtype
 
     name = f'model_type "{model.lm.config.model_type}"'
     with left_as_it_was(model, device), torch.no_grad():
         try:
-            found, has_plain_head, dtype = model(run)
+            found, own, dtype = model(run)
         except Exception as error:  # untested model code may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
@@ -136,13 +137,43 @@ def check_no_leak(
     for direction, states in found.items():
         findings = judge_pass(direction, states, WIDEST_SHIFTS[dtype])
         faults += [finding.fault for finding in findings if finding.fault][:1]
-    if not has_plain_head:
+    if own is not None and not find_change(found["causal"][0][ALONE], own) <= WIDEST_SHIFTS[dtype]:
         faults.append(
-            "is not supported: its logits are not its base model's last hidden states times its output embedding, from which the "
-            "loss is taken"
+            "is not supported: in a packed sequence, under the mask of its documents, it gives a document other states than its "
+            "own attention (eager) gives to the document alone"
         )
     if faults:
         raise UserError(*(f"{name} {fault}; it cannot be trained here" for fault in faults))
+
+
+def _encode_alone(root: TwoPassModel, batch: PackedBatch) -> Tensor:
+    """States [n, d] of the document `ALONE` by the model's own eager attention, with its own mask and positions.
+
+    Raises:
+        NotImplementedError: SDPA runs the model, and would leave out an argument of its attention.
+    """
+    configs = {id(config): config for module in root.lm.modules() if (config := getattr(module, "config", None)) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def refuse(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name in LEFT_OUT:
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"its attention asks for {name}, which SDPA leaves out")
+        return own(module, *args, **kwargs)
+
+    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for these two forwards
+        try:
+            if root.lm.config._attn_implementation == "sdpa":
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = refuse
+                root.encode_past(batch)
+            for config in configs.values():
+                config._attn_implementation = "eager"
+            return root.lm.base_model(input_ids=batch.input_ids[:, ALONE], use_cache=False).last_hidden_state[0].float().cpu()
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+            for key, config in configs.items():
+                config._attn_implementation = before[key]
 
 
 def build_packs(vocab_size: int) -> list[PackedBatch]:
@@ -215,42 +246,17 @@ def _find_leaks(direction: str, base: Tensor, again: Tensor, changed: list[Tenso
 def _find_shift(direction: str, base: Tensor, widest: float) -> Finding:
     """The first and the last document are the same text, so their states must be equal."""
     first, last = base[: LENGTHS[0]], base[-LENGTHS[-1] :]
-    change = (first - last).norm() / first.norm()
+    change = find_change(first, last)
     fault = (
         f"gives a document other states at another place of the packed sequence, in its {_name(direction)} pass: it must take "
         "positions from position_ids, which begin at 0 in each document"
     )
-    return Finding(direction, OTHER_PLACE, "" if change <= widest else fault, float(change))
+    return Finding(direction, OTHER_PLACE, "" if change <= widest else fault, change)
 
 
-def is_head_plain(root: TwoPassModel, batch: PackedBatch) -> bool:
-    """Whether the logits are the base model's last hidden states times the output embedding, also for large states.
-
-    Only the first document is compared: its logits are right even if the whole model takes neither mask nor positions.
-    """
-    inputs: dict[str, Any] = {}
-    factors = [1.0]  # stays so if the model uses the head's weight without calling the head
-
-    def enlarge(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        factors.append(ENLARGED)
-        return args[0] * ENLARGED, *args[1:]
-
-    with ExitStack() as hooks:
-        note = root.lm.base_model.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
-        hooks.callback(note.remove)
-        states = root.encode_past(batch)[: LENGTHS[0]]
-        hooks.callback(root.lm.get_output_embeddings().register_forward_pre_hook(enlarge).remove)
-        logits = root.lm(**_select_taken(root.lm, inputs)).logits[0, : LENGTHS[0]]
-    expected = factors[-1] * states.float() @ root.output_embedding.float().T
-    return bool((logits.float() - expected).norm() <= LARGEST_LOGIT_ERROR * expected.norm())
-
-
-def _select_taken(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the base model's arguments that the whole model also takes."""
-    parameters = inspect.signature(module.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name in parameters}
+def find_change(first: Tensor, second: Tensor) -> float:
+    """Norm of the difference of states, relative to the first."""
+    return float((first - second).norm() / first.norm())
 
 
 def _name(direction: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from flame.attention.backends import AttentionBackend
 from flame.data.batch import PackedBatch
+from flame.models.output_head import OutputHead, read_head
 
 T = TypeVar("T")
 
@@ -62,8 +63,13 @@ class TrainingModel(nn.Module):
         return self.lm.get_input_embeddings()(batch.input_ids)[0]
 
     @property
+    def output_head(self) -> OutputHead:
+        """The language model's output head, with the rule of its family for logits."""
+        return read_head(self.lm)
+
+    @property
     def output_embedding(self) -> Tensor:
-        """[V, d]."""
+        """[V, d], the matrix of the output head."""
         return self.lm.get_output_embeddings().weight
 
     def describe_attention(self) -> str:

@@ -21,6 +21,7 @@ from flame.models.flops import (
     count_weights_used,
     measure_lengths,
 )
+from flame.models.output_head import OutputHead
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxFlops, LayerStack, Objective, Setup
 from flame.objectives.step import list_predicted, pick
@@ -40,8 +41,8 @@ class BackboneOutput(NamedTuple):
     """int64 [n], the predicted positions; those without a label are padding. None is all T."""
     labels: Tensor
     """int64 [n], the next token at each position, or -100."""
-    output_embedding: Tensor
-    """[V, d]"""
+    output_head: OutputHead
+    """Of the language model."""
     encode: Encode
     """Runs a layer of the objective."""
 
@@ -81,7 +82,7 @@ class LabelObjective(Objective):
 
         positions = list_predicted(batch)
         labels = pick(batch.labels[0], positions)
-        loss_sum = self.sum_losses(BackboneOutput(hidden_states, batch, positions, labels, backbone.output_embedding, encode))
+        loss_sum = self.sum_losses(BackboneOutput(hidden_states, batch, positions, labels, backbone.output_head, encode))
         count = loss_sum.new_full((), batch.num_labels)
         return AuxLoss(loss_sum, count, torch.zeros_like(count), {})
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
 from flame.attention.masks import list_marked, round_up_to_bucket
 from flame.data.batch import NO_LABEL, PackedBatch
-from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.kernels.gradient_guard import guard_gradient
 from flame.kernels.softmax_rows import count_chunk_rows
+from flame.models.output_head import OutputHead
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxLoss, Objective
 
@@ -65,8 +66,8 @@ def compute_losses(model: TrainingModel, batch: PackedBatch, requested: Requeste
     if requested.ce:
         with record_function("cross entropy"):
             labels = pick(batch.labels[0], positions)
-            ce_sum = linear_cross_entropy(pick(hidden_states, positions), model.output_embedding, labels)
-    is_correct = find_correct(hidden_states, model.output_embedding, batch.labels[0]) if requested.correct else None
+            ce_sum = model.output_head.sum_cross_entropy(pick(hidden_states, positions), labels)
+    is_correct = find_correct(hidden_states, model.output_head, batch.labels[0]) if requested.correct else None
 
     # 3. The objective's loss, from the same hidden states.
     aux = None
@@ -91,17 +92,17 @@ def pick(rows: Tensor, positions: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def find_correct(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def find_correct(hidden_states: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
     """Where the label has the highest logit: bool [T], False at positions without a label. Logits are computed chunk by chunk, at
     the positions with a label only. Waits for the device.
 
     Args:
         hidden_states: [T, d].
-        weight: [V, d], the output embedding.
+        head: of the language model. A scale and a cap keep the order of its logits.
         labels: int64 [T].
     """
     positions = (labels != NO_LABEL).nonzero().flatten()
     is_correct = torch.zeros_like(labels, dtype=torch.bool)
-    for chunk in positions.split(count_chunk_rows(max(len(positions), 1), len(weight), hidden_states.dtype)):
-        is_correct[chunk] = (hidden_states[chunk] @ weight.t()).argmax(dim=-1) == labels[chunk]
+    for chunk in positions.split(count_chunk_rows(max(len(positions), 1), len(head.weight), hidden_states.dtype)):
+        is_correct[chunk] = F.linear(hidden_states[chunk], head.weight, head.bias).argmax(dim=-1) == labels[chunk]
     return is_correct

@@ -25,6 +25,7 @@ from flame.models.causal_lm import (
     load_model_config,
 )
 from flame.models.custom_model import import_custom_model
+from flame.models.head_check import check_head, needs_head_check
 from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.memory import Share, check_memory, find_moment_bytes
 from flame.models.parallelize import parallelize, place_buffers
@@ -157,7 +158,8 @@ def build_model(config: JobConfig, model_config: PretrainedConfig, device: torch
     """Build the model, sharded over the mesh, with weights from `training.seed`. All ranks call it.
 
     Raises:
-        UserError: the options do not suit the model, or it belongs to an unknown family and the leak check fails.
+        UserError: the options do not suit the model, its logits are not those that the loss is taken from, or it belongs to an
+            unknown family and the leak check fails.
     """
     model = build_modules(config, model_config, device.type)
     label = f'{config.model_key} = "{config.model_source}"'
@@ -173,6 +175,8 @@ def build_model(config: JobConfig, model_config: PretrainedConfig, device: torch
         mesh,
     )
     materialize(model, device, config.training.seed, cpu_offload=config.training.cpu_offload)
+    if needs_head_check(model_config):
+        check_head(model, device)
     if needs_leak_check(model_config):
         future = objective.find_future_pass() if objective is not None else None
         check_no_leak(model, device, future is not None, *(future or FuturePass()))

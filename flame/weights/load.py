@@ -278,10 +278,10 @@ def _find_not_finite(reading: Reading, source: WeightSource, dtype: torch.dtype)
 
 
 def _average_rows(reading: Reading) -> Tensor:
-    """Mean row, float64 [columns], computed chunk by chunk."""
-    rows, columns = reading.shape
+    """Mean row, float64 [columns], or of a bias its mean, computed chunk by chunk."""
+    rows, *columns = reading.shape
     total = torch.zeros(columns, dtype=torch.float64)
-    length = max(BUFFER_BYTES // (8 * columns), 1)
+    length = max(BUFFER_BYTES // (8 * total.numel()), 1)
     for start in range(0, rows, length):
         total += reading.read(start, min(start + length, rows)).sum(0, dtype=torch.float64)
     return total / rows

@@ -82,7 +82,8 @@ def plan_weights(lm: PreTrainedModel, source: WeightSource, *, growing: bool = F
             first_names[id(tensor)] = name
     plan = Plan()
     missing, misshapen, can_grow = [], [], []
-    tables = {id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None}
+    modules = [module for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None]
+    tables = {id(parameter) for module in modules for parameter in module.parameters()}  # a head may have a bias
     parameters = {id(parameter) for parameter in lm.parameters()}
     for name, tensor in live.items():
         reading, first = readings.get(name), first_names[id(tensor)]

@@ -58,12 +58,16 @@ def rows(wanted: bool) -> Iterator[None]:
         yield
 
 
+IN_FLOAT32 = ("cohere", "cohere2", "gemma2", "gemma3_text", "vaultgemma")
+"""Families with norms that compute in float32."""
+
+
 @lru_cache
 def build_wide(name: str) -> TrainingModel:
     """In float64, but for those with kernels or norms that know float32 alone; with weights that make attention choose."""
     config = build_toy(name)
     model = build_unsharded(future_config(), config)
-    model = model if name == "gemma3" or "num_experts_per_tok" in config.to_dict() else model.double()
+    model = model if config.model_type in IN_FLOAT32 or "num_experts_per_tok" in config.to_dict() else model.double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -163,7 +167,7 @@ def test_rows_are_for_known_families_on_cpus():
         assert passes._choose_rows(cast(PackedBatch, on_gpu)) is None  # and asks for no length
     unknown = build_backend("sdpa", OPTConfig(), 64)
     assert find_shapes(unknown, batch) == [(1, 28)] * 2
-    assert MaskedBackend(True, 0, row_width=8)._choose_rows(batch) is None
+    assert MaskedBackend("flex", 0, row_width=8)._choose_rows(batch) is None
 
 
 @every_family

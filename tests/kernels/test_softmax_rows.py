@@ -45,15 +45,16 @@ cases = given(
     has_count=st.booleans(),
     has_excluded=st.booleans(),
     has_keys=st.booleans(),
+    cap=st.sampled_from([None, 0.8, 30.0]),
 )
 
 
 @cases
-def test_definition_against_autograd(columns, seed, has_count, has_excluded, has_keys):
+def test_definition_against_autograd(columns, seed, has_count, has_excluded, has_keys, cap):
     scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     scores, scale = scores.double().requires_grad_(), scale.double().requires_grad_()
     found_grad = scores.detach().clone()
-    found = softmax_rows_(found_grad, own, scale.detach(), count, excluded, keys)
+    found = softmax_rows_(found_grad, own, scale.detach(), count, excluded, keys, cap)
     for i in range(len(scores)):
         if own[i] < 0:
             assert not found_grad[i].any() and all(part[i] == 0 for part in found)
@@ -62,13 +63,14 @@ def test_definition_against_autograd(columns, seed, has_count, has_excluded, has
         if keys is not None:
             left_out |= {j for j in range(columns) if keys[0][j] == keys[0][own[i]]} - {int(own[i])}
         kept = [j for j in range(columns if count is None else int(count)) if j not in left_out]
-        loss = F.cross_entropy((scores[i, kept] * scale)[None], torch.tensor([kept.index(int(own[i]))]))
+        row = scores[i] if cap is None else cap * torch.tanh(scores[i] / cap)
+        loss = F.cross_entropy((row[kept] * scale)[None], torch.tensor([kept.index(int(own[i]))]))
         by_scores, by_scale = torch.autograd.grad(loss, (scores, scale))
         torch.testing.assert_close(found.loss[i], loss.detach())
         torch.testing.assert_close(found_grad[i], by_scores[i] / scale.detach())
         torch.testing.assert_close(found.grad_scale[i], by_scale)
         assert found.counted[i] == len(kept)
-        assert found.own_score[i] == scores[i, own[i]]
+        assert found.own_score[i] == row[own[i]]
         assert found.is_best[i] == all(scores[i, own[i]] > scores[i, j] for j in kept if j != own[i])
 
 
@@ -82,11 +84,11 @@ def test_an_own_column_that_does_not_count_is_not_passed_over(run):
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernel_in_the_interpreter, in a process of its own")
 @cases
 @how_often(deadline=None, max_examples=40)
-def test_kernel_against_definition(columns, seed, has_count, has_excluded, has_keys):
+def test_kernel_against_definition(columns, seed, has_count, has_excluded, has_keys, cap):
     scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     found_grad, exact_grad = scores.clone(), scores.double()
-    found = softmax_rows._launch(found_grad, own, scale, count, excluded, keys)
-    exact = softmax_rows._define(exact_grad, own, scale.double(), count, excluded, keys)
+    found = softmax_rows._launch(found_grad, own, scale, count, excluded, keys, cap)
+    exact = softmax_rows._define(exact_grad, own, scale.double(), count, excluded, keys, cap)
     torch.testing.assert_close(found_grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
@@ -109,15 +111,17 @@ def test_kernel_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("options", [(), ("COUNT",), ("COUNT", "EXCLUDED"), ("COUNT", "KEYS"), ("COUNT", "EXCLUDED", "KEYS")])
+@pytest.mark.parametrize(
+    "options", [(), ("CAP",), ("COUNT",), ("COUNT", "EXCLUDED"), ("COUNT", "KEYS"), ("COUNT", "EXCLUDED", "KEYS")]
+)
 def test_kernel_compiles_for_hopper(dtype, options):
     """To machine code, which needs no GPU."""
     kernel = softmax_rows._softmax_rows_kernel
-    settings: dict[str, int] = {f"HAS_{name}": name in options for name in ("COUNT", "EXCLUDED", "KEYS")}
+    settings: dict[str, int] = {f"HAS_{name}": name in options for name in ("COUNT", "EXCLUDED", "KEYS", "CAP")}
     settings |= {"BLOCK": softmax_rows.BLOCK, "STAGES": softmax_rows.STAGES}
     signature = dict.fromkeys(kernel.arg_names, "*i64") | dict.fromkeys(settings, "constexpr")
     signature |= dict.fromkeys(("row_stride", "rows", "columns"), "i32") | dict.fromkeys(("scale_ptr", "sums_ptr"), "*fp32")
-    signature |= {"scores_ptr": f"*{dtype}", "keys_ptr": "*i32", "own_keys_ptr": "*i32"}
+    signature |= {"cap": "fp32", "scores_ptr": f"*{dtype}", "keys_ptr": "*i32", "own_keys_ptr": "*i32"}
     place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     aligned = {place[name]: [["tt.divisibility", 16]] for name in ("scores_ptr", "row_stride")}
     constants = {place[name]: value for name, value in settings.items()}

@@ -214,16 +214,35 @@ def test_mistakes_are_named():
 
 
 def test_logits_that_are_more_than_a_product_are_refused():
-    lm, tokens = build("gemma3", final_logit_softcapping=30.0), draw()
+    lm, tokens = build("llama"), draw()
+
+    def halve(module, args, outputs):
+        outputs.logits = 0.5 * outputs.logits
+
+    lm.register_forward_hook(halve)
     future = FutureLoss(lm)
     hidden = future.encode(tokens, CU)
     assert future(hidden, tokens, CU).isfinite()  # the future loss takes no logits
-    with pytest.raises(UserError, match=r"final_logit_softcapping = 30.0"):
+    with pytest.raises(UserError, match="next_token_loss cannot be used: its logits are not its base model"):
         future.next_token_loss(hidden, tokens, CU)
     lm = build("llama, untied head, biases")
-    lm.lm_head.bias = torch.nn.Parameter(torch.zeros(61))
-    with pytest.raises(UserError, match="one matrix without bias"):
+    lm.lm_head = torch.nn.Sequential(lm.lm_head)
+    with pytest.raises(UserError, match=r"its output head is not one nn\.Linear"):
         FutureLoss(lm).next_token_loss(hidden, tokens, CU)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "phi"])
+def test_logits_are_changed_as_the_configuration_says(name):
+    lm, tokens = build(name), draw()
+    future = FutureLoss(lm)
+    start, end = 0, int(CU[1])
+    pack = tokens[start:end], torch.tensor([0, end])
+    found = future.next_token_loss(future.encode(*pack), *pack)
+    expected = lm(tokens[None, start:end], labels=tokens[None, start:end]).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, list(lm.parameters())) for loss in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_a_leaky_model_is_refused_when_the_loss_is_built():

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from flame.errors import UserError
 from flame.models.causal_lm import load_model_config
 from flame.models.custom_model import import_custom_model
+from flame.models.head_check import check_head
 from flame.models.leak_check import check_no_leak, needs_leak_check
 from flame.models.wrapper import TrainingModel
 from flame.trainer.setup import build_modules
@@ -205,7 +206,7 @@ def test_logits_that_are_no_plain_product_are_found(head):
 
     model.lm.register_forward_hook(change)
     with pytest.raises(UserError, match=r"logits are not its base model's last hidden states times its output embedding"):
-        check_no_leak(model, CPU, with_future=True)
+        check_head(model, CPU)
 
 
 @pytest.mark.parametrize("takes", [{"input_ids"}, {"input_ids", "attention_mask"}])
@@ -216,7 +217,7 @@ def test_a_whole_model_need_not_take_what_the_base_model_takes(takes):
         1: lambda input_ids: forward(input_ids),
         2: lambda input_ids, attention_mask: forward(input_ids, attention_mask=attention_mask),
     }[len(takes)]
-    check_no_leak(model, CPU, with_future=True)
+    check_head(model, CPU)
 
 
 def test_without_future_loss_only_the_causal_pass_counts():
@@ -304,6 +305,18 @@ def test_a_run_begins_with_the_check(workspace, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_here(workspace, tmp_path / "run", future_encoder__future_k=5, **changes)
     assert "checked with True, 5, None" in capsys.readouterr().err
+
+
+def test_every_run_compares_its_logits_with_the_models_own(workspace, tmp_path, monkeypatch, capsys):
+    """Also one of a tested family."""
+
+    def refuse(model, device):
+        raise UserError(f'checked the head of "{model.lm.config.model_type}"')
+
+    monkeypatch.setattr("flame.trainer.setup.check_head", refuse)
+    with pytest.raises(SystemExit):
+        run_here(workspace, tmp_path / "run")
+    assert 'checked the head of "llama"' in capsys.readouterr().err
 
 
 def test_a_tested_family_passes():

@@ -62,14 +62,10 @@ V2 = '{"model_type": "deepseek_v2", "num_experts_per_tok": 6, '
     ("content", "reason"),
     [
         ('{"model_type": "mistral", "sliding_window": 1}', "sliding_window = 1 is not supported"),
-        ('{"model_type": "gemma2"}', 'model_type "gemma2" is not supported with sliding_window = 4096'),
-        (
-            '{"model_type": "starcoder2", "sliding_window": 64}',
-            'model_type "starcoder2" is not supported with sliding_window = 64',
-        ),
+        ('{"model_type": "cwm"}', 'model_type "cwm" is not supported with sliding_window = 8192'),
+        ('{"model_type": "phimoe", "sliding_window": 64}', 'model_type "phimoe" is not supported with sliding_window = 64'),
         ('{"model_type": "llama4_text"}', "layers of type chunked_attention are not supported"),
         ('{"model_type": "gemma3"}', "it has a configuration for each of several parts"),
-        ('{"model_type": "gemma2"}', "final_logit_softcapping = 30.0 is not supported"),
         ('{"model_type": "jamba"}', "of mixture-of-experts models, only deepseek_v2, deepseek_v3, dots1, "),
         ('{"model_type": "deepseek_v2"}', "num_experts_per_tok = None: it must be a number from 1 to n_routed_experts = 64"),
         (
@@ -84,6 +80,13 @@ V2 = '{"model_type": "deepseek_v2", "num_experts_per_tok": 6, '
         ('{"model_type": "deepseek_v3", "n_group": 256}', "topk_group = 4: it must be at most n_group = 256, and so many"),
         ('{"model_type": "deepseek_v3", "num_key_value_heads": 8}', "num_key_value_heads = 8 differs from num_attention_heads"),
         ('{"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}', "quantised weights cannot be trained"),
+        ('{"model_type": "gemma2", "final_logit_softcapping": 0.0}', "final_logit_softcapping = 0.0: it must be greater than 0"),
+        ('{"model_type": "granite", "logits_scaling": -8}', "logits_scaling = -8: it must be greater than 0"),
+        ('{"model_type": "gemma2", "attn_logit_softcapping": 0.0}', "attn_logit_softcapping = 0.0: it must be greater than 0"),
+        (
+            '{"model_type": "llama", "attn_logit_softcapping": 50.0}',
+            'attn_logit_softcapping = 50.0 is not supported with model_type "llama", only with gemma2, gemma3_text, vaultgemma',
+        ),
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),
         (

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from flame.attention.backends import MaskedBackend, VarlenBackend
+from flame.attention.backends import Attention, MaskedBackend, VarlenBackend, choose_attention
 from flame.attention.families import find_limits
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.errors import UserError
 from flame.models import extra_layer
 from flame.models.causal_lm import build_on_meta, find_decoder_layers, initialize
 from flame.models.flops import count_weights_used
+from flame.models.output_head import LogitRule, OutputHead
 from flame.models.vocabulary_head import find_upcoming
 from flame.objectives.base import Setup
 from flame.objectives.label_objective import BackboneOutput, Encode, LabelObjective
@@ -46,13 +47,15 @@ def small_llama() -> PretrainedConfig:
 def build(
     name: str,
     model_config: PretrainedConfig | None = None,
-    attention="sdpa",
+    attention: Attention | None = None,
     window: int = 0,
     tokens: int = 4,
     context_len: int = 64,
 ) -> LabelObjective:
     """The objective alone, with weights."""
-    kind, lm = BUILT_IN[name], build_on_meta(model_config or small_llama(), "cpu", attention)
+    model_config = model_config or small_llama()
+    attention = attention or choose_attention(model_config, "cpu", torch.float32)
+    kind, lm = BUILT_IN[name], build_on_meta(model_config, "cpu", attention)
     chosen = {"tokens": tokens} if name == "mtp" else {"window": window}
     setup = Setup(kind.options(**chosen), {}, lm, attention, "cpu", 42, 64, context_len, sequences_per_step=1)
     with torch.device("meta"):
@@ -71,7 +74,7 @@ def build_wide(name: str, **options) -> LabelObjective:
 
 
 def encoder(batch: PackedBatch, model_config: PretrainedConfig) -> Encode:
-    masks = MaskedBackend(False, find_limits(model_config))._build_masks(batch.segment_ids[0], "causal", 0)
+    masks = MaskedBackend("sdpa", find_limits(model_config))._build_masks(batch.segment_ids[0], "causal", 0)
 
     def encode(layer, states):
         outputs = layer(inputs_embeds=states[None], position_ids=batch.position_ids, attention_mask=masks, use_cache=False)
@@ -102,12 +105,15 @@ def documents_ahead(batch: PackedBatch) -> list[list[int | None]]:
     return [tokens[t + 1 : b] for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)]
 
 
-def mtp_by_loop(
-    objective: LabelObjective, states: Tensor, batch: PackedBatch, labels: Tensor, output_embedding: Tensor, encode: Encode
-):
+def mtp_by_loop(objective: LabelObjective, states: Tensor, batch: PackedBatch, labels: Tensor, head: OutputHead, encode: Encode):
     total, ahead, segments = torch.zeros((), dtype=torch.float64), documents_ahead(batch), batch.segment_ids[0]
     for i, layer in enumerate(objective.layers, start=2):
-        logits = encode(layer, states) @ output_embedding.T
+        logits = encode(layer, states) @ head.weight.T
+        if head.bias is not None:
+            logits = logits + head.bias
+        logits = logits * head.rule.scale
+        if head.rule.cap is not None:
+            logits = head.rule.cap * torch.tanh(logits / head.rule.cap)
         for t in range(len(segments)):
             if labels[t] != NO_LABEL and len(ahead[t]) >= i and ahead[t][i - 1] is not None:
                 total = total - torch.log(torch.softmax(logits[t], dim=-1)[ahead[t][i - 1]])
@@ -141,7 +147,7 @@ def bow_by_loop(window: int, weight: Tensor, states: Tensor, batch: PackedBatch,
 
 
 def compute_by_loop(
-    name: str, objective: LabelObjective, states: Tensor, batch: PackedBatch, output: Tensor, encode: Encode, window: int
+    name: str, objective: LabelObjective, states: Tensor, batch: PackedBatch, output: OutputHead, encode: Encode, window: int
 ):
     labels = batch.labels[0]
     if name == "mtp":
@@ -161,16 +167,20 @@ lengths_of_documents = st.lists(st.integers(1, 8), min_size=1, max_size=4)
     window=st.sampled_from([0, 2, 3, 5]),
     kept=st.sampled_from(["all", "answers", "turns"]),
     listed=st.booleans(),
+    rule=st.sampled_from([None, LogitRule(0.5), LogitRule(3.0, 2.0)]),
     seed=st.integers(0, 999),
 )
-def test_it_is_its_definition(name, rows_per_chunk, lengths, window, kept, listed, seed):
-    """Loss, and gradients of states, heads and output embedding; with all positions, or listed ones and some to fill up."""
+def test_it_is_its_definition(name, rows_per_chunk, lengths, window, kept, listed, rule, seed):
+    """Loss, and gradients of states, heads and output head; with all positions, or listed ones and some to fill up."""
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     batch = random_batch(cu, VOCABULARY, seed)
     batch = {"all": batch, "answers": keep_answers(batch, seed), "turns": keep_turns(batch, seed)}[kept]
     objective, encode = build_wide(name, window=window, tokens=3), encoder(batch, small_llama())
     states, output = draw((int(cu[-1]), WIDTH), seed), draw((VOCABULARY, WIDTH), seed + 1)
-    inputs = [states, output, *objective.parameters()]
+    head = OutputHead(output)
+    if rule is not None:
+        head = OutputHead(output, draw((VOCABULARY,), seed + 2), rule)
+    inputs = [states, output, *([] if head.bias is None else [head.bias]), *objective.parameters()]
 
     positions, labels = None, batch.labels[0]
     if listed:
@@ -178,11 +188,11 @@ def test_it_is_its_definition(name, rows_per_chunk, lengths, window, kept, liste
         positions = torch.cat([marked, (labels == NO_LABEL).nonzero().flatten()[:2]])
         labels = labels[positions]
     with chunks_of(rows_per_chunk):
-        found = objective.sum_losses(BackboneOutput(states, batch, positions, labels, output, encode))
+        found = objective.sum_losses(BackboneOutput(states, batch, positions, labels, head, encode))
         found_grads = torch.autograd.grad(3.0 * found, inputs, allow_unused=True)
     assert found.dtype == torch.float64 and found.shape == ()
 
-    expected = compute_by_loop(name, objective, states, batch, output, encode, window)
+    expected = compute_by_loop(name, objective, states, batch, head, encode, window)
     torch.testing.assert_close(found, expected, **CLOSE)
     if not expected.requires_grad:
         assert all(grad is None or (grad == 0).all() for grad in found_grads)
@@ -200,7 +210,9 @@ def test_a_pack_is_the_sum_of_its_documents(name, lengths, seed):
     states, output = draw((int(cu[-1]), WIDTH), seed), draw((VOCABULARY, WIDTH), seed + 1)
 
     def compute(batch: PackedBatch, states: Tensor) -> Tensor:
-        return objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
+        return objective.sum_losses(
+            BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encoder(batch, small_llama()))
+        )
 
     packed = compute(batch, states)
     alone = sum(
@@ -215,7 +227,9 @@ def test_without_any_label_all_is_exactly_zero(name):
     batch = random_batch(torch.arange(9, dtype=torch.int32), VOCABULARY)  # single-token documents
     objective = build(name)
     states, output = draw((8, WIDTH), 0, torch.float32), draw((VOCABULARY, WIDTH), 1, torch.float32)
-    loss = objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
+    loss = objective.sum_losses(
+        BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encoder(batch, small_llama()))
+    )
     assert loss == 0 and loss.dtype == torch.float32
     loss.backward()
     grads = [states.grad, *(parameter.grad for parameter in objective.parameters())]
@@ -232,7 +246,7 @@ def test_half_precision_states(name):
         objective = objective.to(torch.bfloat16).to(dtype)  # the same weights in both
         states, output = (draw(shape, 3, torch.bfloat16).detach().to(dtype) for shape in ((40, WIDTH), (VOCABULARY, WIDTH)))
         states.requires_grad_()
-        loss = objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], output, encode))
+        loss = objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encode))
         results.append((loss, *torch.autograd.grad(loss, [states, *objective.parameters()])))
     (loss, *grads), (exact_loss, *exact_grads) = results
     assert loss.dtype == torch.float32
@@ -252,14 +266,14 @@ def test_long_documents(name):
     states, output = draw((300, WIDTH), 0, torch.float32), draw((150, WIDTH), 1, torch.float32)
     positions = torch.tensor([0, 3, 100, 149, 150, 298])
     labels = batch.labels[0][positions]
-    loss = objective.sum_losses(BackboneOutput(states, batch, positions, labels, output, encoder(batch, config)))
+    loss = objective.sum_losses(BackboneOutput(states, batch, positions, labels, OutputHead(output), encoder(batch, config)))
     wide, others = objective.double(), torch.full((300,), NO_LABEL)
     expected = compute_by_loop(
         name,
         wide,
         states.double(),
         replace(batch, labels=others.index_copy(0, positions, labels)[None]),
-        output.double(),
+        OutputHead(output.double()),
         encoder(batch, config),
         window=0,
     )
@@ -281,7 +295,9 @@ def test_one_token_needs_no_further_head():
     objective = build("mtp", tokens=1)
     batch = random_batch(torch.tensor([0, 9], dtype=torch.int32), VOCABULARY)
     states, output = draw((9, WIDTH), 0), draw((VOCABULARY, WIDTH), 1)
-    loss = objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], output, encoder(batch, small_llama())))
+    loss = objective.sum_losses(
+        BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encoder(batch, small_llama()))
+    )
     assert loss == 0 and not list(objective.parameters()) and objective.count_head_weights() == 0
 
 
@@ -295,7 +311,7 @@ def test_the_layers_of_every_family(name, family):
     batch = random_batch(torch.tensor([0, 3, 15, 30], dtype=torch.int32))
     encode = encoder(batch, config)
     states, output = draw((30, 32), 0, torch.float32), draw((61, 32), 1, torch.float32)
-    objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], output, encode)).backward()
+    objective.sum_losses(BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encode)).backward()
     unreached = {key for key, p in objective.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert not unreached and states.grad.abs().sum() > 0
 
@@ -329,13 +345,27 @@ def test_a_head_is_a_layer_as_the_last_one_and_a_norm(config):
             for name, module in layer.named_modules()
         ]
 
-    model = build_on_meta(config, "cpu", "sdpa")
+    model = build_on_meta(config, "cpu", choose_attention(config, "cpu", torch.float32))
     before, head = config.to_dict(), build("mtp", config, tokens=2).layers[0]
     assert config.to_dict() == before
     (layer,) = find_decoder_layers(head)
     assert list_parts(layer) == list_parts(find_decoder_layers(model)[-1])
     beside = {id(parameter) for parameter in head.parameters()} - {id(parameter) for parameter in layer.parameters()}
-    assert {p.shape for p in head.parameters() if id(p) in beside} == {(config.hidden_size,)}
+    norm = set() if config.model_type == "olmo" else {(config.hidden_size,)}  # its norms have no parameters
+    assert {p.shape for p in head.parameters() if id(p) in beside} == norm
+
+
+@every_kind
+def test_a_head_reads_the_states_as_they_are(config):
+    """Without the factor that a model gives to its embeddings."""
+    batch, states, read = random_batch(torch.tensor([0, 3, 15, 30], dtype=torch.int32)), draw((30, 32), 0, torch.float32), []
+    head, encode = build("fsp_bow", config).layers[0], encoder(batch, config)
+    (layer,) = find_decoder_layers(head)
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    encode(head, states)
+    assert torch.equal(read[0][0], states)
 
 
 @every_kind
@@ -378,7 +408,7 @@ def test_the_flash_attention_of_gpus_gives_the_same(name):
         outputs = layer(inputs_embeds=states[None], position_ids=batch.position_ids, documents=layout, use_cache=False)
         return outputs.last_hidden_state[0]
 
-    trunk = BackboneOutput(states, batch, None, batch.labels[0], output, encode)
+    trunk = BackboneOutput(states, batch, None, batch.labels[0], OutputHead(output), encode)
     expected = masked.sum_losses(trunk._replace(encode=encoder(batch, config)))
     torch.testing.assert_close(varlen.sum_losses(trunk), expected, rtol=1e-5, atol=0.0)
 

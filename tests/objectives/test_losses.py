@@ -145,9 +145,55 @@ def test_cross_entropy_is_its_definition(rows_per_chunk, tokens, seed):
     torch.testing.assert_close(weight.grad, w.grad if w.grad is not None else torch.zeros_like(w), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [2, 4096])
+@given(
+    tokens=st.integers(1, 9),
+    scale=st.sampled_from([1.0, 0.0625, 3.0]),
+    cap=st.sampled_from([None, 0.7, 30.0]),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_cross_entropy_of_changed_logits_is_its_definition(rows_per_chunk, tokens, scale, cap, has_bias, seed):
+    """Value and all gradients by autograd of the formula, in float64, over chunks of two rows and of all."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"hidden": (tokens, 5), "weight": (7, 5), **({"bias": (7,)} if has_bias else {})}
+    drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    labels = torch.randint(0, 7, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = -100
+    ours, theirs = ({name: tensor.clone().requires_grad_() for name, tensor in drawn.items()} for _ in range(2))
+    with chunks_of(rows_per_chunk):
+        found = linear_cross_entropy(ours["hidden"], ours["weight"], labels, ours.get("bias"), scale, cap)
+    (0.5 * found).backward()
+
+    expected = 0.0 * sum(tensor.sum() for tensor in theirs.values())
+    for t in range(tokens):
+        if labels[t] != -100:
+            logits = theirs["weight"] @ theirs["hidden"][t]
+            logits = scale * (logits + theirs["bias"] if has_bias else logits)
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            expected = expected - torch.log_softmax(logits, dim=0)[labels[t]]
+    (0.5 * expected).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     hidden, weight, labels = torch.randn(64, 16), torch.randn(32, 16), torch.randint(0, 32, (64,))
     exact = linear_cross_entropy(hidden.bfloat16().float(), weight.bfloat16().float(), labels)
     found = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=1e-2, atol=0.0)
+
+
+def test_half_precision_logits_with_bias_scale_and_cap_are_near_float64():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in ((640, 16), (32, 16), (32,))]
+    labels, results = torch.randint(0, 32, (640,), generator=generator), []
+    for dtype in (torch.bfloat16, torch.float64):
+        hidden, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in drawn)
+        loss = linear_cross_entropy(hidden, weight, labels, bias, 0.5, 3.0)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    assert [tensor.dtype for tensor in results[0]] == [torch.float32, *3 * [torch.bfloat16]]
+    for found, exact in zip(*results, strict=True):
+        assert (found.double() - exact).norm() < 1e-2 * exact.norm()

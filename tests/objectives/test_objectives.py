@@ -262,15 +262,15 @@ def keep_parts(workspace: Path, run: Path, name: str, **changes: object) -> list
 
 def test_an_ema_teacher_is_the_average_of_the_weights(workspace, tmp_path, monkeypatch):
     """Against its definition written out; a step that is left out leaves the teacher alone."""
-    import flame.objectives.step
+    import flame.models.output_head
 
-    real, calls = flame.objectives.step.linear_cross_entropy, []
+    real, calls = flame.models.output_head.linear_cross_entropy, []
 
     def cross_entropy(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 2 * RANKS else 1.0)
 
-    monkeypatch.setattr(flame.objectives.step, "linear_cross_entropy", cross_entropy)
+    monkeypatch.setattr(flame.models.output_head, "linear_cross_entropy", cross_entropy)
     kept = keep_parts(workspace, tmp_path / "run", "ema", future_encoder__ema_decay=0.75)
     start, teacher = kept[0]
     assert all(torch.equal(teacher[name], weight) for name, weight in start.items()) and teacher.keys() == start.keys()

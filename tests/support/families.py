@@ -6,6 +6,9 @@ import copy
 
 from transformers import AutoConfig, PretrainedConfig
 
+from flame.attention.backends import Attention
+from flame.attention.families import find_score_cap
+
 WINDOW = 8
 """Of the layers that have one, in tokens."""
 
@@ -44,6 +47,15 @@ _SHARED = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _BY_LAYER = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_CAPS = {
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 8,
+    "initializer_range": 0.2,
+}
+"""Scores and logits of the initial weights reach the caps."""
+_MULTIPLIERS = {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
 
 TOYS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -57,8 +69,18 @@ TOYS: dict[str, tuple[str, dict]] = {
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4}),
-    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": ("gpt2", _NO_DROPOUT),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**_BY_LAYER, **_CAPS}),
+    "gemma3, caps": ("gemma3_text", {**_BY_LAYER, **_CAPS}),
+    "vaultgemma": ("vaultgemma", {**_BY_LAYER, **_CAPS}),
+    "granite": ("granite", {"logits_scaling": 1.5, **_MULTIPLIERS}),
+    "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.5, **_BY_LAYER}),
+    "ministral": ("ministral", _BY_LAYER),
+    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
+    "olmo": ("olmo", {"clip_qkv": 0.05}),
+    "phi": ("phi", {"tie_word_embeddings": False}),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
     "mixtral": ("mixtral", _EXPERTS),
@@ -82,6 +104,43 @@ TOYS: dict[str, tuple[str, dict]] = {
     ),
     "deepseek_v3": ("deepseek_v3", {**_LATENT, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
 }
+
+
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+OTHERS: dict[str, dict] = {
+    "arcee": {},
+    "codegen": {"rotary_dim": 4, **_NO_DROPOUT},
+    "diffllama": {},
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "helium": {},
+    "gptj": {"rotary_dim": 4, **_NO_DROPOUT},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {"logits_scaling": 1.5, **_MULTIPLIERS},
+    "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 16, **_LATENT},
+    "ministral3": {},
+    "nanochat": {"final_logit_softcapping": 3.0},
+    "nemotron": {},
+    "persimmon": {},
+    "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
+    "stablelm": {},
+}
+"""Families that are not in `flame.attention.families`, and run on the paths that any family does."""
+
+
+def build_other(family: str, **changes: object) -> PretrainedConfig:
+    """As `build_toy`, for a family of `OTHERS`."""
+    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return AutoConfig.for_model(family, **{"vocab_size": 61, **_SHAPE, **dropout, **OTHERS[family], **changes})
+
+
+def list_paths(name: str) -> list[Attention]:
+    """The attention implementations that run a toy on a CPU; the second is the definition of the flash kernels."""
+    return ["dense"] if find_score_cap(build_toy(name)) is not None else ["sdpa", "varlen"]
 
 
 def build_toy(name: str, **changes: object) -> PretrainedConfig:

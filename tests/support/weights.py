@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -41,6 +42,14 @@ def tiny_moe() -> PretrainedConfig:
 
 
 CONFIGS: dict[str, Any] = {
+    "phi": lambda: PhiConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=61,
+        max_position_embeddings=256,
+    ),
     "llama-tied": tiny_llama,
     "llama-untied": lambda: tiny_llama(tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import flame.objectives.step
+import flame.models.output_head
 from flame.checkpoints.files import list_checkpoints
 from flame.errors import UserError
 from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here
@@ -93,9 +93,9 @@ def test_a_step_that_cannot_be_loaded_changes_nothing(workspace, run, capsys, lo
 
 def test_no_good_checkpoint_is_purged_while_steps_are_skipped(workspace, tmp_path, monkeypatch, capsys):
     """From step 4 on the loss is not finite. The run ends, and so does the next start; both say how to go back."""
-    run, real, is_broken = tmp_path / "run", flame.objectives.step.linear_cross_entropy, [False]
+    run, real, is_broken = tmp_path / "run", flame.models.output_head.linear_cross_entropy, [False]
     monkeypatch.setattr(
-        flame.objectives.step, "linear_cross_entropy", lambda *a: real(*a) * (float("nan") if is_broken[0] else 1.0)
+        flame.models.output_head, "linear_cross_entropy", lambda *a: real(*a) * (float("nan") if is_broken[0] else 1.0)
     )
     saved = {"checkpoint__interval": 1, "checkpoint__export_hf": False, "training__max_skipped_steps": 4}
     run_here(workspace, run, **saved, training__steps=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from itertools import product
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, PretrainedConfig
 
-from flame.attention.families import FAMILIES
+from flame.attention.families import FAMILIES, find_score_cap, list_layer_limits
 from flame.attention.fla_families import register_fla_family
 from flame.attention.varlen import DocumentLayout, attend
+from flame.errors import UserError
 from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.kernels.softmax_rows import softmax_rows_
 from flame.models.causal_lm import find_decoder_layers
+from flame.models.head_check import check_head
+from flame.models.leak_check import check_no_leak
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.objectives.future.answer_suffixes import cut_suffixes
 from flame.objectives.future.options import FutureOptions
@@ -26,7 +30,7 @@ from flame.objectives.future.summaries import summarize
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.setup import build_modules, materialize
 from tests.support.answers import build_pack, list_suffix_positions
-from tests.support.families import TOYS, WINDOW, build_toy
+from tests.support.families import TOYS, build_other, build_toy
 from tests.support.models import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.runs import final_weights, measured, read_metrics, run_ranks
 
@@ -179,16 +183,29 @@ def test_flash_passes_equal_flex_passes():
         assert (found.float() - expected).norm() / expected.norm() < 2e-2
 
 
+def widen(name: str) -> PretrainedConfig:
+    """A toy with heads that the kernels take."""
+    shape = SHAPE | {"num_key_value_heads": 4 if name == "gpt_neox" else 2, "moe_intermediate_size": 64}
+    toy = build_toy(name, **shape)
+    if find_score_cap(toy) is not None:
+        toy.initializer_range = 0.05  # scores and logits of these widths reach the caps, and rounding stays small
+    return toy
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_families(name):
-    """Both passes: the flash kernels in bfloat16 and FlexAttention in float32, against the CPU; and no leak."""
-    shape = SHAPE | {"num_key_value_heads": 4 if name == "gpt_neox" else 2, "moe_intermediate_size": 64}
+    """Both passes: the flash kernels in bfloat16 and FlexAttention in float32, against the CPU; and no leak. Capped scores take
+    FlexAttention in both."""
     cu = torch.tensor([0, 1, 100, 101, 256, 390, 512], dtype=torch.int32)
-    batch, compiled = random_batch(cu), name in ("gemma3", "qwen3_moe", "gpt2", "gpt_oss", "deepseek_v2", "deepseek_v3")
-    has_experts = FAMILIES[TOYS[name][0]].has_experts
-    on_cpu = build_unsharded(future_config(), build_toy(name, **shape))
-    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 1e-2)):
-        model = build_on_gpu(compiled, dtype, build_toy(name, **shape))
+    compiled = name in ("gemma2", "gemma3", "qwen3_moe", "gpt2", "gpt_oss", "deepseek_v2", "deepseek_v3")
+    batch, has_experts = random_batch(cu), FAMILIES[TOYS[name][0]].has_experts
+    on_cpu = build_unsharded(future_config(), widen(name))
+    limits = list_layer_limits(on_cpu.lm.config)
+    rounding = 3e-2 if find_score_cap(on_cpu.lm.config) is None else 5e-2
+    for dtype, tolerance in ((torch.bfloat16, rounding), (torch.float32, 1e-2)):
+        model = build_on_gpu(compiled, dtype, widen(name))
+        is_flash = model.describe_attention() not in ("FlexAttention", "PyTorch's SDPA")
+        assert is_flash == (dtype == torch.bfloat16 and find_score_cap(model.lm.config) is None)
         model.load_state_dict(on_cpu.state_dict())
         for direction in ("causal", "future"):
             found, expected = encode(model, batch, direction).float().cpu(), encode(on_cpu, batch, direction)
@@ -202,8 +219,52 @@ def test_families(name):
             difference = (encode(model, pack(tokens, cu), "future") - base).norm(dim=-1)
             # The tokens of an expert are rounded together: how many they are may change how.
             changed = (difference > (1e-5 * base.norm(dim=-1) if has_experts else 0)).nonzero().flatten().tolist()
-            horizon = 2 * (WINDOW - 1) if name in ("mistral", "phi3") else 512
+            horizon = sum(limits) if all(limits) else 512
             assert j in changed and min(changed) >= max(int(cu[cu <= j].max()), j - horizon) and max(changed) <= j
+
+
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma", "granite", "cohere2", "phi"])
+def test_families_that_change_logits_or_scores(name):
+    """Loss and gradient on the GPU against those on the CPU: the row kernel's cap, scale and bias, and FlexAttention's cap."""
+    batch = random_batch(torch.tensor([0, 1, 100, 101, 256, 390, 512], dtype=torch.int32))
+    models = build_unsharded(future_config(), widen(name)), build_on_gpu(name == "gemma2", torch.float32, widen(name))
+    with torch.no_grad():
+        for parameter in models[0].lm.parameters():
+            if not parameter.any():  # biases
+                parameter.normal_(std=0.1)
+    models[1].load_state_dict(models[0].state_dict())
+    losses, gradients = [], []
+    for model in models:
+        check_head(model, next(model.parameters()).device)
+        found = model(compute_losses, batch.to(next(model.parameters()).device), Requested(aux=False)).ce_sum
+        found.backward()
+        losses.append(found.item())
+        gradients.append({key: p.grad.double().cpu() for key, p in model.lm.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for key, expected in gradients[0].items():
+        assert (gradients[1][key] - expected).norm() < 2e-2 * expected.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", ["glm4", "gptj", "hyperclovax", "minicpm3", "nemotron"])
+def test_families_that_are_not_in_the_table(name):
+    """The checks of the start, and both passes by FlexAttention, against the CPU."""
+    latent = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16} if name == "minicpm3" else {}
+    toy = build_other(name, **SHAPE | {"num_key_value_heads": 4} | latent)
+    try:
+        on_cpu = build_unsharded(future_config(), toy)
+    except UserError as error:
+        pytest.skip(str(error))
+    batch = random_batch(torch.tensor([0, 1, 100, 101, 256, 390, 512], dtype=torch.int32))
+    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float32, 1e-2)):
+        model = build_on_gpu(False, dtype, copy.deepcopy(toy))
+        model.load_state_dict(on_cpu.state_dict())
+        assert model.describe_attention() == "FlexAttention"
+        check_head(model, CUDA)
+        check_no_leak(model, CUDA, with_future=True)
+        for direction in ("causal", "future"):
+            found, expected = encode(model, batch, direction).float().cpu(), encode(on_cpu, batch, direction)
+            errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert errors.max() < tolerance, direction
 
 
 def test_new_layouts_compile_nothing_new():
@@ -245,11 +306,13 @@ def test_row_kernel_equals_its_definition():
         keys = column_keys, column_keys[own]
         own[::7] = -1
         scale, count = torch.tensor(10.0), torch.tensor(columns - 50)
-        for options in ((None, None), (count, None), (count, excluded), (count, None, keys), (count, excluded, keys)):
+        capped = (None, None, None, 3.0)
+        for options in ((None, None), capped, (count, None), (count, excluded), (count, None, keys), (count, excluded, keys)):
             exact, found = scores.double(), scores.to(CUDA)
             expected = softmax_rows_(exact, own, scale.double(), *options)
             on_gpu = [
-                tuple(e.to(CUDA) for e in o) if isinstance(o, tuple) else None if o is None else o.to(CUDA) for o in options
+                tuple(e.to(CUDA) for e in o) if isinstance(o, tuple) else o.to(CUDA) if isinstance(o, torch.Tensor) else o
+                for o in options
             ]
             sums = softmax_rows_(found, own.to(CUDA), scale.to(CUDA), *on_gpu)
             assert (found.double().cpu() - exact).norm() / exact.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5)

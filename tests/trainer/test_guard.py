@@ -176,15 +176,15 @@ def test_too_many_failures_of_the_future_loss_in_a_row_end_the_run(workspace, tm
 
 def test_the_sequence_with_the_bad_loss_is_named(workspace, tmp_path, monkeypatch, caplog):
     """Of four micro-steps only the third is bad."""
-    import flame.objectives.step
+    import flame.models.output_head
 
-    real, calls = flame.objectives.step.linear_cross_entropy, []
+    real, calls = flame.models.output_head.linear_cross_entropy, []
 
     def cross_entropy(*args):
         calls.append(1)
         return real(*args) * (float("inf") if len(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(flame.objectives.step, "linear_cross_entropy", cross_entropy)
+    monkeypatch.setattr(flame.models.output_head, "linear_cross_entropy", cross_entropy)
     run_trainer(Trainer, workspace, tmp_path / "run")
     (told,) = [record.getMessage() for record in caplog.records if "step skipped" in record.getMessage()]
     assert told.startswith("step 2: loss inf, gradient norm nan; sequence 6 (json: documents ") and "sequence 7" not in told

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.tensor import DTensor
 
-import flame.objectives.step
+import flame.models.output_head
 import flame.train
 from flame.data.prefetch import Prefetcher
 from flame.logging import throughput
@@ -100,9 +100,9 @@ def test_a_skipped_step_changes_nothing(workspace, tmp_path, monkeypatch):
     run = tmp_path / "run"
     changes = {"training__steps": 3, "checkpoint__enable_checkpoint": False}
     trainer = build_trainer(TakesSnapshots, workspace, run, **changes)
-    real = flame.objectives.step.linear_cross_entropy
+    real = flame.models.output_head.linear_cross_entropy
     monkeypatch.setattr(
-        flame.objectives.step, "linear_cross_entropy", lambda *args: real(*args) * (float("nan") if trainer.step == 2 else 1.0)
+        flame.models.output_head, "linear_cross_entropy", lambda *args: real(*args) * (float("nan") if trainer.step == 2 else 1.0)
     )
     trainer.train()
 

@@ -203,7 +203,7 @@ def test_new_rows_are_the_same_on_any_number_of_ranks(tmp_path):
 # ---------------------------------------------------------------- vocabulary
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-untied", "phi"])
 def test_new_tokens_start_at_the_mean(tmp_path, family, monkeypatch):
     reference = save_reference(tmp_path, family)
     monkeypatch.setattr("flame.weights.load.BUFFER_BYTES", 10 * 8 * 32)
@@ -218,10 +218,12 @@ def test_new_tokens_start_at_the_mean(tmp_path, family, monkeypatch):
     lines = load_hf_weights(model, find_weights(str(tmp_path)), resize=True)
     pairs = [(model.lm.get_input_embeddings().weight, reference.get_input_embeddings().weight)]
     pairs += [(model.lm.get_output_embeddings().weight, reference.get_output_embeddings().weight)]
+    if family == "phi":
+        pairs.append((model.lm.lm_head.bias, reference.lm_head.bias))
     for found, old in pairs:
         assert torch.equal(found[:61], old)
-        assert torch.equal(found[61:], old.double().mean(0).float().expand(3, -1))
-    assert sum("rows 61 to 63 are new" in line for line in lines) == (1 if family == "llama-tied" else 2)
+        assert torch.equal(found[61:], old.double().mean(0).float().expand(3, *old.shape[1:]))
+    assert sum("rows 61 to 63 are new" in line for line in lines) == {"llama-tied": 1, "llama-untied": 2, "phi": 3}[family]
     with pytest.raises(UserError, match=r"\[61, 32\] instead of \[64, 32\].*model.resize_embeddings = true"):
         load_hf_weights(build(config), find_weights(str(tmp_path)))
     with pytest.raises(UserError, match="of another shape"):  # fewer rows than in the files are never meant

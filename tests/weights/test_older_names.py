@@ -30,7 +30,7 @@ SCALING = {
 IDS = torch.arange(300)[None] * 7 % 264
 ONE_BASE = ("olmo3",)
 """Families that have one rotary base for all layers in transformers 4."""
-UNSCALED = ("olmo2",)
+UNSCALED = ("olmo", "olmo2")
 """Families for which transformers 4 rejects this scaling, by an error."""
 UNSCALED_ATTENTION = ("deepseek_v2, lite",)
 """Families for which transformers 4 leaves out that yarn scales attention."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.data.batch import NO_LABEL
-from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.models.extra_layer import build_extra_layer, find_extra_layer_conflicts
 from flame.objectives.base import Setup
 from flame.objectives.label_objective import BackboneOutput, LabelObjective
@@ -53,7 +52,7 @@ class MultiTokenPrediction(LabelObjective):
         total = torch.zeros((), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         for steps, layer in enumerate(self.layers, start=1):
             ahead = output.pick(output.encode(cast(PreTrainedModel, layer), states))
-            total = total + linear_cross_entropy(ahead, output.output_embedding, shift_labels(output, steps))
+            total = total + output.output_head.sum_cross_entropy(ahead, shift_labels(output, steps))
         return total
 
     def estimate_memory(self, tokens: int) -> float:
