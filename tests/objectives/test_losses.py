@@ -13,6 +13,8 @@ from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.models.estimators import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import InfoNCEEstimator, build_mi_estimator
+from flame.models.output_head import LogitRule, OutputHead
+from flame.objectives.step import find_correct
 from tests.support.losses import chunks_of
 
 
@@ -197,3 +199,14 @@ def test_half_precision_logits_with_bias_scale_and_cap_are_near_float64():
     assert [tensor.dtype for tensor in results[0]] == [torch.float32, *3 * [torch.bfloat16]]
     for found, exact in zip(*results, strict=True):
         assert (found.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_the_highest_logit_is_that_of_the_changed_logits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in ((40, 5), (7, 5), (7,)))
+    head = OutputHead(weight, 3 * bias, LogitRule(0.5, 30.0))
+    highest = head.compute_logits(hidden).argmax(dim=-1)
+    labels = torch.where(torch.arange(40) % 3 == 0, highest, torch.randint(0, 7, (40,), generator=generator))
+    labels[::5] = -100
+    assert torch.equal(find_correct(hidden, head, labels), highest == labels)
+    assert (highest != (hidden @ weight.T).argmax(dim=-1)).any()
