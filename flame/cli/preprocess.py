@@ -116,7 +116,7 @@ def _print_use(out: Path) -> None:
 def _write_spans(writer: TokenFolderWriter, encoder: SpanEncoder, num_workers: int, start: float) -> None:
     """Encode and write the remaining rows."""
     rows, done, before = writer.progress.recipe.rows, writer.progress.rows, writer.progress.tokens
-    spans = plan_spans(done, rows, num_workers)
+    spans = plan_spans(done, rows, num_workers, encoder.measure_rows())
     on_screen = sys.stderr.isatty()
     seconds = 0.2 if on_screen else LOG_SECONDS
     encoded_spans = encode_in_order(encoder, spans, num_workers)

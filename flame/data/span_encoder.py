@@ -12,10 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from flame.data.encoding import Row, encode_documents
 from flame.data.sources.base import TextRows
@@ -23,9 +22,14 @@ from flame.data.sources.tokens import TOKEN_DTYPES, TokenDtype
 from flame.errors import UserError
 from flame.runtime.signals import signals_blocked
 
-LONGEST_SPAN = 256  # rows
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LONGEST_SPAN = 4096  # rows
+CHARACTERS_IN_SPAN = 1 << 19  # about a tenth of a second, so that workers finish together
+SAMPLED_ROWS = 32
 CHARACTERS_AT_ONCE = 1 << 18  # per call of the tokenizer, which needs about 100 bytes of memory for each
-SPANS_AHEAD = 3  # queued for each worker
+SPANS_AHEAD = 4  # queued for each worker
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,14 @@ class EncodedSpan:
     bad_rows: int
 
 
-def plan_spans(done: int, rows: int, num_workers: int) -> Iterator[Span]:
-    """Cut the rows from `done` on into spans, short enough that every worker gets several."""
-    length = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
+def plan_spans(done: int, rows: int, num_workers: int, mean_length: float) -> Iterator[Span]:
+    """Cut the rows from `done` on into spans, short enough that every worker gets several.
+
+    Args:
+        mean_length: characters of a row.
+    """
+    longest = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
+    length = max(1, min(longest, int(CHARACTERS_IN_SPAN / max(1.0, mean_length))))
     return (Span(start, min(start + length, rows)) for start in range(done, rows, length))
 
 
@@ -77,6 +86,12 @@ class SpanEncoder:
     def reopen_rows(self) -> None:
         """Replace the rows by a copy. A forked process shares the position in each open file with its parent."""
         self._rows = pickle.loads(pickle.dumps(self._rows))
+
+    def measure_rows(self) -> float:
+        """Mean characters of a row, estimated by a few."""
+        count = len(self._rows)
+        sample = [self._rows.read(index) for index in range(0, count, -(-count // SAMPLED_ROWS))]
+        return sum(len(text) for text in sample if text is not None) / len(sample)
 
     def encode(self, span: Span) -> EncodedSpan:
         documents: list[np.ndarray] = []

@@ -168,7 +168,7 @@ class TokenFolderWriter:
 
     def _write(self, *contents: np.ndarray) -> None:
         for file, content in zip(self._files, contents, strict=True):
-            rest = memoryview(content.tobytes())
+            rest = content.view(np.uint8).data
             while rest:
                 rest = rest[os.write(file, rest) :]
 

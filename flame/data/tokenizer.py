@@ -5,12 +5,14 @@ Used in step 2 of the life of a batch (`flame.data.loader`).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from flame.config.run import BYTES_TOKENIZER
 from flame.config.types import Section
@@ -23,6 +25,9 @@ PADDING = "<|pad|>"
 TOKENIZER_FILES = ["*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "config.json"]
 """Files of a Hub model that its tokenizer may need."""
 TOKENIZER_FILE, SETTINGS_FILE, PIECES_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+MODEL_FILE = "config.json"
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of transformers' class for any tokenizer.json, of version 4 and 5."""
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>")
 """What tokenizers call the end of a text."""
 ONLY_PIECES = (
@@ -72,7 +77,7 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
     if not trust_remote_code:  # code that comes along is looked up by the Hub name
         place = find_folder(option, path, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = _choose_loader(place).from_pretrained(place, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = path
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -87,6 +92,22 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
     if tokenizer.eos_token_id is None:
         raise UserError(f'{option} has no eos token, which ends each document: set "eos_token" in its tokenizer_config.json')
     return tokenizer
+
+
+def _choose_loader(folder: str) -> Any:
+    """`AutoTokenizer`, or the class that it would choose where that is certain: importing `AutoTokenizer` also loads torch, which
+    takes a second. It is certain where the settings name the general class and no model stands beside them."""
+    if not os.path.exists(os.path.join(folder, MODEL_FILE)):
+        try:
+            with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
+                settings = json.load(file)
+            if settings.get("tokenizer_class") in GENERAL_CLASSES and "auto_map" not in settings:
+                return PreTrainedTokenizerFast
+        except (OSError, ValueError, AttributeError):  # loading it reports what is wrong
+            pass
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _load_file(path: str, option: str) -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
@@ -54,6 +55,17 @@ def open_contents(path: str, suffixes: Sequence[str]) -> Iterator[tuple[str, Bin
     """
     with _open_stream(path) as file:
         yield from _open_any(file, path, suffixes)
+
+
+def is_plain(path: str) -> bool:
+    """Whether a file is here and holds its content as it is: neither compressed nor an archive."""
+    if is_remote(path):
+        return False
+    try:
+        with _open_stream(path) as file:
+            return all(content is file for _, content in islice(_open_any(file, path, ()), 1))
+    except Exception:  # reading it reports what is wrong
+        return False
 
 
 def _open_any(file: io.BufferedReader, name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:

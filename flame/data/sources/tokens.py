@@ -27,8 +27,9 @@ from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
 from flame.data.sources.containers import has_suffix, is_remote
 from flame.data.sources.files import find_missing, list_data_files, walk
+from flame.data.sources.index_cache import map_file
 from flame.data.sources.token_files import INDEX_SUFFIX, SUFFIXES, TokenFiles, open_token_files
-from flame.data.sources.token_index import OFFSET_DTYPE, Scan, TokenIndex, map_file, open_index, scan_tokens, sum_lengths
+from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ TOKENS_FILE = "tokens.bin"
 OFFSETS_FILE = "offsets.bin"
 MANIFEST_FILE = "manifest.json"
 
+OFFSET_DTYPE = np.dtype("<i8")
 TokenDtype = Literal["uint16", "uint32"]
 TOKEN_DTYPES: dict[TokenDtype, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
