@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flame.config.addresses import is_remote
 from flame.config.run import BYTES_TOKENIZER
 from flame.config.types import Section
 from flame.data.encoding import END_OF_TEXT
@@ -64,17 +65,18 @@ def load_tokenizer(
 
 def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     option = f'model.tokenizer_path = "{path}"'
-    place = os.path.expanduser(path)
+    place = find_folder(option, path, [*TOKENIZER_FILES, "*.py"]) if is_remote(path) else os.path.expanduser(path)
     if os.path.isfile(place):
         folder = os.path.dirname(place)
         if os.path.basename(place) != TOKENIZER_FILE or not os.path.exists(os.path.join(folder, SETTINGS_FILE)):
             return _load_file(place, option)
-        path = place = folder or "."
+        place = folder or "."
+        path = path if is_remote(path) else place
     if os.path.isfile(os.path.join(place, TOKENIZER_FILE)) and not os.path.exists(os.path.join(place, SETTINGS_FILE)):
         return _load_file(os.path.join(place, TOKENIZER_FILE), option)
     if _has_only_pieces(place):
         raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
-    if not trust_remote_code:  # code that comes along is looked up by the Hub name
+    if not (trust_remote_code or is_remote(path)):  # code that comes along is looked up by the Hub name
         place = find_folder(option, path, TOKENIZER_FILES)
     try:
         tokenizer = _choose_loader(place).from_pretrained(place, trust_remote_code=trust_remote_code)

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from flame.checkpoints.files import sync_to_disk
 from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import check_format
 from flame.checkpoints.storage import is_disk_full
+from flame.config.addresses import find_target_fault
 from flame.errors import UserError
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
@@ -37,6 +39,7 @@ from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, wr
 from flame.weights.older_names import adapt_tokenizer, write_config
 from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
+from flame.weights.upload import upload
 
 logger = logging.getLogger("flame")
 
@@ -93,6 +96,21 @@ def convert(
             write_card(folder / CARD_FILE, tensors.state, checkpoint, model.num_parameters(), dtype)
         if check:
             logger.info("export %s: %s", out, check_export(folder, config, tensors, _to_checkpoint, target))
+
+
+def convert_and_upload(
+    checkpoint: Path, address: str, dtype: Literal["float32", "bfloat16"] = "float32", *, check: bool = True
+) -> None:
+    """As `convert`, to an address. The folder is first written among the temporary files of this machine.
+
+    Raises:
+        UserError, ExportMismatch: as `convert`, or the upload fails.
+    """
+    if fault := find_target_fault(address):
+        raise UserError(f'--out "{address}": {fault}')
+    with tempfile.TemporaryDirectory(prefix="flame-export-") as place:
+        convert(checkpoint, Path(place) / "hf", dtype, check=check)
+        upload(f'--out "{address}"', Path(place) / "hf", address)
 
 
 def name_objective_file(objective: str) -> str:

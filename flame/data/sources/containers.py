@@ -16,17 +16,14 @@ from itertools import islice
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
+from flame.config.addresses import is_remote
+
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 """What may follow the suffix of a text file."""
 BUFFER = 1 << 20
 ZSTD_MARK, SKIPPABLE_MARK = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 TAR_MARK, TAR_MARK_AT = b"ustar", 257
 UNREAD = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar"}
-
-
-def is_remote(path: str) -> bool:
-    """Whether this is an address that fsspec opens, such as `s3://bucket/file`."""
-    return "://" in path
 
 
 def open_seekable(path: str) -> Any:

@@ -8,9 +8,9 @@ from functools import partial
 from textwrap import shorten
 from typing import Any
 
+from flame.config.addresses import is_remote
 from flame.data.sources.base import TextRows, TextShards, explain_emptiness
 from flame.data.sources.cells import CellRows, FileShards, TableRows
-from flame.data.sources.containers import is_remote
 from flame.data.sources.contents import DECODERS, Content, Decode, Document, classify_values, decode_text_cell
 from flame.data.sources.line_files import LineRows, open_lines
 from flame.data.sources.tables import FileKind

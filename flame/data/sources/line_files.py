@@ -9,8 +9,9 @@ from io import FileIO
 
 import numpy as np
 
+from flame.config.addresses import is_remote
 from flame.data.sources.cells import CellRows
-from flame.data.sources.containers import is_plain, is_remote
+from flame.data.sources.containers import is_plain
 from flame.data.sources.contents import Content, Decode, Document
 from flame.data.sources.index_cache import KeptArray, find_index, keep_index
 from flame.errors import UserError

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import numpy as np
 from pydantic import TypeAdapter
 
+from flame.config.addresses import is_remote
 from flame.config.schema import JobConfig
 from flame.config.types import STRICT
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
-from flame.data.sources.containers import has_suffix, is_remote
+from flame.data.sources.containers import has_suffix
 from flame.data.sources.files import find_missing, list_data_files, walk
 from flame.data.sources.index_cache import map_file
 from flame.data.sources.token_files import INDEX_SUFFIX, SUFFIXES, TokenFiles, open_token_files
