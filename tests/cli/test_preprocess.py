@@ -21,7 +21,7 @@ import pytest
 from flame.cli import preprocess
 from flame.data import span_encoder, token_folder_writer
 from flame.data.encoding import encode_document
-from flame.data.sources.tokens import open_token_folder
+from flame.data.sources.token_folder import open_token_folder
 from flame.data.token_folder_writer import TokenFolderWriter
 from flame.data.tokenizer import load_tokenizer
 from tests.support.paths import REPO
