@@ -29,6 +29,8 @@ TOKENIZER_FILE, SETTINGS_FILE, PIECES_FILE = "tokenizer.json", "tokenizer_config
 MODEL_FILE = "config.json"
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Names of transformers' class for any tokenizer.json, of version 4 and 5."""
+SAMPLE = ("Hello  world 12345, it's\n\n\tx: ABC's", " é e\u0301 漢字 ✓ <b>\r\n  y_z 1 22")
+"""Texts that tokenizers split in different ways."""
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>")
 """What tokenizers call the end of a text."""
 ONLY_PIECES = (
@@ -89,6 +91,8 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
             f"{option} cannot be loaded as a tokenizer ({reason}): give a folder with tokenizer.json, "
             f'a Hub name that can be reached, or "{BYTES_TOKENIZER}"'
         ) from error
+    if fault := find_misread(place, tokenizer):
+        raise UserError(f"{option}: {fault}: copy {TOKENIZER_FILE} alone into another folder and give that")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{option} is a {type(tokenizer).__name__}: only tokenizers with a tokenizer.json are supported")
     if tokenizer.eos_token_id is None:
@@ -96,17 +100,40 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
     return tokenizer
 
 
+def find_misread(folder: str, tokenizer: Any) -> str | None:
+    """Why a tokenizer of `AutoTokenizer` is another than the `tokenizer.json` that it was loaded from; None if it is the same.
+
+    For some families, such as qwen2, `AutoTokenizer` takes the family's class and not the general one that the settings name.
+    That class keeps the vocabulary alone, and splits a text in its own way.
+    """
+    if type(tokenizer) is PreTrainedTokenizerFast or _read_class(folder) not in GENERAL_CLASSES:
+        return None
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    if all(
+        tokenizer(text, add_special_tokens=False)["input_ids"] == plain.encode(text, add_special_tokens=False) for text in SAMPLE
+    ):
+        return None
+    return (
+        f"transformers reads it as {type(tokenizer).__name__}, the class of the model beside it, which makes other ids of a text "
+        f"than its {TOKENIZER_FILE}"
+    )
+
+
+def _read_class(folder: str) -> str | None:
+    """The class that the settings in a folder name, without code of its own."""
+    try:
+        with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
+            settings = json.load(file)
+        return None if "auto_map" in settings else settings.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError, TypeError):  # loading it reports what is wrong
+        return None
+
+
 def _choose_loader(folder: str) -> Any:
     """`AutoTokenizer`, or the class that it would choose where that is certain: importing `AutoTokenizer` also loads torch, which
     takes a second. It is certain where the settings name the general class and no model stands beside them."""
-    if not os.path.exists(os.path.join(folder, MODEL_FILE)):
-        try:
-            with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
-                settings = json.load(file)
-            if settings.get("tokenizer_class") in GENERAL_CLASSES and "auto_map" not in settings:
-                return PreTrainedTokenizerFast
-        except (OSError, ValueError, AttributeError):  # loading it reports what is wrong
-            pass
+    if not os.path.exists(os.path.join(folder, MODEL_FILE)) and _read_class(folder) in GENERAL_CLASSES:
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.attention.fla_families import register_fla_family
@@ -32,6 +32,7 @@ from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import check_format
 from flame.checkpoints.storage import is_disk_full
 from flame.config.addresses import find_target_fault
+from flame.data.tokenizer import TOKENIZER_FILE, find_misread
 from flame.errors import UserError
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
@@ -92,6 +93,7 @@ def convert(
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
             generation.save_pretrained(folder)
         _write_objective(tensors, folder)
+        _check_tokenizer(out, folder)
         if tensors.state["config"]:  # a converted model has no run to describe
             write_card(folder / CARD_FILE, tensors.state, checkpoint, model.num_parameters(), dtype)
         if check:
@@ -111,6 +113,19 @@ def convert_and_upload(
     with tempfile.TemporaryDirectory(prefix="flame-export-") as place:
         convert(checkpoint, Path(place) / "hf", dtype, check=check)
         upload(f'--out "{address}"', Path(place) / "hf", address)
+
+
+def _check_tokenizer(out: Path, folder: Path) -> None:
+    """Warn if transformers reads another tokenizer from the export than the run had."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers has no common error type
+        logger.warning("export %s: AutoTokenizer cannot load its tokenizer (%s)", out, " ".join(str(error).split())[:300])
+        return
+    if fault := find_misread(str(folder), tokenizer):
+        logger.warning("export %s: of its tokenizer, %s: load it with PreTrainedTokenizerFast.from_pretrained", out, fault)
 
 
 def name_objective_file(objective: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from flame.errors import UserError
 from flame.runtime.remote import fetch
-from tests.support.paths import REPO
 from tests.support.refusals import expect_one_line
 from tests.support.remote import serve
 
@@ -143,15 +142,16 @@ def test_a_web_server_need_not_list_its_files(tmp_path: Path, lists: bool) -> No
         assert read(folder).keys() == {"tokenizer.json", "part-1.bin"}
 
 
-def test_processes_of_a_machine_copy_once(tmp_path: Path) -> None:
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "config.json").write_text("x" * 1_000_000)
-    program = "import sys; from flame.runtime.remote import fetch; print(fetch('l', sys.argv[1], ['config.json']))"
-    with serve(tmp_path / "web", lists=True) as (server, gets):
-        started = [
-            subprocess.Popen([sys.executable, "-c", program, server], cwd=REPO, stdout=subprocess.PIPE, text=True)
-            for _ in range(3)
-        ]
-        folders = {process.communicate()[0].strip() for process in started}
-        assert len(folders) == 1 and read(Path(folders.pop())) == {"config.json": "x" * 1_000_000}
-        assert gets["/config.json"] == 1
+def test_who_comes_at_the_same_time_waits(address: str, copied: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processes of a machine do: locks of files tell threads apart, too."""
+    write(address, a="1")
+    get = MemoryFileSystem.get_file
+
+    def linger(self: Any, *arguments: Any, **settings: Any) -> None:
+        get(self, *arguments, **settings)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", linger)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: fetch(LABEL, address, ["*"]), range(4)))
+    assert copied == ["a"] and read(folders.pop()) == {"a": "1"}
