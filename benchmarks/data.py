@@ -35,7 +35,7 @@ from flame.data.mixture import Mixture
 from flame.data.packing import Packer
 from flame.data.sources.base import open_texts
 from flame.data.sources.registry import build_kind
-from flame.data.sources.tokens import FORMAT_VERSION, MANIFEST_FILE, OFFSETS_FILE, TOKENS_FILE
+from flame.data.sources.token_folder import FORMAT_VERSION, MANIFEST_FILE, OFFSETS_FILE, TOKENS_FILE
 from flame.data.state import DataState
 from flame.data.tasks.generated import GeneratedDocuments
 from flame.data.tasks.pathstar import PathstarOptions, Size

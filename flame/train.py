@@ -180,12 +180,13 @@ class Trainer:
             if self.is_main:
                 logger.info("nothing is left to do: this run is done")
                 report_outcome(self.config, self.step)
+                self._upload_rest()
             return True
         self._open_run()
         is_complete = False
         try:
             self._validate_when_due()  # the run may have been stopped before it validated this step
-            self.exporter.export_when_due(self.checkpoints.saved_step, again=False)  # or before it exported it
+            self.exporter.catch_up(self.checkpoints.saved_step)  # or before it exported it
             while self.step < self.config.training.steps:
                 with self.profiler.watch(self.step + 1):
                     self.train_step()
@@ -207,6 +208,7 @@ class Trainer:
         end_processes()
         if is_complete and self.is_main and not self.config.is_dry_run:
             finish_run(self.config, self.step)
+            self._upload_rest()
         return is_complete
 
     # ---------------------------------------------------------------- the step
@@ -380,6 +382,10 @@ class Trainer:
         loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
         self.prefetcher = Prefetcher(loader, config.comm.timeout_seconds, self.rank)
         report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
+
+    def _upload_rest(self) -> None:
+        self.exporter.start_uploads()
+        self.exporter.finish_uploads()
 
     def _stop_early(self) -> None:
         """Save and log. Saving comes first: little time may be left."""

@@ -12,6 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
+from flame.config.addresses import is_remote
 from flame.errors import end_on_user_error
 
 
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step-N folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an exported model in it is replaced")
+    parser.add_argument(
+        "--out", required=True, help="folder to write, or its address; an exported model in it is replaced (s3://bucket/folder)"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights; float32 is exact"
     )
@@ -35,12 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     from flame.models.custom_model import import_custom_model  # torch takes seconds to load
-    from flame.weights.export import convert
+    from flame.weights.export import convert, convert_and_upload
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("flame").setLevel(logging.INFO)
     import_custom_model(arguments.custom_model_path)
-    convert(arguments.checkpoint, arguments.out, arguments.dtype, check=not arguments.skip_check)
+    if is_remote(arguments.out):
+        convert_and_upload(arguments.checkpoint, arguments.out, arguments.dtype, check=not arguments.skip_check)
+    else:
+        convert(arguments.checkpoint, Path(arguments.out), arguments.dtype, check=not arguments.skip_check)
     print(f"wrote {arguments.out}")
     return 0
 

@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -23,7 +24,8 @@ from flame.data.chats import prepare_rows
 from flame.data.encoding import fingerprint_tokenizer
 from flame.data.sources.base import SourceKind, TextRows, explain_no_text, open_texts
 from flame.data.sources.registry import find_kind, find_source_conflicts
-from flame.data.sources.tokens import FORMAT_VERSION, Manifest, TokenDtype, Tokens
+from flame.data.sources.token_folder import FORMAT_VERSION, Manifest, TokenDtype
+from flame.data.sources.tokens import Tokens
 from flame.data.span_encoder import SpanEncoder, encode_in_order, plan_spans
 from flame.data.token_folder_writer import Progress, Recipe, TokenFolderWriter, read_finished
 from flame.data.tokenizer import load_tokenizer
@@ -36,23 +38,27 @@ ORIGIN_OPTIONS = ("dataset", "dataset_name", "dataset_split", "data_files", "tex
 SECTION = "--"  # errors of the shared code say `{section}.{option}`
 
 
-def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int) -> None:
+def preprocess(
+    out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int, loss_on: Literal["all", "assistant"] = "all"
+) -> None:
     """Write the folder `out`, or continue an interrupted one, and print a summary.
 
     Args:
         num_workers: processes that read and tokenize; 0 uses only this process.
+        loss_on: with "assistant", the folder also says which tokens of chats the assistant wrote.
 
     Raises:
         UserError: the options or the data are wrong, `out` was begun with other ones, or it cannot be written.
     """
     source, rows = _open_text(corpus)
     tokenizer = load_tokenizer(tokenizer_path)
-    rows = prepare_rows(source, rows, tokenizer)
+    rows = prepare_rows(source, rows, tokenizer, loss_on)
     chat_template = getattr(rows, "chat_template", "")
     vocabulary_size = max(tokenizer.get_vocab().values()) + 1
     dtype: TokenDtype = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
-    origin = {option: getattr(corpus, option) for option in ORIGIN_OPTIONS}
-    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows), chat_template=chat_template)
+    origin: dict[str, Any] = {option: getattr(corpus, option) for option in ORIGIN_OPTIONS}
+    stored: dict[str, Any] = {"chat_template": chat_template, "loss_on": loss_on}
+    recipe = Recipe(**origin, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), rows=len(rows), **stored)
     manifest = read_finished(out, recipe)
     if manifest is not None:
         print(f"{out} is complete already: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
@@ -60,7 +66,7 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
         return
 
     start = time.monotonic()
-    encoder = SpanEncoder(rows, tokenizer, dtype, vocabulary_size)
+    encoder = SpanEncoder(rows, tokenizer, dtype, vocabulary_size, loss_on == "assistant")
     with closing(TokenFolderWriter(out, Progress(recipe=recipe, tokenizer=tokenizer_path), dtype)) as writer:
         before = writer.progress
         _write_spans(writer, encoder, num_workers, start)
@@ -79,8 +85,8 @@ def preprocess(out: Path, corpus: Corpus, tokenizer_path: str, num_workers: int)
                 tokenizer_fingerprint=recipe.tokenizer_fingerprint,
                 eos_id=tokenizer.eos_token_id,
                 vocabulary_size=vocabulary_size,
-                chat_template=chat_template,
                 **origin,
+                **stored,
             )
         )
     seconds = time.monotonic() - start
@@ -116,7 +122,7 @@ def _print_use(out: Path) -> None:
 def _write_spans(writer: TokenFolderWriter, encoder: SpanEncoder, num_workers: int, start: float) -> None:
     """Encode and write the remaining rows."""
     rows, done, before = writer.progress.recipe.rows, writer.progress.rows, writer.progress.tokens
-    spans = plan_spans(done, rows, num_workers)
+    spans = plan_spans(done, rows, num_workers, encoder.measure_rows())
     on_screen = sys.stderr.isatty()
     seconds = 0.2 if on_screen else LOG_SECONDS
     encoded_spans = encode_in_order(encoder, spans, num_workers)
@@ -155,6 +161,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text_column", default=defaults.text_column, help="column or JSON key of the documents (%(default)s)")
     parser.add_argument(
+        "--loss_on",
+        default="all",
+        choices=("all", "assistant"),
+        help='"assistant": store what the assistant wrote in chats, for training.loss_on = "assistant"',
+    )
+    parser.add_argument(
         "--num_workers", type=_parse_count, default=cores, help="processes that tokenize; 0: only this process (%(default)s)"
     )
     return parser.parse_args(argv)
@@ -181,9 +193,11 @@ def main(argv: list[str] | None = None) -> int:
         text_column=arguments.text_column,
     )
     try:
-        preprocess(arguments.out, corpus, arguments.tokenizer_path, arguments.num_workers)
+        preprocess(arguments.out, corpus, arguments.tokenizer_path, arguments.num_workers, arguments.loss_on)
     except UserError as error:
-        lines = str(error).replace(f"{SECTION}.", SECTION).replace("model.tokenizer_path", "--tokenizer_path")
+        lines = str(error).replace(f"{SECTION}.", SECTION)
+        for key in ("model.tokenizer_path", "training.loss_on"):
+            lines = lines.replace(key, f"--{key.partition('.')[2]}")
         print(lines, file=sys.stderr)
         return error.EXIT_CODE
     except KeyboardInterrupt:

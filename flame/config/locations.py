@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from flame.config.addresses import find_address_fault, is_remote
+
+BRANCH = "checkpoint.branch_from"
 CHECKPOINT_MARKS = (".metadata", "trainer.json")
 TOKENIZER_FILES = ("token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
@@ -31,7 +34,7 @@ def find_start(branch_from: str, initial_load_path: str, own_folder: Path) -> St
     """
     start = Start("checkpoint.initial_load_path", initial_load_path)
     if branch_from:
-        start = Start("checkpoint.branch_from", branch_from)
+        start = Start(BRANCH, branch_from)
     if not os.path.isdir(os.path.expanduser(start.path)) and (own := find_own_checkpoint(own_folder)):
         return Start("job.dump_folder", own)
     return start
@@ -103,7 +106,11 @@ def find_model_conflicts(config: str, tokenizer_path: str, start: Start) -> Iter
         config: `model.config`. tokenizer_path: `model.tokenizer_path`.
     """
     weights, label = start.path, f'{start.key} = "{start.path}"'
-    if looks_like_path(weights) and not os.path.isdir(os.path.expanduser(weights)):
+    yield from _find_remote_faults({start.key: weights, "model.config": config, "model.tokenizer_path": tokenizer_path})
+    if is_remote(weights) and start.key == BRANCH:
+        yield f"{label} is an address, and a branch starts from a folder here: copy it"
+        return
+    if looks_like_path(weights) and not is_remote(weights) and not os.path.isdir(os.path.expanduser(weights)):
         yield f"{label}: no such folder"
         return
     if newest := _find_checkpoint_in(weights):
@@ -117,8 +124,14 @@ def find_model_conflicts(config: str, tokenizer_path: str, start: Start) -> Iter
         yield f"{label} comes without a tokenizer: name the model's in model.tokenizer_path"
     elif tokenizer_path.endswith(".py"):
         return  # of a data source of the user's own, which answers for it
-    elif looks_like_path(tokenizer_path) and not _is_file_or_folder(tokenizer_path):
+    elif looks_like_path(tokenizer_path) and not is_remote(tokenizer_path) and not _is_file_or_folder(tokenizer_path):
         yield f'model.tokenizer_path = "{tokenizer_path}": no such folder or tokenizer.json'
+
+
+def _find_remote_faults(paths: dict[str, str]) -> Iterator[str]:
+    for key, path in paths.items():
+        if is_remote(path) and (fault := find_address_fault(path)):
+            yield f'{key} = "{path}": {fault}'
 
 
 def _is_file_or_folder(path: str) -> bool:
@@ -156,7 +169,7 @@ def _find_config_conflicts(config: str, start: Start, beside: str) -> Iterator[s
         yield f'{start.key} = "{start.path}" comes without a config.json: name the model\'s in model.config'
     elif os.path.exists(os.path.expanduser(source)):
         yield from _find_json_faults(source, "model.config" if config else start.key)
-    elif looks_like_path(config):
+    elif looks_like_path(config) and not is_remote(config):
         yield f'model.config = "{config}": no such file or folder'
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from flame.config.addresses import find_target_fault
 from flame.config.locations import find_branch_conflicts, find_model_conflicts
 from flame.config.types import NonNegativeInt, PositiveInt, Section, When, option
 
@@ -51,12 +52,13 @@ class Model(Section):
     """The language model and its tokenizer."""
 
     config: str = ""
-    """Hugging Face model configuration: a JSON file, a folder with config.json, or a Hub name. Weights start from the seed
-    unless there is checkpoint.initial_load_path or branch_from, whose configuration is taken where this is empty."""
+    """Hugging Face model configuration: a JSON file, a folder with config.json, an address of either, or a Hub name.
+    Weights start from the seed unless there is checkpoint.initial_load_path or branch_from, whose configuration is taken where
+    this is empty."""
     tokenizer_path: str = ""
-    """Tokenizer: a folder, a tokenizer.json, a Hub name, "bytes" for the built-in byte-level one (258 entries, no download), or
-    the name of a generated dataset, such as "pathstar", for its own. Empty: the one in checkpoint.initial_load_path or
-    branch_from."""
+    """Tokenizer: a folder, a tokenizer.json, an address of either, a Hub name, "bytes" for the built-in
+    byte-level one (258 entries, no download), or the name of a generated dataset, such as "pathstar", for its own. Empty: the
+    one in checkpoint.initial_load_path or branch_from."""
     resize_embeddings: bool = option(False, applies=When("checkpoint.initial_load_path"))
     """Grow the vocabulary to the tokenizer's where that has more entries. New rows start at the mean of the old ones."""
     trust_remote_code: bool = False
@@ -113,8 +115,9 @@ class Checkpoint(Section):
     async_mode: Literal["disabled", "async"] = option("disabled", applies=_SAVED)
     """"async": training goes on while a copy of the weights in host memory (page-locked beside GPUs) is written."""
     initial_load_path: str = ""
-    """Weights that a new run starts from: a Hugging Face folder, a Hub name, or a step-N checkpoint folder. The optimizer and
-    the data begin anew. A run that has checkpoints of its own goes on from those."""
+    """Weights that a new run starts from: a Hugging Face folder, a step-N checkpoint folder, an address of either, such as
+    "s3://bucket/folder", or a Hub name. The optimizer and the data begin anew. A run that has checkpoints of
+    its own goes on from those."""
     load_objective: bool = option(True, applies=When("initial_load_path"))
     """Also take the objective's modules, such as the predictor, from checkpoint.initial_load_path, where they are there and fit.
     Those that do not fit start fresh, which the log says."""
@@ -127,9 +130,14 @@ class Checkpoint(Section):
     """Also export every N steps, to hf-step-N/; a multiple of checkpoint.interval. 0 exports at the end alone."""
     export_dtype: Literal["float32", "bfloat16"] = option("float32", applies=_EXPORTED)
     """Dtype of exported weights. "float32" is what was trained, to the bit."""
+    export_to: str = option("", applies=_EXPORTED)
+    """An address, such as "s3://bucket/run", to which each export is also uploaded, as a folder in it. What fails is tried again
+    at the next start."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
         yield from find_branch_conflicts(self.branch_from, job.checkpoint_folder)
+        if self.export_to and (fault := find_target_fault(self.export_to)):
+            yield f'checkpoint.export_to = "{self.export_to}": {fault}'
         if self.enable_checkpoint and self.export_hf and self.export_interval % self.interval:
             yield (
                 f"checkpoint.export_interval = {self.export_interval} is no multiple of checkpoint.interval = {self.interval}: "

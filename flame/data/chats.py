@@ -67,7 +67,8 @@ def explain_no_chats(option: str, found: str) -> str:
     """The error line for a source without chats where the loss is to be on the assistant's turns."""
     return (
         f'training.loss_on = "{ASSISTANT}" needs chats, but {option} {found}: read files or a Hub dataset and name the column '
-        'of messages in its text_column, or set loss_on = "all"'
+        f"of messages in its text_column, give a folder that flame-preprocess --loss_on {ASSISTANT} made of them, or set "
+        'loss_on = "all"'
     )
 
 

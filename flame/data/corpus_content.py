@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from hashlib import sha256
 from typing import Any
 
+from flame.config.addresses import is_remote
 from flame.config.schema import JobConfig
 from flame.data.documents import TokenizedShards
 from flame.data.mixture import Mixture
 from flame.data.sources.base import Documents, SourceKind
-from flame.data.sources.containers import is_remote
 from flame.data.sources.contents import Conversation
 from flame.data.sources.files import find_size
 from flame.data.sources.registry import build_kind

@@ -16,6 +16,7 @@ from flame.data.chats import ASSISTANT, PreparedRows, PreparedShards, explain_no
 from flame.data.encoding import Labelled, encode_chat, encode_document
 from flame.data.sources.base import Documents, SourceKind, TextRows, TextShards, explain_no_text, open_texts
 from flame.data.sources.contents import Document
+from flame.data.sources.token_folder import LabelledFolder, TokenFolder
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,9 +126,11 @@ def open_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast, loss_on
     """
     tokens = kind.open_tokens(tokenizer)
     if tokens is not None:
-        if loss_on == ASSISTANT:
-            raise UserError(explain_no_chats(kind.option, "holds tokens alone"))
-        return tokens
+        if loss_on != ASSISTANT:
+            return tokens
+        if isinstance(tokens, TokenFolder) and tokens.has_labels:
+            return LabelledFolder(tokens)
+        raise UserError(explain_no_chats(kind.option, "holds tokens alone"))
     rows = prepare_rows(kind, open_texts(kind), tokenizer, loss_on)
     encode = partial(encode_chat if loss_on == ASSISTANT else encode_document, tokenizer)
     return TokenizedShards(kind, rows, encode) if hasattr(rows, "num_shards") else TokenizedSource(kind, rows, encode)

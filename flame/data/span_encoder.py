@@ -12,20 +12,24 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from flame.data.encoding import Row, encode_documents
+from flame.data.encoding import Labelled, Rendered, Row, encode_chat, encode_documents
 from flame.data.sources.base import TextRows
-from flame.data.sources.tokens import TOKEN_DTYPES, TokenDtype
+from flame.data.sources.token_folder import TOKEN_DTYPES, TokenDtype
 from flame.errors import UserError
 from flame.runtime.signals import signals_blocked
 
-LONGEST_SPAN = 256  # rows
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LONGEST_SPAN = 4096  # rows
+CHARACTERS_IN_SPAN = 1 << 19  # about a tenth of a second, so that workers finish together
+SAMPLED_ROWS = 32
 CHARACTERS_AT_ONCE = 1 << 18  # per call of the tokenizer, which needs about 100 bytes of memory for each
-SPANS_AHEAD = 3  # queued for each worker
+SPANS_AHEAD = 4  # queued for each worker
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,29 @@ class EncodedSpan:
     lengths: np.ndarray
     """int64 [documents]"""
     bad_rows: int
+    labels: np.ndarray
+    """uint8 [n] if the rows say what the assistant wrote, else [0]: 1 for its tokens."""
 
 
-def plan_spans(done: int, rows: int, num_workers: int) -> Iterator[Span]:
-    """Cut the rows from `done` on into spans, short enough that every worker gets several."""
-    length = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
+def plan_spans(done: int, rows: int, num_workers: int, mean_length: float) -> Iterator[Span]:
+    """Cut the rows from `done` on into spans, short enough that every worker gets several.
+
+    Args:
+        mean_length: characters of a row.
+    """
+    longest = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
+    length = max(1, min(longest, int(CHARACTERS_IN_SPAN / max(1.0, mean_length))))
     return (Span(start, min(start + length, rows)) for start in range(done, rows, length))
 
 
 class SpanEncoder:
     """Reads and tokenizes spans of a source."""
 
-    def __init__(self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int):
+    def __init__(
+        self, rows: TextRows, tokenizer: PreTrainedTokenizerFast, dtype: TokenDtype, vocabulary_size: int, has_labels: bool
+    ):
         self._rows: Any = rows
-        self._tokenizer = tokenizer
+        self._tokenizer, self._has_labels = tokenizer, has_labels
         self._dtype, self._vocabulary_size = TOKEN_DTYPES[dtype], vocabulary_size
 
     def check_rows(self) -> None:
@@ -78,8 +91,15 @@ class SpanEncoder:
         """Replace the rows by a copy. A forked process shares the position in each open file with its parent."""
         self._rows = pickle.loads(pickle.dumps(self._rows))
 
+    def measure_rows(self) -> float:
+        """Mean characters of a row, estimated by a few."""
+        count = len(self._rows)
+        sample = [self._rows.read(index) for index in range(0, count, -(-count // SAMPLED_ROWS))]
+        return sum(len(text) for text in sample if text is not None) / len(sample)
+
     def encode(self, span: Span) -> EncodedSpan:
         documents: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         bad_rows = 0
         texts: list[Row] = []
         characters = 0
@@ -90,16 +110,31 @@ class SpanEncoder:
             texts.append(text)
             characters += len(text)
             if characters >= CHARACTERS_AT_ONCE:
-                documents += self._encode_batch(texts)
+                self._encode_batch(texts, documents, labels)
                 texts, characters = [], 0
-        documents += self._encode_batch(texts)
+        self._encode_batch(texts, documents, labels)
         tokens = np.concatenate([np.empty(0, self._dtype), *documents])
-        return EncodedSpan(tokens, np.array([len(ids) for ids in documents], dtype=np.int64), bad_rows)
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+        return EncodedSpan(tokens, lengths, bad_rows, np.concatenate([np.empty(0, np.uint8), *labels]))
 
-    def _encode_batch(self, texts: list[Row]) -> list[np.ndarray]:
-        documents = encode_documents(self._tokenizer, texts)
-        assert all(ids.max() < self._vocabulary_size for ids in documents)
-        return [ids.astype(self._dtype) for ids in documents]
+    def _encode_batch(self, texts: list[Row], documents: list[np.ndarray], labels: list[np.ndarray]) -> None:
+        """Append the ids of each text to `documents`, and its labels to `labels` if there are any."""
+        if self._has_labels:
+            chats = [encode_chat(self._tokenizer, text) for text in texts if isinstance(text, Rendered)]
+            encoded = [chat.tokens for chat in chats]
+            labels += map(_mark, chats)
+        else:
+            encoded = encode_documents(self._tokenizer, texts)
+        assert len(encoded) == len(texts) and all(ids.max() < self._vocabulary_size for ids in encoded)
+        documents += [ids.astype(self._dtype) for ids in encoded]
+
+
+def _mark(chat: Labelled) -> np.ndarray:
+    """uint8 [n]: 1 for the tokens that count."""
+    marks = np.zeros(len(chat.tokens), dtype=np.uint8)
+    for start, end in chat.spans:
+        marks[start:end] = 1
+    return marks
 
 
 def encode_in_order(

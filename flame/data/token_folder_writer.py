@@ -1,4 +1,4 @@
-"""Writes the folders that `flame.data.sources.tokens` reads.
+"""Writes the folders that `flame.data.sources.token_folder` reads.
 
 After any interruption it resumes and writes the same bytes. `progress.json` records how much of the files is safely on disk.
 """
@@ -18,13 +18,15 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from flame.config.types import STRICT
-from flame.data.sources.tokens import (
+from flame.data.sources.token_folder import (
+    LABELS_FILE,
     MANIFEST_FILE,
     OFFSET_DTYPE,
     OFFSETS_FILE,
     TOKEN_DTYPES,
     TOKENS_FILE,
     Manifest,
+    StoredLossOn,
     TokenDtype,
     read_manifest,
 )
@@ -50,6 +52,13 @@ class Recipe:
     rows: int
     chat_template: str = ""
     """SHA-256 of what renders chats; empty for other documents."""
+    loss_on: StoredLossOn = "all"
+    """"assistant": the folder says what the assistant wrote."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What is appended to."""
+        return (TOKENS_FILE, OFFSETS_FILE, LABELS_FILE) if self.loss_on == "assistant" else (TOKENS_FILE, OFFSETS_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +102,21 @@ class TokenFolderWriter:
         Raises:
             UserError: the folder was started with another recipe, is being written, or was not made by flame-preprocess.
         """
-        self._out = out
+        self._out, self._names = out, beginning.recipe.files
         with self._name_write_errors():
             out.mkdir(parents=True, exist_ok=True)
             if not (out / PROGRESS_FILE).exists():
-                for file in (TOKENS_FILE, OFFSETS_FILE):
+                for file in self._names:
                     if (out / file).exists():
                         raise UserError(f'"{out / file}" exists without {PROGRESS_FILE} beside it: give another --out')
                 _replace_file(out / PROGRESS_FILE, _to_json(beginning))
             flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
-            self._files = [os.open(out / file, flags, 0o666) for file in (TOKENS_FILE, OFFSETS_FILE)]
+            self._files = [os.open(out / file, flags, 0o666) for file in self._names]
         try:
             self._lock()
             self.progress = _read_progress(out, beginning.recipe)
-            self._cut(self.progress.tokens * TOKEN_DTYPES[dtype].itemsize, self.progress.documents * OFFSET_DTYPE.itemsize)
+            done = self.progress
+            self._cut(done.tokens * TOKEN_DTYPES[dtype].itemsize, done.documents * OFFSET_DTYPE.itemsize, done.tokens)
         except BaseException:
             self.close()
             raise
@@ -118,7 +128,7 @@ class TokenFolderWriter:
         assert span.start == progress.rows
         ends = progress.tokens + np.cumsum(encoded.lengths)
         with self._name_write_errors():
-            self._write(encoded.tokens, (ends - encoded.lengths).astype(OFFSET_DTYPE))
+            self._write(encoded.tokens, (ends - encoded.lengths).astype(OFFSET_DTYPE), encoded.labels)
             self.progress = Progress(
                 recipe=progress.recipe,
                 tokenizer=progress.tokenizer,
@@ -134,14 +144,14 @@ class TokenFolderWriter:
         """Complete the folder, so that it can be trained on."""
         with self._name_write_errors():
             self._commit()
-            self._write(np.empty(0), np.array([manifest.tokens], dtype=OFFSET_DTYPE))
+            self._write(np.empty(0), np.array([manifest.tokens], dtype=OFFSET_DTYPE), np.empty(0))
             self._sync()
             _replace_file(self._out / MANIFEST_FILE, _to_json(manifest))
             (self._out / PROGRESS_FILE).unlink()
 
     def discard(self) -> None:
         """Remove all files that were written."""
-        for file in (TOKENS_FILE, OFFSETS_FILE, PROGRESS_FILE):
+        for file in (*self._names, PROGRESS_FILE):
             (self._out / file).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -157,8 +167,8 @@ class TokenFolderWriter:
             return  # a file system without locks
 
     def _cut(self, *sizes: int) -> None:
-        """Truncate the files to their sizes at the last commit."""
-        for file, name, size in zip(self._files, (TOKENS_FILE, OFFSETS_FILE), sizes, strict=True):
+        """Truncate the files to their sizes at the last commit. The last size is that of labels, if there are any."""
+        for file, name, size in zip(self._files, self._names, sizes, strict=False):
             if os.fstat(file).st_size < size:
                 raise UserError(
                     f'"{self._out / name}" is shorter than the {size} bytes of {PROGRESS_FILE}: delete the folder to start over'
@@ -167,8 +177,9 @@ class TokenFolderWriter:
                 os.truncate(file, size)
 
     def _write(self, *contents: np.ndarray) -> None:
-        for file, content in zip(self._files, contents, strict=True):
-            rest = memoryview(content.tobytes())
+        """Append to each file. The last content is that of labels, if there are any."""
+        for file, content in zip(self._files, contents, strict=False):
+            rest = content.view(np.uint8).data
             while rest:
                 rest = rest[os.write(file, rest) :]
 
@@ -193,7 +204,12 @@ class TokenFolderWriter:
 
 
 def _to_json(content: Progress | Manifest) -> str:
-    return json.dumps(asdict(content), indent=1) + "\n"
+    """A folder without labels says nothing of them, as those of earlier releases."""
+    settings = asdict(content)
+    for each in (settings, settings.get("recipe", {})):
+        if each.get("loss_on") == "all":
+            del each["loss_on"]
+    return json.dumps(settings, indent=1) + "\n"
 
 
 def _replace_file(path: Path, content: str) -> None:

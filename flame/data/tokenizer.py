@@ -5,13 +5,16 @@ Used in step 2 of the life of a batch (`flame.data.loader`).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from flame.config.addresses import is_remote
 from flame.config.run import BYTES_TOKENIZER
 from flame.config.types import Section
 from flame.data.encoding import END_OF_TEXT
@@ -23,6 +26,11 @@ PADDING = "<|pad|>"
 TOKENIZER_FILES = ["*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "config.json"]
 """Files of a Hub model that its tokenizer may need."""
 TOKENIZER_FILE, SETTINGS_FILE, PIECES_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+MODEL_FILE = "config.json"
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of transformers' class for any tokenizer.json, of version 4 and 5."""
+SAMPLE = ("Hello  world 12345, it's\n\n\tx: ABC's", " é e\u0301 漢字 ✓ <b>\r\n  y_z 1 22")
+"""Texts that tokenizers split in different ways."""
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>")
 """What tokenizers call the end of a text."""
 ONLY_PIECES = (
@@ -59,20 +67,21 @@ def load_tokenizer(
 
 def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     option = f'model.tokenizer_path = "{path}"'
-    place = os.path.expanduser(path)
+    place = find_folder(option, path, [*TOKENIZER_FILES, "*.py"]) if is_remote(path) else os.path.expanduser(path)
     if os.path.isfile(place):
         folder = os.path.dirname(place)
         if os.path.basename(place) != TOKENIZER_FILE or not os.path.exists(os.path.join(folder, SETTINGS_FILE)):
             return _load_file(place, option)
-        path = place = folder or "."
+        place = folder or "."
+        path = path if is_remote(path) else place
     if os.path.isfile(os.path.join(place, TOKENIZER_FILE)) and not os.path.exists(os.path.join(place, SETTINGS_FILE)):
         return _load_file(os.path.join(place, TOKENIZER_FILE), option)
     if _has_only_pieces(place):
         raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
-    if not trust_remote_code:  # code that comes along is looked up by the Hub name
+    if not (trust_remote_code or is_remote(path)):  # code that comes along is looked up by the Hub name
         place = find_folder(option, path, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = _choose_loader(place).from_pretrained(place, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = path
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -82,11 +91,52 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
             f"{option} cannot be loaded as a tokenizer ({reason}): give a folder with tokenizer.json, "
             f'a Hub name that can be reached, or "{BYTES_TOKENIZER}"'
         ) from error
+    if fault := find_misread(place, tokenizer):
+        raise UserError(f"{option}: {fault}: copy {TOKENIZER_FILE} alone into another folder and give that")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{option} is a {type(tokenizer).__name__}: only tokenizers with a tokenizer.json are supported")
     if tokenizer.eos_token_id is None:
         raise UserError(f'{option} has no eos token, which ends each document: set "eos_token" in its tokenizer_config.json')
     return tokenizer
+
+
+def find_misread(folder: str, tokenizer: Any) -> str | None:
+    """Why a tokenizer of `AutoTokenizer` is another than the `tokenizer.json` that it was loaded from; None if it is the same.
+
+    For some families, such as qwen2, `AutoTokenizer` takes the family's class and not the general one that the settings name.
+    That class keeps the vocabulary alone, and splits a text in its own way.
+    """
+    if type(tokenizer) is PreTrainedTokenizerFast or _read_class(folder) not in GENERAL_CLASSES:
+        return None
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    if all(
+        tokenizer(text, add_special_tokens=False)["input_ids"] == plain.encode(text, add_special_tokens=False) for text in SAMPLE
+    ):
+        return None
+    return (
+        f"transformers reads it as {type(tokenizer).__name__}, the class of the model beside it, which makes other ids of a text "
+        f"than its {TOKENIZER_FILE}"
+    )
+
+
+def _read_class(folder: str) -> str | None:
+    """The class that the settings in a folder name, without code of its own."""
+    try:
+        with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
+            settings = json.load(file)
+        return None if "auto_map" in settings else settings.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError, TypeError):  # loading it reports what is wrong
+        return None
+
+
+def _choose_loader(folder: str) -> Any:
+    """`AutoTokenizer`, or the class that it would choose where that is certain: importing `AutoTokenizer` also loads torch, which
+    takes a second. It is certain where the settings name the general class and no model stands beside them."""
+    if not os.path.exists(os.path.join(folder, MODEL_FILE)) and _read_class(folder) in GENERAL_CLASSES:
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _load_file(path: str, option: str) -> PreTrainedTokenizerFast:

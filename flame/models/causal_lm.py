@@ -16,12 +16,15 @@ from flame.attention.backends import Attention, is_recurrent, name_implementatio
 from flame.attention.families import find_unsupported_layers
 from flame.attention.fla_families import find_unsupported_fla, init_weights, register_fla_family
 from flame.attention.mixtures import find_unsupported_mixtures
+from flame.config.addresses import is_remote
 from flame.config.locations import check_readable
 from flame.errors import UserError
 from flame.models.config_keys import find_misspelt_keys, show_value
 from flame.models.config_values import find_impossible_values
 from flame.models.output_head import find_head_fault, find_impossible_rules
 from flame.runtime.hub import find_folder
+
+CONFIG_FILES = ["config.json", "*.py"]
 
 
 def load_model_config(path: str, trust_remote_code: bool = False, option: str = "model.config") -> PretrainedConfig:
@@ -37,9 +40,11 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
     option = f'{option} = "{path}"'
     try:
         path = os.path.expanduser(path)
+        if is_remote(path):
+            path = find_folder(option, path, CONFIG_FILES)
         check_readable(path)
         if not trust_remote_code:  # code that comes along is looked up by the Hub name
-            path = find_folder(option, path, ["config.json"])
+            path = find_folder(option, path, CONFIG_FILES[:1])
         settings, _ = PretrainedConfig.get_config_dict(path)
         if impossible := list(find_impossible_values(settings)):
             raise UserError(*(f"{option}: {fault}" for fault in impossible))

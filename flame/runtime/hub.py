@@ -1,4 +1,5 @@
-"""Asks the Hugging Face Hub. Without network it fails at once, where transformers tries again for a minute."""
+"""Finds what a path names: a folder here, at a remote address, or on the Hugging Face Hub. Without network the Hub fails at once,
+where transformers tries again for a minute."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from typing import TypeVar
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from flame.config.addresses import is_remote
+from flame.config.locations import CHECKPOINT_MARKS, is_checkpoint
 from flame.errors import UserError
+from flame.runtime.remote import fetch
 
 T = TypeVar("T")
 
@@ -28,13 +32,26 @@ def fetch_files(label: str, name: str, patterns: list[str]) -> Path:
 
 
 def find_folder(label: str, path: str, patterns: list[str]) -> str:
-    """The path itself if it exists here, else the folder with the downloaded files of the Hub model of that name.
+    """The path itself if it exists here, else the folder with the downloaded files of the Hub model of that name or of the remote
+    folder. Of an address that ends with `.json`, that file. Of a remote checkpoint, its `hf` folder.
 
     Raises:
-        UserError: as `ask_hub`.
+        UserError: as `ask_hub` or `flame.runtime.remote.fetch`.
     """
+    if is_remote(path):
+        return str(_find_remote(label, path, patterns))
     here = os.path.expanduser(path)
     return here if os.path.exists(here) else str(fetch_files(label, path, patterns))
+
+
+def _find_remote(label: str, address: str, patterns: list[str]) -> Path:
+    if address.endswith(".json"):
+        parent, _, name = address.rpartition("/")
+        return fetch(label, parent, [*patterns, name]) / name
+    folder = fetch(label, address, [*patterns, *CHECKPOINT_MARKS])
+    if not is_checkpoint(folder):
+        return folder
+    return fetch(label, address, [f"hf/{pattern}" for pattern in patterns]) / "hf"
 
 
 def ask_hub(label: str, action: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.mixture import Mixture
 from flame.data.sources.token_files import TokenFiles
-from flame.data.sources.tokens import TokenFolder
+from flame.data.sources.token_folder import LabelledFolder, TokenFolder
 from flame.errors import UserError
 from flame.models.flops import ModelFlops
 from flame.models.wrapper import TrainingModel
@@ -97,7 +97,7 @@ def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
     """Tokens of `training.epochs`."""
     epochs, source = config.training.epochs, mixture.sources[0]
     assert epochs is not None
-    if len(mixture.sources) > 1 or not isinstance(source, TokenFolder | TokenFiles):
+    if len(mixture.sources) > 1 or not isinstance(source, TokenFolder | LabelledFolder | TokenFiles):
         found = f"{len(mixture.sources)} sources" if len(mixture.sources) > 1 else source.option
         raise UserError(
             f"training.epochs = {epochs:g} needs one source of counted tokens, and the run has {found}: write its tokens with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,9 @@ def _shorten_paths(value: Any) -> Any:
 
 
 def _shorten_path(part: str) -> str:
-    return os.path.basename(part.strip().rstrip("/")) if _is_local(part.strip()) else part
+    if _is_local(part.strip()):
+        return os.path.basename(part.strip().rstrip("/"))
+    return re.sub("://[^/@]*@", "://", part)  # a name and a password
 
 
 def _is_local(path: str) -> bool:

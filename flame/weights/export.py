@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.attention.fla_families import register_fla_family
@@ -30,6 +31,8 @@ from flame.checkpoints.files import sync_to_disk
 from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import check_format
 from flame.checkpoints.storage import is_disk_full
+from flame.config.addresses import find_target_fault
+from flame.data.tokenizer import TOKENIZER_FILE, find_misread
 from flame.errors import UserError
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
@@ -37,6 +40,7 @@ from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, wr
 from flame.weights.older_names import adapt_tokenizer, write_config
 from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
+from flame.weights.upload import upload
 
 logger = logging.getLogger("flame")
 
@@ -89,10 +93,39 @@ def convert(
         if generation is not None and not (folder / GENERATION_CONFIG_NAME).exists():  # keep that of the initial weights
             generation.save_pretrained(folder)
         _write_objective(tensors, folder)
+        _check_tokenizer(out, folder)
         if tensors.state["config"]:  # a converted model has no run to describe
             write_card(folder / CARD_FILE, tensors.state, checkpoint, model.num_parameters(), dtype)
         if check:
             logger.info("export %s: %s", out, check_export(folder, config, tensors, _to_checkpoint, target))
+
+
+def convert_and_upload(
+    checkpoint: Path, address: str, dtype: Literal["float32", "bfloat16"] = "float32", *, check: bool = True
+) -> None:
+    """As `convert`, to an address. The folder is first written among the temporary files of this machine.
+
+    Raises:
+        UserError, ExportMismatch: as `convert`, or the upload fails.
+    """
+    if fault := find_target_fault(address):
+        raise UserError(f'--out "{address}": {fault}')
+    with tempfile.TemporaryDirectory(prefix="flame-export-") as place:
+        convert(checkpoint, Path(place) / "hf", dtype, check=check)
+        upload(f'--out "{address}"', Path(place) / "hf", address)
+
+
+def _check_tokenizer(out: Path, folder: Path) -> None:
+    """Warn if transformers reads another tokenizer from the export than the run had."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers has no common error type
+        logger.warning("export %s: AutoTokenizer cannot load its tokenizer (%s)", out, " ".join(str(error).split())[:300])
+        return
+    if fault := find_misread(str(folder), tokenizer):
+        logger.warning("export %s: of its tokenizer, %s: load it with PreTrainedTokenizerFast.from_pretrained", out, fault)
 
 
 def name_objective_file(objective: str) -> str:

@@ -11,6 +11,7 @@ from flame.checkpoints.manager import SLOWEST_SAVE, Checkpointer
 from flame.config.run import Checkpoint
 from flame.runtime.agreement import run_on_main
 from flame.weights.export import convert
+from flame.weights.upload import Uploader
 
 
 class Exporter:
@@ -26,12 +27,33 @@ class Exporter:
         self._checkpointer = checkpointer
         # A separate group with a long timeout, since the disk may be slow.
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
+        uploads = bool(options.enable_checkpoint and options.export_hf and options.export_to) and dist.get_rank() == 0
+        self._uploader = Uploader(folder, options.export_to) if uploads else None
 
     def is_due(self, step: int) -> bool:
         """Whether to export: every `checkpoint.export_interval` steps, except the last step, which is exported to `hf/`."""
         options = self._options
         interval = options.export_interval if options.enable_checkpoint and options.export_hf else 0
         return bool(interval) and 0 < step < self._total_steps and step % interval == 0
+
+    def catch_up(self, step: int) -> None:
+        """Export the checkpoint that a run goes on from if its export was interrupted, and upload what is not uploaded yet.
+
+        Raises:
+            UserError, RankFailure: as `export_when_due`.
+        """
+        self.export_when_due(step, again=False)
+        self.start_uploads()
+
+    def start_uploads(self) -> None:
+        """Upload all exports that are not uploaded yet. It goes on while the run does."""
+        if self._uploader is not None:
+            self._uploader.add_all()
+
+    def finish_uploads(self) -> None:
+        """Wait for the uploads. Needs no other rank."""
+        if self._uploader is not None:
+            self._uploader.wait()
 
     def export_when_due(self, step: int, *, again: bool = True) -> None:
         """Write `hf-step-N/` if it is due. Rank 0 writes, the others wait.
@@ -50,3 +72,5 @@ class Exporter:
         out = self._folder / f"hf-step-{step}"
         if again or not out.exists():
             convert(self._checkpointer.folder / f"step-{step}", out, self._options.export_dtype)
+            if self._uploader is not None:
+                self._uploader.add(out.name)

@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from flame.checkpoints.files import TRAINER_FILE, find_missing, list_folders, read_state
 from flame.checkpoints.storage import TensorReader, verify_tensors
-from flame.config.locations import is_checkpoint, looks_like_path
+from flame.config.addresses import is_remote
+from flame.config.locations import CHECKPOINT_MARKS, is_checkpoint, looks_like_path
 from flame.errors import UserError
 from flame.runtime.hub import ask_hub, fetch_files
+from flame.runtime.remote import fetch
 
 T = TypeVar("T")
 
@@ -88,7 +90,7 @@ class WeightSource(Protocol):
 
 
 def find_weights(path: str, option: str = OPTION) -> WeightSource:
-    """Open the weights at a path or Hub name. Downloads a Hub model; otherwise reads only headers.
+    """Open the weights at a path, a remote address or a Hub name. Copies remote ones; otherwise reads only headers.
 
     Args:
         option: the key or flag that gave the path, for messages.
@@ -97,6 +99,8 @@ def find_weights(path: str, option: str = OPTION) -> WeightSource:
         UserError: there are no weights, or they are incomplete, or in an unsupported format.
     """
     label = f'{option} = "{path}"'
+    if is_remote(path):
+        return _open_remote(label, path)
     folder = Path(os.path.expanduser(path))  # os.path accepts any string here, pathlib's own checks do not
     if is_checkpoint(folder):
         return CheckpointSource(label, folder)
@@ -107,6 +111,14 @@ def find_weights(path: str, option: str = OPTION) -> WeightSource:
     if looks_like_path(path):
         raise UserError(f"{label}: no such folder")
     return SafetensorsSource(label, _fetch(label, path))
+
+
+def _open_remote(label: str, address: str) -> WeightSource:
+    folder = fetch(label, address, [*ASSETS, INDEX_FILE, *CHECKPOINT_MARKS])
+    if is_checkpoint(folder):
+        return CheckpointSource(label, fetch(label, address, ["*", "hf/*"]))
+    shards = _list_shards(label, folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
+    return SafetensorsSource(label, fetch(label, address, [*shards, "*" + MODULES_SUFFIX]))
 
 
 def find_objective_weights(source: WeightSource, objective: str) -> WeightSource | None:

@@ -21,7 +21,7 @@ import pytest
 from flame.cli import preprocess
 from flame.data import span_encoder, token_folder_writer
 from flame.data.encoding import encode_document
-from flame.data.sources.tokens import open_token_folder
+from flame.data.sources.token_folder import open_token_folder
 from flame.data.token_folder_writer import TokenFolderWriter
 from flame.data.tokenizer import load_tokenizer
 from tests.support.paths import REPO
@@ -437,3 +437,22 @@ def test_a_full_disk_is_one_line_and_goes_on(
         expect_refusal(capsys, options(corpus, out), f'cannot write to --out "{out}" (No space left on device)', "same command")
     preprocess.main(options(corpus, out))
     assert read_files(out) == read_files(tmp_path / "whole")
+
+
+def test_json_lines_need_neither_torch_nor_datasets(corpus: Path, tmp_path: Path) -> None:
+    """They take longer to load than a small corpus takes."""
+    make_bpe().save_pretrained(tmp_path / "tokenizer")
+    argv = options(corpus, tmp_path / "out", tokenizer_path=tmp_path / "tokenizer", num_workers=1)
+    program = (
+        f"import sys; from flame.cli.preprocess import main; main({argv}); print({{'torch', 'datasets'}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_spans_are_short_where_rows_are_long() -> None:
+    """Workers finish together, and a span fits in memory."""
+    plan = [list(span_encoder.plan_spans(5, 1_000_005, 2, mean)) for mean in (0.0, 1e3, 1e9)]
+    for spans in plan:
+        assert [span.start for span in spans] == [5, *(span.stop for span in spans[:-1])] and spans[-1].stop == 1_000_005
+    assert [spans[0].stop - spans[0].start for spans in plan] == [3, 3, 1]

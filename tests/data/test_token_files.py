@@ -311,7 +311,7 @@ def test_a_correct_copy_with_the_same_time_is_accepted(tmp_path: Path) -> None:
     time = path.stat().st_mtime_ns
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flame.data.sources.token_index._describe_state", lambda path: "\n".join(describe_version(path)))
+        patch.setattr("flame.data.sources.index_cache._describe_state", lambda path: "\n".join(describe_version(path)))
         expect_refusal(path, "holds the id 700")
         write_nanogpt(path, [[1, 70, EOS]])
         os.utime(path, ns=(time, time))

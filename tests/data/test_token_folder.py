@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flame.data.encoding import encode_document, encode_documents, fingerprint_tokenizer
-from flame.data.sources.tokens import Manifest, TokenFolder, open_token_folder
+from flame.data.sources.token_folder import Manifest, TokenFolder, open_token_folder
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
 from tests.support.tokenizers import make_bpe
@@ -223,7 +223,7 @@ def test_damage_in_the_middle_is_one_line(tmp_path: Path, case: str) -> None:
 def test_ids_are_read_once_for_each_state_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, [[1, 256], [2, 256]])
     open_folder(tmp_path)
-    monkeypatch.setattr("flame.data.sources.tokens.scan_tokens", None)
+    monkeypatch.setattr("flame.data.sources.token_folder.scan_tokens", None)
     assert open_folder(tmp_path).read(1).tolist() == [2, 256]
 
 

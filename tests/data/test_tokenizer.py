@@ -157,3 +157,48 @@ def test_a_tokenizer_without_a_token_for_unknown_text(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         encode_document(tokenizer, "a b")
     expect_one_line(caught.value, f'model.tokenizer_path = "{tmp_path}/tok.json" cannot encode a text', "unk_token")
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("model", ["", '{"model_type": "llama"}'])
+def test_folders_load_as_transformers_loads_them(tmp_path: Path, kind: str | None, model: str) -> None:
+    """Whether or not torch is loaded for it."""
+    backend = make_bpe().backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<x> $A", special_tokens=[("<x>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<x>").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    others = {key: value for key, value in json.loads(path.read_text()).items() if key != "tokenizer_class"}
+    path.write_text(json.dumps(others | ({"tokenizer_class": kind} if kind else {})))
+    if model:
+        (tmp_path / "config.json").write_text(model)
+    expected, loaded = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    assert type(loaded) is type(expected)
+    assert loaded.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == expected.special_tokens_map and loaded.get_vocab() == expected.get_vocab()
+    assert loaded("ab A")["input_ids"] == expected("ab A")["input_ids"]
+
+
+def test_a_tokenizer_that_transformers_misreads_is_refused(tmp_path: Path) -> None:
+    """AutoTokenizer takes the class of the model beside it, which splits a text otherwise."""
+    BYTES.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError) as refusal:
+        load_tokenizer(str(tmp_path / "model"))
+    expect_one_line(refusal.value, "transformers reads it as Qwen2Tokenizer", "copy tokenizer.json alone")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "tokenizer.json").write_bytes((tmp_path / "model" / "tokenizer.json").read_bytes())
+    assert encode_document(load_tokenizer(str(tmp_path / "alone")), "e\u0301").tolist() == [*"e\u0301".encode(), EOS]
+
+
+def test_a_familys_own_tokenizer_is_not_refused(tmp_path: Path) -> None:
+    """Whether or not the settings name its class."""
+    backend = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1, "b": 2}, merges=[]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}')
+    own = load_tokenizer(str(tmp_path))
+    own.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name in ("Qwen2Tokenizer", "PreTrainedTokenizerFast"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+        assert load_tokenizer(str(tmp_path)).backend_tokenizer.to_str() == own.backend_tokenizer.to_str()

@@ -139,6 +139,7 @@ def test_a_checkpoint_that_has_been_copied_elsewhere(tmp_path, config):
 def test_no_path_of_the_machine_is_published(tmp_path, config):
     config.training.data_files = "/secret/a.txt,/secret/dir/b*.txt"
     config.checkpoint.initial_load_path = "/secret/weights/step-9"
+    config.checkpoint.export_to = "ftp://user:secret@host/run"
     text = write(tmp_path, config)
     assert "secret" not in text and str(tmp_path) not in text
     options = tomli.loads(text.split("````toml\n")[1].split("````")[0])
@@ -146,6 +147,7 @@ def test_no_path_of_the_machine_is_published(tmp_path, config):
     assert options["model"] == asdict(config.model) | {"config": "llama.json", "tokenizer_path": "tokenizer"}
     assert options["training"]["data_files"] == "a.txt,b*.txt"
     assert options["checkpoint"]["initial_load_path"] == "step-9"
+    assert options["checkpoint"]["export_to"] == "ftp://host/run"
     assert options["optimizer"] == asdict(config.optimizer)
 
 

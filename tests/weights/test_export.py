@@ -416,3 +416,13 @@ def test_a_run_exports_on_its_way(tmp_path, checkpoint, one_process):
         exporter.export_when_due(6)
     options.export_interval = 0
     assert not any(exporter.is_due(step) for step in range(13))
+
+
+@pytest.mark.parametrize(("family", "is_misread"), [("qwen2", True), ("llama", False)])
+def test_a_tokenizer_that_transformers_misreads_is_a_warning(tmp_path, caplog, family, is_misread):
+    checkpoint = make_checkpoint(tmp_path / "run", build_model(build_toy(family, vocab_size=264)))
+    convert(checkpoint, tmp_path / "hf", check=False)
+    warning = (
+        "transformers reads it as Qwen2Tokenizer" in caplog.text and "PreTrainedTokenizerFast.from_pretrained" in caplog.text
+    )
+    assert warning == is_misread and ("tokenizer" in caplog.text) == is_misread

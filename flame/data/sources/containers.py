@@ -12,8 +12,11 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import PurePath
 from typing import Any, BinaryIO
+
+from flame.config.addresses import is_remote
 
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 """What may follow the suffix of a text file."""
@@ -21,11 +24,6 @@ BUFFER = 1 << 20
 ZSTD_MARK, SKIPPABLE_MARK = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 TAR_MARK, TAR_MARK_AT = b"ustar", 257
 UNREAD = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar"}
-
-
-def is_remote(path: str) -> bool:
-    """Whether this is an address that fsspec opens, such as `s3://bucket/file`."""
-    return "://" in path
 
 
 def open_seekable(path: str) -> Any:
@@ -54,6 +52,17 @@ def open_contents(path: str, suffixes: Sequence[str]) -> Iterator[tuple[str, Bin
     """
     with _open_stream(path) as file:
         yield from _open_any(file, path, suffixes)
+
+
+def is_plain(path: str) -> bool:
+    """Whether a file is here and holds its content as it is: neither compressed nor an archive."""
+    if is_remote(path):
+        return False
+    try:
+        with _open_stream(path) as file:
+            return all(content is file for _, content in islice(_open_any(file, path, ()), 1))
+    except Exception:  # reading it reports what is wrong
+        return False
 
 
 def _open_any(file: io.BufferedReader, name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flame.data.sources.containers import has_suffix, is_remote
+from flame.config.addresses import is_remote
+from flame.data.sources.containers import has_suffix
 from flame.errors import UserError
 
 

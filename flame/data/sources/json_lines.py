@@ -8,10 +8,11 @@ from functools import partial
 from textwrap import shorten
 from typing import Any
 
+from flame.config.addresses import is_remote
 from flame.data.sources.base import TextRows, TextShards, explain_emptiness
-from flame.data.sources.cells import FileShards, TableRows
-from flame.data.sources.containers import is_remote
-from flame.data.sources.contents import DECODERS, Content, Document, classify_values, decode_text_cell
+from flame.data.sources.cells import CellRows, FileShards, TableRows
+from flame.data.sources.contents import DECODERS, Content, Decode, Document, classify_values, decode_text_cell
+from flame.data.sources.line_files import LineRows, open_lines
 from flame.data.sources.tables import FileKind
 from flame.data.sources.text import Lines
 from flame.errors import UserError
@@ -26,21 +27,26 @@ class JsonLines(FileKind):
     uses = frozenset({"data_files", "text_column", "streaming"})
     suffixes = (".jsonl", ".json", ".ndjson")
 
-    def open(self) -> TableRows | FileShards:
-        import pyarrow as pa
-
+    def open(self) -> LineRows | TableRows | FileShards:
         files = [path for path in self.list_files() if is_remote(path) or os.path.getsize(path)]
         if not files:
             raise UserError(explain_emptiness(self))
-        lines, key = Lines(pa.string(), self.suffixes), self.corpus.text_column
-        rows = self.open_cells(files, lines, partial(decode_json_line, key=key), "text")
+        key = self.corpus.text_column
+        rows = self._open_lines(files, partial(decode_json_line, key=key))
         content = _find_content(rows, key)
         if content != "text":
             rows.decode_as(content, partial(decode_json_line, key=key, content=content))
         return rows
 
+    def _open_lines(self, files: list[str], decode: Decode) -> LineRows | TableRows | FileShards:
+        if not self.corpus.streaming and (lines := open_lines(files, decode)) is not None:
+            return lines
+        import pyarrow as pa
+
+        return self.open_cells(files, Lines(pa.string(), self.suffixes), decode, "text")
+
     def advise(self, rows: TextRows | TextShards) -> str:
-        assert isinstance(rows, TableRows | FileShards)
+        assert isinstance(rows, CellRows)
         column = f'{self.section}.text_column = "{self.corpus.text_column}"'
         objects = [content for content in map(_parse_json_line, rows.list_first_cells()) if isinstance(content, dict)]
         keys = list(dict.fromkeys(key for content in objects for key in content))
@@ -60,7 +66,7 @@ def decode_json_line(row: str, key: str, content: Content = "text") -> Document 
     return decode_text_cell(parsed.get(key)) if content == "text" else DECODERS[content](parsed.get(key))
 
 
-def _find_content(rows: TableRows | FileShards, key: str) -> Content:
+def _find_content(rows: CellRows, key: str) -> Content:
     objects = filter(lambda parsed: isinstance(parsed, dict), map(_parse_json_line, rows.list_first_cells()))
     try:
         return classify_values(parsed.get(key) for parsed in objects)

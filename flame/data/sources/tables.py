@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from flame.config.addresses import is_remote
 from flame.config.schema import JobConfig
 from flame.data.sources.base import SourceKind, TextRows, TextShards, explain_emptiness
 from flame.data.sources.cells import (
@@ -18,7 +19,6 @@ from flame.data.sources.cells import (
     find_reason,
     find_unreadable,
 )
-from flame.data.sources.containers import is_remote
 from flame.data.sources.contents import DECODERS, Content, Decode, classify_type, decode_dictionary, is_list
 from flame.data.sources.files import find_missing, list_data_files
 from flame.errors import UserError

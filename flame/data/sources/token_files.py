@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flame.data.sources.token_index import Scan, TokenIndex, map_file, open_index, scan_tokens, sum_lengths
+from flame.data.sources.index_cache import map_file
+from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens, sum_lengths
 from flame.errors import UserError
 
 SUFFIXES = (".bin", ".npy")

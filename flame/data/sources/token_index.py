@@ -1,28 +1,23 @@
 """What is known of a file of token ids after it was read once: where documents begin, and the smallest and largest id.
 
-It is kept in a cache beside that of `datasets`, under the file's path, size and times, so that later starts, other ranks and
-worker processes map it. Reading a file once goes at the speed of memory or disk. What is known of a faulty file is not kept.
+It is kept (`flame.data.sources.index_cache`). Reading a file once goes at the speed of memory or disk. What is known of a faulty
+file is not kept.
 """
 
 from __future__ import annotations
 
-import hashlib
-import mmap
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from flame.data.sources.files import describe_version
+from flame.data.sources.index_cache import INDEX_DTYPE, KeptArray, find_index, keep_index, map_file
 
 TOKENS_AT_ONCE = 1 << 24
 HEADER = 4
 """Integers before the offsets: version, smallest id, largest id, whether every second token is 0."""
 VERSION = 2
-OFFSET_DTYPE = np.dtype("<i8")
 
 
 class Scan(NamedTuple):
@@ -56,20 +51,13 @@ def scan_tokens(tokens: np.ndarray, end_of_text: int | None = None) -> Scan:
 class TokenIndex:
     """A `Scan`, and the boundaries of the documents: int64 [documents+1]. Pickled as the path of its file."""
 
-    def __init__(self, content: np.ndarray | Path):
-        self._content = content
-        self._mapped: np.ndarray | None = None if isinstance(content, Path) else content
-
-    def __reduce__(self) -> tuple[type[TokenIndex], tuple[np.ndarray | Path]]:
-        return TokenIndex, (self._content,)
+    def __init__(self, kept: KeptArray):
+        self._kept = kept
 
     @property
     def content(self) -> np.ndarray:
         """int64 [HEADER + documents + 1]"""
-        if self._mapped is None:
-            assert isinstance(self._content, Path)
-            self._mapped = map_file(self._content, OFFSET_DTYPE)
-        return self._mapped
+        return self._kept.array
 
     @property
     def smallest(self) -> int:
@@ -99,43 +87,16 @@ def open_index(
         make: reads the files, and returns what it found with the boundaries of the documents.
         find_fault: why the files cannot be used. Then the index is not kept: a correct copy may have the same size and time.
     """
-    name = hashlib.sha256("\n".join([str(VERSION), *told, *map(_describe_state, files)]).encode()).hexdigest()[:32]
-    path = find_cache() / f"{name}.idx"
+    path = find_index([str(VERSION), *told], files)
     if _is_complete(path):
-        return TokenIndex(path), find_fault(TokenIndex(path))
+        index = TokenIndex(KeptArray(path))
+        return index, find_fault(index)
     scan, offsets = make()
     header = [VERSION, scan.smallest, scan.largest, scan.is_every_second_zero]
-    content = np.concatenate([np.asarray(header, dtype=OFFSET_DTYPE), offsets.astype(OFFSET_DTYPE)])
-    if fault := find_fault(TokenIndex(content)):
-        return TokenIndex(content), fault
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content.tobytes())
-        os.replace(file.name, path)
-    except OSError:  # nowhere to keep it: each start reads the file again
-        return TokenIndex(content), None
-    return TokenIndex(path), None
-
-
-def find_cache() -> Path:
-    """Folder of the indices."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")), "flame_tokens")
-
-
-def _describe_state(path: str) -> str:
-    return "\n".join([*describe_version(path), str(os.stat(path).st_ctime_ns)])
-
-
-def map_file(path: Path, dtype: np.dtype, start: int = 0, count: int = -1) -> np.ndarray:
-    """Map a file into memory as a read-only array, [n], n >= 1.
-
-    Args:
-        start: first byte. count: how many; -1 takes all.
-    """
-    with open(path, "rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype, count, start)
+    content = np.concatenate([np.asarray(header, dtype=INDEX_DTYPE), offsets.astype(INDEX_DTYPE)])
+    if fault := find_fault(TokenIndex(KeptArray(content))):
+        return TokenIndex(KeptArray(content)), fault
+    return TokenIndex(keep_index(path, content)), None
 
 
 def sum_lengths(lengths: np.ndarray, holdout_every: int) -> int:
@@ -147,6 +108,6 @@ def sum_lengths(lengths: np.ndarray, holdout_every: int) -> int:
 def _is_complete(path: Path) -> bool:
     try:
         size = path.stat().st_size
-        return size >= HEADER * OFFSET_DTYPE.itemsize and int(map_file(path, OFFSET_DTYPE)[0]) == VERSION
+        return size >= HEADER * INDEX_DTYPE.itemsize and int(map_file(path, INDEX_DTYPE)[0]) == VERSION
     except (OSError, ValueError):
         return False
