@@ -100,11 +100,11 @@ def list_options(case: Case, out: Path) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def measure(case: Case, out: Path, gpus: list[int], seconds: int) -> float | None:
+def measure(case: Case, out: Path, gpus: list[str], seconds: int) -> float | None:
     """GiB at the peak of a run; None if it fails."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.gpus}"]
     command = [*torchrun, "-m", "flame.train", *list_options(case, out)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     with (out / f"{case.name}.log").open("w") as log:
         try:
             subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, timeout=seconds, check=True)
@@ -114,22 +114,30 @@ def measure(case: Case, out: Path, gpus: list[int], seconds: int) -> float | Non
     return max(row["peak_memory_gib"] for row in rows if row is not None)
 
 
+def list_gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measured peak memory beside the estimate.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="names of cases")
     parser.add_argument("--seconds", type=int, default=200, help="limit of one run")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    count = torch.cuda.device_count()
+    gpus = list_gpus()
+    count = len(gpus)
     memory = torch.cuda.get_device_properties(0).total_memory / GIB
     estimates = {
         case: estimate_run(read_options(list_options(case, arguments.out), case.gpus)).peak / GIB
         for case in CASES
-        if case.gpus <= count
+        if case.gpus <= count and (not arguments.only or case.name in arguments.only)
     }
     cases = [case for case, peak in estimates.items() if peak < SPARE * memory]
-    free: Queue[int] = Queue()
-    for gpu in range(count):
+    free: Queue[str] = Queue()
+    for gpu in gpus:
         free.put(gpu)
     small = [case for case in cases if case.gpus == 1]
 
@@ -140,19 +148,19 @@ def main(argv: list[str]) -> None:
         finally:
             free.put(gpu)
 
+    def show(case: Case, peak: float | None) -> None:
+        cells = [case.shape, f"{case.tokens:,}", str(case.gpus), case.objective, "yes" if case.compiled else "no", case.recompute]
+        found = ["failed", "-"] if peak is None else [f"{peak:.1f}", f"{estimates[case] / peak:.3f}"]
+        print(f"| {' | '.join([*cells, f'{estimates[case]:.1f}', *found])} |", flush=True)
+
+    columns = ["Llama", "tokens a GPU", "GPUs", "objective", "compiled", "recomputed", "estimate, GiB", "measured, GiB", "ratio"]
+    print("\n".join(format_table(columns, [])))
     with ThreadPoolExecutor(count) as pool:
-        measured = dict(zip(small, pool.map(run_small, small), strict=True))
+        for case, peak in zip(small, pool.map(run_small, small), strict=True):
+            show(case, peak)
     for case in cases:
         if case.gpus > 1:
-            measured[case] = measure(case, arguments.out, list(range(case.gpus)), arguments.seconds)
-    columns = ["Llama", "tokens a GPU", "GPUs", "objective", "compiled", "recomputed", "estimate, GiB", "measured, GiB", "ratio"]
-    rows = []
-    for case in cases:
-        peak = measured[case]
-        cells = [case.shape, f"{case.tokens:,}", str(case.gpus), case.objective, "yes" if case.compiled else "no", case.recompute]
-        figures = [f"{estimates[case]:.1f}", "failed" if peak is None else f"{peak:.1f}"]
-        rows.append([*cells, *figures, "-" if peak is None else f"{estimates[case] / peak:.3f}"])
-    print("\n".join(format_table(columns, rows)))
+            show(case, measure(case, arguments.out, gpus[: case.gpus], arguments.seconds))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,12 @@ def varlen_attention(
     Returns:
         output [T, H, D] and the logarithms of the softmax denominators [H, T], float32; float64 for float64.
     """
-    return _add_sinks(*flash_kernels.run_forward(query, key, value, cu_seqlens, max_length, window, scale), sinks)
+    return _launch(query, key, value, cu_seqlens, max_length, window, scale, sinks)
+
+
+def _launch(query, key, value, cu_seqlens, max_length, window, scale, sinks=None) -> tuple[Tensor, Tensor]:
+    out, lse = _add_sinks(*flash_kernels.run_forward(query, key, value, cu_seqlens, max_length, window, scale), sinks)
+    return out.contiguous(), lse  # PyTorch's kernels answer in the layout of their inputs, which compiled code does not expect
 
 
 def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,15 @@ def _varlen_attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, max_length: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return flash_kernels.run_backward(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale)
+    return _launch_backward(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale)
+
+
+def _launch_backward(
+    grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = flash_kernels.run_backward(grad_out, query, key, value, out, lse, cu_seqlens, max_length, window, scale)
+    grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 @_varlen_attention_backward.register_kernel("cpu")

@@ -24,9 +24,9 @@ HALF, FULL = 2, 4
 GATHERED_LAYERS = 2
 """Layers whose whole weights are there at once: the one that is computed and the next."""
 EAGER = 2.2
-"""Times as much is kept without training.compile: each operation keeps its own input, norms in float32."""
+"""Times as much is kept without training.compile: each operation keeps its own input, norms in float32. A guess."""
 SELECTIVE = 0.62
-"""Share that activation_checkpoint.mode = "selective" keeps."""
+"""Share that activation_checkpoint.mode = "selective" keeps. A guess."""
 
 
 class Memory(NamedTuple):

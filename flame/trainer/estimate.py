@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from flame.config.schema import JobConfig
-from flame.config.training import Training
 from flame.models.flops import ModelFlops
 from flame.models.memory import find_moment_bytes
 from flame.models.memory_estimate import Memory, estimate_memory
@@ -124,7 +123,7 @@ def describe(estimate: Estimate, config: JobConfig) -> Iterator[str]:
         seconds = estimate.run_flops / (MFU * gpu.peak * 1e12 * ranks)
         yield f"{gpu.name:<14}{gpu.memory:>12}{fits:>6}{show_time(seconds):>26}"
     yield ""
-    yield from _list_caveats(training)
+    yield from _list_caveats(config)
 
 
 def show_flops(flops: float) -> str:
@@ -142,10 +141,13 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _list_caveats(training: Training) -> Iterator[str]:
-    yield "Memory is within 4 % of what was measured for Llamas of 340M, 1B and 8B with training.compile (docs/performance.md)."
+def _list_caveats(config: JobConfig) -> Iterator[str]:
+    training = config.training
+    yield "With training.compile, memory is within 4 % of what Llamas of 340M, 1B and 8B took (docs/performance.md)."
     if not training.compile:
-        yield "training.compile = false: activations are a rough guess."
+        yield "training.compile = false: activations are a guess."
+    if config.activation_checkpoint.mode != "none":
+        yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}": activations are a guess.'
     if training.float8:
         yield "training.float8 = true: the memory is that of bfloat16."
 

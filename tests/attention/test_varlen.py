@@ -9,11 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig
 
 from flame.attention import flash as flash_kernels
 from flame.attention.backends import choose_attention
-from flame.attention.varlen import DocumentLayout, attend, varlen_attention
+from flame.attention.varlen import (
+    DocumentLayout,
+    _launch,
+    _launch_backward,
+    _varlen_attention_backward,
+    attend,
+    varlen_attention,
+)
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.wrapper import TrainingModel
 from flame.trainer import setup
@@ -146,3 +154,30 @@ def test_what_attends_where(monkeypatch):
     assert choose_attention(build_toy("gpt2"), "cuda", torch.float32) == "sdpa"
     monkeypatch.setattr(flash_kernels, "is_supported", lambda: False)
     assert choose(torch.bfloat16, head_dim=16) == "flex"
+
+
+def test_results_have_the_layout_that_compiled_code_is_told(monkeypatch):
+    """PyTorch's kernels answer in the layout of their inputs, where heads may come before tokens."""
+
+    def lay_out_as(result: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(states).copy_(result)
+
+    def run_forward(query, *arguments):
+        out, lse = varlen_attention(query, *arguments)
+        return lay_out_as(out, query), lse
+
+    def run_backward(grad_out, query, key, value, *_):
+        return tuple(lay_out_as(torch.zeros(states.shape), states) for states in (query, key, value))
+
+    monkeypatch.setattr(flash_kernels, "run_forward", run_forward)
+    monkeypatch.setattr(flash_kernels, "run_backward", run_backward)
+    query, key, value = (torch.randn(2, 7, 8).transpose(0, 1) for _ in range(3))
+    arguments = torch.tensor([0, 3, 7], dtype=torch.int32), 8, -1, 0.3
+    real = _launch(query, key, value, *arguments)
+    real_grads = _launch_backward(query, query, key, value, *real, *arguments)
+    with FakeTensorMode() as fake:
+        states = [fake.from_tensor(each) for each in (query, key, value)]
+        told = varlen_attention(*states, fake.from_tensor(arguments[0]), *arguments[1:])
+        told_grads = _varlen_attention_backward(states[0], *states, *told, fake.from_tensor(arguments[0]), *arguments[1:])
+    for found, expected in zip((*real, *real_grads), (*told, *told_grads), strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
