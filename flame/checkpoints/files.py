@@ -12,12 +12,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from flame.checkpoints.manifest import TRAINER_FILE, describe_files, render
 from flame.checkpoints.storage import METADATA_FILE
 from flame.errors import UserError
 
 logger = logging.getLogger("flame")
 
-TRAINER_FILE = "trainer.json"
 GIB = 2**30
 
 
@@ -34,7 +34,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def find_missing(checkpoint: Path) -> list[str]:
     """Names of the required files that a checkpoint lacks; empty if it is complete."""
-    return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).exists()]
+    return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).is_file()]
 
 
 def check_written(partial: Path, metadata: Metadata) -> None:
@@ -59,16 +59,16 @@ def set_aside(checkpoint: Path) -> Path:
     return renamed
 
 
-def commit(partial: Path, final: Path, state: dict[str, Any]) -> None:
+def commit(partial: Path, final: Path, state: dict[str, Any], digests: dict[str, str] | None = None) -> None:
     """Add `trainer.json` to a folder and rename it to its final name. After a power cut, all of it is there or nothing.
 
     Args:
         partial: the folder; its tensors are on the disk already.
         final: the final path; an existing checkpoint there is replaced.
-        state: JSON-serializable. The sizes of all files, in bytes, are added as `files`.
+        state: JSON-serializable. Sizes and digests of all files are added.
+        digests: of files, by name, by those who wrote them; the others are read.
     """
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-    write_durably(partial / TRAINER_FILE, json.dumps(state | {"files": files}, indent=1).encode())
+    write_durably(partial / TRAINER_FILE, render(state | describe_files(partial, digests or {})))
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync_to_disk(folder)
     if final.exists():
@@ -121,6 +121,15 @@ def list_good_steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in reversed(list_checkpoints(folder)) if not was_skipping(path)]
 
 
+def advise_going_back(folder: Path) -> str:
+    """How to go back, to follow an error line; empty if there is no checkpoint to go back to."""
+    steps = list_good_steps(folder)
+    if not steps:
+        return ""
+    otherwise = f" (or {steps[1]}, if that fails too)" if len(steps) > 1 else ""
+    return f"; put the cause right and go back to before them with --checkpoint.load_step {steps[0]}{otherwise}"
+
+
 def purge_before(newest: Path, keep_latest_k: int) -> None:
     """Delete the oldest checkpoints, so that `keep_latest_k` up to and including `newest` remain; 0 keeps all.
 
@@ -137,26 +146,6 @@ def purge_before(newest: Path, keep_latest_k: int) -> None:
             remove(old)
         except OSError as error:  # not fatal: the new checkpoint is complete
             logger.warning("old checkpoint %s cannot be removed: %s", old, error)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `trainer.json`, and check that every file it lists exists with the listed size.
-
-    Raises:
-        OSError: a file is missing or has another size.
-        ValueError: `trainer.json` is truncated, or lacks a required key.
-    """
-    try:
-        state = json.loads((checkpoint / TRAINER_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{TRAINER_FILE}: {error}") from error
-    if not isinstance(state, dict) or not {"config", "files", "world_size"} <= state.keys():
-        raise ValueError(f"{TRAINER_FILE} lacks the configuration, the number of ranks or the list of files")
-    for name, size in state["files"].items():
-        found = (checkpoint / name).stat().st_size
-        if found != size:
-            raise OSError(f"{name} has {found} bytes instead of {size}")
-    return state
 
 
 def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:

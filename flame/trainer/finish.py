@@ -7,7 +7,8 @@ import logging
 from hashlib import sha256
 from pathlib import Path
 
-from flame.checkpoints.files import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.files import list_checkpoints
+from flame.checkpoints.manifest import TRAINER_FILE
 from flame.config.schema import JobConfig
 from flame.errors import UserError
 from flame.logging.plots import CURVES_FILE, plot_run
