@@ -7,14 +7,17 @@ import logging
 import os
 import re
 import shutil
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from flame.checkpoints.manifest import TRAINER_FILE, describe_files, render
-from flame.checkpoints.storage import METADATA_FILE
+from flame.checkpoints.storage import METADATA_FILE, find_os_error
 from flame.errors import UserError
+from flame.runtime.disk import CLOSED, FULL, replace
 
 logger = logging.getLogger("flame")
 
@@ -54,8 +57,8 @@ def check_written(partial: Path, metadata: Metadata) -> None:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint that cannot be used to `step-N.damaged`, without deleting it. Returns the new path."""
     renamed = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(checkpoint, renamed)
+    _delete(renamed)
+    replace(checkpoint, renamed)
     return renamed
 
 
@@ -73,7 +76,7 @@ def commit(partial: Path, final: Path, state: dict[str, Any], digests: dict[str,
         sync_to_disk(folder)
     if final.exists():
         remove(final)
-    os.replace(partial, final)
+    replace(partial, final)
     sync_to_disk(final.parent)
 
 
@@ -96,15 +99,27 @@ def sync_to_disk(path: Path) -> None:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint. It is renamed first, so that an interrupted deletion leaves nothing that looks complete."""
     renamed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(checkpoint, renamed)
-    shutil.rmtree(renamed)
+    _delete(renamed)
+    replace(checkpoint, renamed)
+    if renamed.is_dir() and not renamed.is_symlink():
+        shutil.rmtree(renamed)
+    else:
+        renamed.unlink()
 
 
 def remove_partial(folder: Path) -> None:
     """Delete what interrupted saves and deletions have left."""
     for leftover in folder.glob("step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, a file or a link, as far as possible."""
+    if path.is_symlink() or path.is_file():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def was_skipping(checkpoint: Path) -> bool:
@@ -148,6 +163,34 @@ def purge_before(newest: Path, keep_latest_k: int) -> None:
             logger.warning("old checkpoint %s cannot be removed: %s", old, error)
 
 
+def leave_token(folder: Path) -> str:
+    """Make a file of a new name in a folder, which is created if needed. Returns the name.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    token = f".shared-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
+    except OSError as error:
+        raise UserError(f'job.dump_folder: "{folder}" cannot be written to ({error.strerror})') from error
+    return token
+
+
+def find_token(folder: Path, token: str, rank: int) -> None:
+    """Check that a rank sees the file that rank 0 has made.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not (folder / token).exists():
+        raise UserError(
+            f'job.dump_folder: "{folder}" is not the same folder for rank {rank} as for rank 0: '
+            "job.dump_folder must be on a disk that all machines share"
+        )
+
+
 def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:
     """Check that the next checkpoint fits on the disk.
 
@@ -164,6 +207,16 @@ def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:
             f'job.dump_folder: "{folder}" needs {needed / GIB:.2f} GiB for the next checkpoint, but {free / GIB:.2f} GiB are '
             f"free: {advise_on_full_disk(keep_latest_k)}"
         )
+
+
+def explain_write_error(error: BaseException, folder: Path, keep_latest_k: int) -> UserError | None:
+    """The line for a disk that is full or may not be written to; None for another error."""
+    found = find_os_error(error)
+    if found is None or found.errno not in (*FULL, *CLOSED):
+        return None
+    if found.errno in CLOSED:
+        return UserError(f'job.dump_folder: "{folder}" cannot be written to ({found.strerror}): make it writable')
+    return UserError(f'job.dump_folder: the disk of "{folder}" is full: {advise_on_full_disk(keep_latest_k)}')
 
 
 def advise_on_full_disk(keep_latest_k: int) -> str:

@@ -17,7 +17,6 @@ import copy
 import logging
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -34,11 +33,13 @@ from flame.checkpoints import random_state
 from flame.checkpoints.background import Background
 from flame.checkpoints.files import (
     advise_going_back,
-    advise_on_full_disk,
     check_disk_space,
     check_written,
     commit,
+    explain_write_error,
     find_missing,
+    find_token,
+    leave_token,
     list_checkpoints,
     list_folders,
     purge_before,
@@ -49,7 +50,7 @@ from flame.checkpoints.files import (
 from flame.checkpoints.manifest import TRAINER_FILE, digest_files, has_digests, read_state, verify_files, warn_unverified
 from flame.checkpoints.reading import check_finite, find_not_finite, run_unverified
 from flame.checkpoints.staging import TensorTree
-from flame.checkpoints.storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
+from flame.checkpoints.storage import TensorReader, TensorWriter, check_tensors, verify_tensors
 from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
 from flame.runtime.agreement import RankFailure, run_on_all, run_on_main
@@ -113,7 +114,7 @@ class Checkpointer:
             trainer_state: JSON-serializable, the same on all ranks. `world_size` and `files` are added to it.
 
         Raises:
-            UserError: the disk is full, or the weights are not finite.
+            UserError: the disk is full or read-only, or the weights are not finite.
             RankFailure: the checkpoint could not be written; if asynchronous, the last two could not.
         """
         self._finish_last_save()
@@ -166,28 +167,12 @@ class Checkpointer:
             UserError: the folder cannot be written, is not the same for all ranks, or the next checkpoint will not fit.
         """
         self.wait()
-        token = run_on_main(self._leave_token)
+        token = run_on_main(partial(leave_token, self.folder))
         try:
-            run_on_all(partial(self._find_token, token))
+            run_on_all(partial(find_token, self.folder, token, dist.get_rank()))
         finally:
             (self.folder / token).unlink(missing_ok=True)
         run_on_main(partial(self._prepare, _count_bytes(self._list_tensors())))
-
-    def _leave_token(self) -> str:
-        token = f".shared-{uuid.uuid4().hex}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / token).touch()
-        except OSError as error:
-            raise UserError(f'job.dump_folder: "{self.folder}" cannot be written to ({error.strerror})') from error
-        return token
-
-    def _find_token(self, token: str) -> None:
-        if not (self.folder / token).exists():
-            raise UserError(
-                f'job.dump_folder: "{self.folder}" is not the same folder for rank {dist.get_rank()} as for rank 0: '
-                "job.dump_folder must be on a disk that all machines share"
-            )
 
     def _prepare(self, size: int) -> None:
         self._check_disk_space(size)
@@ -204,14 +189,15 @@ class Checkpointer:
         """Write and commit. If saves are asynchronous, the thread runs this."""
         unfinished = self.folder / f"step-{step}.partial"
         try:
-            own = run_on_all(partial(self._explain_full_disk, partial(self._write_tensors, unfinished, tensors)), self._group)
+            own = run_on_all(partial(self._explain, partial(self._write_tensors, unfinished, tensors)), self._group)
             digests = self._gather_digests(own)
-            run_on_main(partial(self._explain_full_disk, partial(self._commit, unfinished, state, digests)), self._group)
+            run_on_main(partial(self._explain, partial(self._commit, unfinished, state, digests)), self._group)
         except (UserError, RankFailure) as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, RankFailure):
-                raise RankFailure(f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}') from error
+                line = f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}'
+                raise RankFailure(line, is_of_machine=error.is_of_machine) from error
             raise
 
     def _write_tensors(self, folder: Path, tensors: TensorTree) -> dict[str, str]:
@@ -234,15 +220,13 @@ class Checkpointer:
         commit(unfinished, final, state, digests)
         purge_before(final, self.keep_latest_k)
 
-    def _explain_full_disk(self, action: Callable[[], T]) -> T:
+    def _explain(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except (OSError, dcp.CheckpointException) as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(
-                f'job.dump_folder: the disk of "{self.folder}" is full: {advise_on_full_disk(self.keep_latest_k)}'
-            ) from error
+            if mistake := explain_write_error(error, self.folder, self.keep_latest_k):
+                raise mistake from error
+            raise
 
     # ---------------------------------------------------------------- resuming
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import pickle
 import zipfile
@@ -19,6 +18,7 @@ from torch.futures import Future
 
 from flame.checkpoints.index_check import check_index
 from flame.checkpoints.staging import TensorTree
+from flame.runtime.disk import FULL
 
 METADATA_FILE = ".metadata"
 
@@ -68,11 +68,17 @@ class TensorWriter(FileSystemWriter):
             raise
 
 
+def find_os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind an error of torch's checkpointing, or the error itself."""
+    if failures := getattr(error, "failures", None):
+        return next(filter(None, (find_os_error(failure) for failure, _ in failures.values())), None)
+    return error if isinstance(error, OSError) else None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk is full, or that the user's quota is used up."""
-    if failures := getattr(error, "failures", None):
-        return any(is_disk_full(failure) for failure, _ in failures.values())
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    found = find_os_error(error)
+    return found is not None and found.errno in FULL
 
 
 class TensorReader(FileSystemReader):
