@@ -111,6 +111,8 @@ def check_fields(state: dict[str, Any], *, is_signed: bool) -> str | None:
     if fault is None:
         streams = state["data"]["num_streams"]
         for name, source in state["data"]["sources"].items():
+            if name not in state["counters"]["tokens_by_source"]:
+                return f"counters.tokens_by_source.{name}: Field required"
             for stream in source["cursors"]:
                 if int(stream.removeprefix("stream-")) >= streams:
                     return f"data.sources.{name}.cursors.{stream}: there are {streams} streams"
