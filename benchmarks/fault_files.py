@@ -154,7 +154,7 @@ def find(value: Any, path: tuple[Any, ...]) -> Any:
 
 ANYTHING = (None, True, False, 0, 1, -1, 7, 2**31, 2**64, 1e30, 0.5, -0.5, "", "8", "two", [], [0], {}, {"a": 1})
 IMPOSSIBLE = (None, -1, 8.5, "8", "two", [-1], {"a": 1})
-RELIED_ON = ("step", "world_size", "validated_step", "counters", "data", "files", "service_ids", "objective", "generation")
+RELIED_ON = ("step", "world_size", "validated_step", "counters", "data", "files", "service_ids", "objective")
 
 
 def draw_states(state: dict[str, Any], count: int, chooser: random.Random) -> Iterator[Case]:

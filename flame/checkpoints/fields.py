@@ -109,9 +109,11 @@ def check_fields(state: dict[str, Any], *, is_signed: bool) -> str | None:
         return fault
     fault = _find_fault(_RUN, state) or _find_fault(_OPTIONS, state["config"], ("config",))
     if fault is None:
-        streams = state["data"]["num_streams"]
+        streams, tokens = state["data"]["num_streams"], state["counters"]["tokens_by_source"]
+        if lost := [name for name, count in tokens.items() if count and name not in state["data"]["sources"]]:
+            return f"data.sources.{lost[0]}: Field required"
         for name, source in state["data"]["sources"].items():
-            if name not in state["counters"]["tokens_by_source"]:
+            if name not in tokens:
                 return f"counters.tokens_by_source.{name}: Field required"
             for stream in source["cursors"]:
                 if int(stream.removeprefix("stream-")) >= streams:

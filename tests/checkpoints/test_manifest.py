@@ -65,6 +65,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[State], object], str]] = {
     "a stream too many": (put([0, 0, 0, 0], "data", "sources", "json", "cursors", "stream-00012"), "there are 12 streams"),
     "no counters": (drop("counters"), "counters: Field required"),
     "a counter missing": (drop("counters", "skipped_in_a_row"), "counters.skipped_in_a_row: Field required"),
+    "a source without position": (drop("data", "sources", "json"), "data.sources.json: Field required"),
     "a source without count": (drop("counters", "tokens_by_source", "json"), "counters.tokens_by_source.json: Field required"),
     "a negative counter": (put(-5, "counters", "tokens_seen"), "counters.tokens_seen: Input should be greater"),
     "no position": (drop("data", "next_sequence"), "data.next_sequence: Field required"),
