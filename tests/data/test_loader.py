@@ -230,7 +230,7 @@ def test_a_killed_worker_is_one_line_that_says_so() -> None:
     loader = open_loader(num_workers=1)
     next(loader)
     assert loader.has_started
-    (worker,) = multiprocessing.active_children()
+    (worker,) = loader._sequences._workers  # type: ignore[union-attr]
     worker.kill()
     with pytest.raises(MachineFault) as told:
         for _ in range(50):  # some were packed ahead
