@@ -1,10 +1,10 @@
-"""What a run survives: kills, requests to stop, damaged checkpoints, a full disk. Prints a table.
+"""What a run survives: kills, requests to stop, damaged checkpoints, a full disk, changed files. Prints tables.
 
     python -m benchmarks.faults OUT [--kills 30] [--ranks 2] [further options of the runs]
 
 A toy model on the Python standard library. One run goes through uninterrupted; others, with the same options, meet faults at
 random moments and are started again with the same command until they are done. Then losses and gradient norms of all steps and
-the final weights are compared with the uninterrupted run's, bit by bit.
+the final weights are compared with the uninterrupted run's, bit by bit. `--only files` is `fault_files`, in one process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fault_files import run_files
 from flame.checkpoints.manager import list_checkpoints
 from flame.logging.plots import read_metrics
 from flame.weights.tensors import read_model_tensors
@@ -41,6 +42,7 @@ MODEL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 OPTIONS = {
     "model.tokenizer_path": "bytes",
     "training.seq_len": 512,
@@ -282,8 +284,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("kills", "signals", "damages", "disk"), help="one kind of fault")
+    parser.add_argument("--only", choices=("kills", "signals", "damages", "disk", "files"), help="one kind of fault")
     known, extra = parser.parse_known_args(argv)
+    is_lossless = True
+    if known.only in (None, "files"):
+        is_lossless = run_files(known.out / "files", MODEL | {"rope_parameters": ROPE, "rms_norm_eps": 1e-6}, OPTIONS, known.seed)
+    if known.only == "files":
+        return int(not is_lossless)
     known.out.mkdir(parents=True, exist_ok=True)
     (known.out / "model.json").write_text(json.dumps(MODEL))
     bench = Bench(known.out, known.ranks, known.steps, extra, random.Random(known.seed))
@@ -298,7 +305,6 @@ def main(argv: list[str]) -> int:
     print(f"{known.steps} steps on {known.ranks} processes, a checkpoint every {OPTIONS['checkpoint.interval']} steps")
     print("| fault | times | exit codes | steps made again | losses of all steps | final weights |")
     print("|---|---|---|---|---|---|")
-    is_lossless = True
     for outcome in (outcome for kind, run in kinds.items() if known.only in (None, kind) for outcome in run()):
         print(outcome.show(), flush=True)
         is_lossless &= not outcome.differing_steps and outcome.weights_equal

@@ -22,6 +22,12 @@ class UserError(Exception):
         super().__init__("\n".join(self.lines))
 
 
+class MachineFault(UserError):
+    """A fault of the machine, such as a process killed for want of memory: as plain a line, and the same command may succeed."""
+
+    EXIT_CODE = 1
+
+
 def end_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
     """Make a command's `main` print the user's mistakes on stderr and return `UserError.EXIT_CODE`."""
 

@@ -3,12 +3,13 @@
 It adds three things to torchrun:
 
 - It checks the run's options before any worker starts, so that mistakes show at once, one line each.
-- If workers end by a mistake of the user, it prints that mistake and no report.
+- If workers end by a mistake of the user or a known fault of the machine, it prints its line and no report.
 - On SIGTERM or SIGUSR1, from a scheduler, it lets the workers save and end. torchrun would kill them.
 
 Exit codes:
 
     0          the run is complete
+    1          a fault of the machine in one line on stderr; or a fault of the program, with its report
     2          the user's mistake, one line each on stderr
     75         stopped by SIGTERM or SIGUSR1 with nothing lost: the same command continues
     128 + n    ended by signal n: by the second SIGTERM or SIGUSR1, by one that came before any worker, or by another signal
@@ -33,7 +34,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from flame.runtime.clash import find_clash
 from flame.runtime.signals import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
 
@@ -182,12 +183,13 @@ def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
         except ChildFailedError as error:
             failed = error
             # A worker with a user's mistake decides, even if another one, which failed because of it, is seen first.
-            mistaken = [failure for failure in failed.failures.values() if failure.exitcode == UserError.EXIT_CODE]
-            if mistaken:
-                held.clear()
-                for lines in dict.fromkeys(read_mistake(failure.error_file_data) for failure in mistaken):
-                    print(lines, end="", file=sys.stderr)
-                return UserError.EXIT_CODE
+            for kind in (UserError, MachineFault):
+                data = [each.error_file_data for each in failed.failures.values() if each.exitcode == kind.EXIT_CODE]
+                told = dict.fromkeys(filter(None, (read_mistake(each, kind) for each in data)))
+                if told or (data and kind is UserError):
+                    held.clear()
+                    print(*told, sep="", end="", file=sys.stderr)
+                    return kind.EXIT_CODE
             stopped = _find_stop_code([failure.exitcode for failure in failed.failures.values()], forwarder.forwarded)
             if stopped is not None:
                 held.clear()
@@ -214,7 +216,7 @@ def _find_stop_code(exit_codes: list[int], forwarded: set[int]) -> int | None:
 
 
 def report_mistake(error: UserError) -> None:
-    """Pass the lines of an error to the launcher. Called by a worker before it ends with `UserError.EXIT_CODE`.
+    """Pass the lines of an error to the launcher. Called by a worker before it ends with the error's `EXIT_CODE`.
 
     The launcher prints them once: all workers may have the same mistake, and the output of some is not shown. Without torchrun
     the lines are printed here.
@@ -227,10 +229,12 @@ def report_mistake(error: UserError) -> None:
         print(error, file=sys.stderr)
 
 
-def read_mistake(error_data: dict[str, Any]) -> str:
-    """The lines that a worker passed to `report_mistake`, each with its line end; empty if there are none."""
+def read_mistake(error_data: dict[str, Any], kind: type[UserError] = UserError) -> str:
+    """The lines that a worker passed to `report_mistake`, each with its line end; empty if there are none of this kind."""
     message = error_data.get("message")
-    return message["message"].removeprefix("UserError: ") + "\n" if isinstance(message, dict) else ""
+    prefix = f"{kind.__name__}: "
+    text = message["message"] if isinstance(message, dict) else ""
+    return text.removeprefix(prefix) + "\n" if text.startswith(prefix) else ""
 
 
 @contextmanager

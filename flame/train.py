@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,18 @@ from flame.checkpoints.state import RunState
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
 from flame.data.loader import PackedLoader
-from flame.data.prefetch import Prefetcher
+from flame.data.prefetch import SLOWEST_START, Prefetcher
 from flame.data.preview import render_sequence
 from flame.data.state import DataState
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from flame.launch import report_mistake
 from flame.logging.console import init_logging
 from flame.logging.counters import Counters
 from flame.objectives.probe import is_probe_step, measure_step
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 from flame.optimizers.build import read_rates, seek_schedule
-from flame.runtime.agreement import run_on_all, run_on_main
+from flame.runtime.agreement import RankFailure, run_on_all, run_on_main
+from flame.runtime.disk import explain
 from flame.runtime.distributed import (
     end_processes,
     get_rank,
@@ -369,6 +371,7 @@ class Trainer:
     def _open_run(self) -> None:
         """Open everything that depends on the first step: validation, logs, the loader and its prefetcher."""
         config = self.config
+        self.exporter.prepare(self.step)
         self.validator = open_validator(config, self.tokenizer, self.mixture, self.device)
         if self.is_main:
             reopen_run(self.folder)
@@ -381,11 +384,20 @@ class Trainer:
         self.profiler = Profiler(config.profiling, self.folder, self.rank, range(self.step, config.training.steps))
         loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
         self.prefetcher = Prefetcher(loader, config.comm.timeout_seconds, self.rank)
+        self._wait_for_workers()
         report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
 
     def _upload_rest(self) -> None:
         self.exporter.start_uploads()
         self.exporter.finish_uploads()
+
+    def _wait_for_workers(self) -> None:
+        """Wait until the loaders of all ranks work, however long a busy machine takes, before collectives with a time limit."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * SLOWEST_START))
+        try:
+            run_on_all(partial(self.prefetcher.wait_for_start, self.is_stop_requested), group)
+        finally:
+            dist.destroy_process_group(group)
 
     def _stop_early(self) -> None:
         """Save and log. Saving comes first: little time may be left."""
@@ -431,7 +443,11 @@ def main(argv: list[str]) -> None:
 
 
 def _run(config: JobConfig) -> bool:
-    """Train like `Trainer.train`. On Ctrl-C, end the process."""
+    """Train like `Trainer.train`. On Ctrl-C, end the process.
+
+    Raises:
+        UserError: a mistake, or a fault of the machine.
+    """
     try:
         raise_on_interrupt()
         with StopListener() as listener:
@@ -445,6 +461,15 @@ def _run(config: JobConfig) -> bool:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
         logger.info("interrupted: %s", describe_saved(config))
         sys.exit(128 + signal.SIGINT)
+    except RankFailure as failure:
+        if not failure.is_of_machine:
+            raise
+        raise MachineFault(f"{failure}: {describe_saved(config)}") from failure
+    except OSError as error:
+        told = explain(error, Path(config.job.dump_folder))
+        if told is None:
+            raise
+        raise told from error
 
 
 if __name__ == "__main__":

@@ -7,17 +7,20 @@ import logging
 import os
 import re
 import shutil
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from flame.checkpoints.storage import METADATA_FILE
+from flame.checkpoints.manifest import TRAINER_FILE, describe_files, render
+from flame.checkpoints.storage import METADATA_FILE, find_os_error
 from flame.errors import UserError
+from flame.runtime.disk import CLOSED, FULL, replace
 
 logger = logging.getLogger("flame")
 
-TRAINER_FILE = "trainer.json"
 GIB = 2**30
 
 
@@ -34,7 +37,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def find_missing(checkpoint: Path) -> list[str]:
     """Names of the required files that a checkpoint lacks; empty if it is complete."""
-    return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).exists()]
+    return [name for name in (METADATA_FILE, TRAINER_FILE) if not (checkpoint / name).is_file()]
 
 
 def check_written(partial: Path, metadata: Metadata) -> None:
@@ -54,26 +57,26 @@ def check_written(partial: Path, metadata: Metadata) -> None:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint that cannot be used to `step-N.damaged`, without deleting it. Returns the new path."""
     renamed = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(checkpoint, renamed)
+    _delete(renamed)
+    replace(checkpoint, renamed)
     return renamed
 
 
-def commit(partial: Path, final: Path, state: dict[str, Any]) -> None:
+def commit(partial: Path, final: Path, state: dict[str, Any], digests: dict[str, str] | None = None) -> None:
     """Add `trainer.json` to a folder and rename it to its final name. After a power cut, all of it is there or nothing.
 
     Args:
         partial: the folder; its tensors are on the disk already.
         final: the final path; an existing checkpoint there is replaced.
-        state: JSON-serializable. The sizes of all files, in bytes, are added as `files`.
+        state: JSON-serializable. Sizes and digests of all files are added.
+        digests: of files, by name, by those who wrote them; the others are read.
     """
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-    write_durably(partial / TRAINER_FILE, json.dumps(state | {"files": files}, indent=1).encode())
+    write_durably(partial / TRAINER_FILE, render(state | describe_files(partial, digests or {})))
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync_to_disk(folder)
     if final.exists():
         remove(final)
-    os.replace(partial, final)
+    replace(partial, final)
     sync_to_disk(final.parent)
 
 
@@ -96,15 +99,27 @@ def sync_to_disk(path: Path) -> None:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint. It is renamed first, so that an interrupted deletion leaves nothing that looks complete."""
     renamed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(checkpoint, renamed)
-    shutil.rmtree(renamed)
+    _delete(renamed)
+    replace(checkpoint, renamed)
+    if renamed.is_dir() and not renamed.is_symlink():
+        shutil.rmtree(renamed)
+    else:
+        renamed.unlink()
 
 
 def remove_partial(folder: Path) -> None:
     """Delete what interrupted saves and deletions have left."""
     for leftover in folder.glob("step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, a file or a link, as far as possible."""
+    if path.is_symlink() or path.is_file():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def was_skipping(checkpoint: Path) -> bool:
@@ -119,6 +134,15 @@ def was_skipping(checkpoint: Path) -> bool:
 def list_good_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints that were not made while steps were being skipped, newest first."""
     return [int(path.name.removeprefix("step-")) for path in reversed(list_checkpoints(folder)) if not was_skipping(path)]
+
+
+def advise_going_back(folder: Path) -> str:
+    """How to go back, to follow an error line; empty if there is no checkpoint to go back to."""
+    steps = list_good_steps(folder)
+    if not steps:
+        return ""
+    otherwise = f" (or {steps[1]}, if that fails too)" if len(steps) > 1 else ""
+    return f"; put the cause right and go back to before them with --checkpoint.load_step {steps[0]}{otherwise}"
 
 
 def purge_before(newest: Path, keep_latest_k: int) -> None:
@@ -139,24 +163,32 @@ def purge_before(newest: Path, keep_latest_k: int) -> None:
             logger.warning("old checkpoint %s cannot be removed: %s", old, error)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `trainer.json`, and check that every file it lists exists with the listed size.
+def leave_token(folder: Path) -> str:
+    """Make a file of a new name in a folder, which is created if needed. Returns the name.
 
     Raises:
-        OSError: a file is missing or has another size.
-        ValueError: `trainer.json` is truncated, or lacks a required key.
+        UserError: the folder cannot be written to.
     """
+    token = f".shared-{uuid.uuid4().hex}"
     try:
-        state = json.loads((checkpoint / TRAINER_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{TRAINER_FILE}: {error}") from error
-    if not isinstance(state, dict) or not {"config", "files", "world_size"} <= state.keys():
-        raise ValueError(f"{TRAINER_FILE} lacks the configuration, the number of ranks or the list of files")
-    for name, size in state["files"].items():
-        found = (checkpoint / name).stat().st_size
-        if found != size:
-            raise OSError(f"{name} has {found} bytes instead of {size}")
-    return state
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
+    except OSError as error:
+        raise UserError(f'job.dump_folder: "{folder}" cannot be written to ({error.strerror})') from error
+    return token
+
+
+def find_token(folder: Path, token: str, rank: int) -> None:
+    """Check that a rank sees the file that rank 0 has made.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not (folder / token).exists():
+        raise UserError(
+            f'job.dump_folder: "{folder}" is not the same folder for rank {rank} as for rank 0: '
+            "job.dump_folder must be on a disk that all machines share"
+        )
 
 
 def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:
@@ -175,6 +207,16 @@ def check_disk_space(folder: Path, needed: int, keep_latest_k: int) -> None:
             f'job.dump_folder: "{folder}" needs {needed / GIB:.2f} GiB for the next checkpoint, but {free / GIB:.2f} GiB are '
             f"free: {advise_on_full_disk(keep_latest_k)}"
         )
+
+
+def explain_write_error(error: BaseException, folder: Path, keep_latest_k: int) -> UserError | None:
+    """The line for a disk that is full or may not be written to; None for another error."""
+    found = find_os_error(error)
+    if found is None or found.errno not in (*FULL, *CLOSED):
+        return None
+    if found.errno in CLOSED:
+        return UserError(f'job.dump_folder: "{folder}" cannot be written to ({found.strerror}): make it writable')
+    return UserError(f'job.dump_folder: the disk of "{folder}" is full: {advise_on_full_disk(keep_latest_k)}')
 
 
 def advise_on_full_disk(keep_latest_k: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from flame.checkpoints.files import list_checkpoints, list_folders, sync_to_disk
 from flame.config.schema import JobConfig
 from flame.errors import UserError
 from flame.logging.writers.json_lines import METRICS_FILE
+from flame.runtime.disk import replace
 
 NOTE_FILE = "load_step.json"
 EXPORTS = "hf*"
@@ -67,7 +67,7 @@ def go_back(config: JobConfig, step: int) -> None:
         if (folder / METRICS_FILE).exists():
             shutil.copyfile(folder / METRICS_FILE, folder / f"{METRICS_FILE}.{suffix}")
         for path in [*exports, *newer]:
-            os.replace(path, path.with_name(f"{path.name}.{suffix}"))
+            replace(path, path.with_name(f"{path.name}.{suffix}"))
         sync_to_disk(config.checkpoint_folder)
         names = ", ".join(path.name for path in [*newer, *exports])
         logger.warning("back to step %d: %s and a copy of %s are set aside as *.%s", step, names, METRICS_FILE, suffix)

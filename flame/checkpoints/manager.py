@@ -5,7 +5,7 @@ A checkpoint `step-N/` holds
 - the tensors of model and optimizer and the random states of each rank, each under its own name, written as shards by
   torch.distributed.checkpoint;
 - `hf/`: the Hugging Face configuration, tokenizer and generation settings, so that an export needs only this folder;
-- `trainer.json`, written last: step, configuration, data position, counters, and the size of each other file.
+- `trainer.json`, written last: step, configuration, data position, counters, and size and digest of each other file.
 
 It is written to `step-N.partial/` and renamed when every rank is done. So a folder with the final name was once complete. A
 checkpoint that was damaged later is skipped. Hyper-parameters are not stored with the tensors; the configuration sets them.
@@ -17,12 +17,11 @@ import copy
 import logging
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,28 +32,33 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from flame.checkpoints import random_state
 from flame.checkpoints.background import Background
 from flame.checkpoints.files import (
-    TRAINER_FILE,
-    advise_on_full_disk,
+    advise_going_back,
     check_disk_space,
     check_written,
     commit,
+    explain_write_error,
     find_missing,
+    find_token,
+    leave_token,
     list_checkpoints,
     list_folders,
     purge_before,
-    read_state,
     remove_partial,
     set_aside,
     write_durably,
 )
+from flame.checkpoints.manifest import TRAINER_FILE, digest_files, has_digests, read_state, verify_files, warn_unverified
+from flame.checkpoints.reading import check_finite, find_not_finite, run_unverified
 from flame.checkpoints.staging import TensorTree
-from flame.checkpoints.storage import TensorReader, TensorWriter, check_tensors, is_disk_full, verify_tensors
+from flame.checkpoints.storage import TensorReader, TensorWriter, check_tensors, verify_tensors
 from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
 from flame.runtime.agreement import RankFailure, run_on_all, run_on_main
 from flame.runtime.torchtitan import OptimizersContainer
 
 __all__ = ["HF_FOLDER", "TRAINER_FILE", "Checkpointer", "list_checkpoints"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flame")
 
@@ -110,10 +114,11 @@ class Checkpointer:
             trainer_state: JSON-serializable, the same on all ranks. `world_size` and `files` are added to it.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full or read-only, or the weights are not finite.
             RankFailure: the checkpoint could not be written; if asynchronous, the last two could not.
         """
         self._finish_last_save()
+        run_on_all(partial(self._refuse_not_finite, step))
         rank_state = {f"rank-{dist.get_rank():05d}.{name}": state for name, state in random_state.capture().items()}
         tensors = self._list_tensors() | {"rng": rank_state}
         run_on_main(partial(self._prepare, _count_bytes(tensors)))
@@ -122,6 +127,13 @@ class Checkpointer:
             self._write(step, tensors, state)
         else:
             self._background.start(self._write, step, self._background.staging.copy(tensors), state)
+
+    def _refuse_not_finite(self, step: int) -> None:
+        if name := find_not_finite(self.model):
+            raise UserError(
+                f"step {step}: there are weights that are not finite, first {name}: nothing is saved, since no step can mend them"
+                f"{advise_going_back(self.folder)}"
+            )
 
     def _finish_last_save(self) -> None:
         try:
@@ -155,28 +167,12 @@ class Checkpointer:
             UserError: the folder cannot be written, is not the same for all ranks, or the next checkpoint will not fit.
         """
         self.wait()
-        token = run_on_main(self._leave_token)
+        token = run_on_main(partial(leave_token, self.folder))
         try:
-            run_on_all(partial(self._find_token, token))
+            run_on_all(partial(find_token, self.folder, token, dist.get_rank()))
         finally:
             (self.folder / token).unlink(missing_ok=True)
         run_on_main(partial(self._prepare, _count_bytes(self._list_tensors())))
-
-    def _leave_token(self) -> str:
-        token = f".shared-{uuid.uuid4().hex}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / token).touch()
-        except OSError as error:
-            raise UserError(f'job.dump_folder: "{self.folder}" cannot be written to ({error.strerror})') from error
-        return token
-
-    def _find_token(self, token: str) -> None:
-        if not (self.folder / token).exists():
-            raise UserError(
-                f'job.dump_folder: "{self.folder}" is not the same folder for rank {dist.get_rank()} as for rank 0: '
-                "job.dump_folder must be on a disk that all machines share"
-            )
 
     def _prepare(self, size: int) -> None:
         self._check_disk_space(size)
@@ -193,37 +189,44 @@ class Checkpointer:
         """Write and commit. If saves are asynchronous, the thread runs this."""
         unfinished = self.folder / f"step-{step}.partial"
         try:
-            run_on_all(partial(self._explain_full_disk, partial(self._write_tensors, unfinished, tensors)), self._group)
-            run_on_main(partial(self._explain_full_disk, partial(self._commit, unfinished, state)), self._group)
+            own = run_on_all(partial(self._explain, partial(self._write_tensors, unfinished, tensors)), self._group)
+            digests = self._gather_digests(own)
+            run_on_main(partial(self._explain, partial(self._commit, unfinished, state, digests)), self._group)
         except (UserError, RankFailure) as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, RankFailure):
-                raise RankFailure(f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}') from error
+                line = f'checkpoint "{self.folder / f"step-{step}"}" was not saved: {error}'
+                raise RankFailure(line, is_of_machine=error.is_of_machine) from error
             raise
 
-    def _write_tensors(self, folder: Path, tensors: TensorTree) -> None:
+    def _write_tensors(self, folder: Path, tensors: TensorTree) -> dict[str, str]:
+        """Write this rank's shards. Returns their digests by name, of what can be read back."""
         # Copying ahead is for tensors on a GPU, and would wait for the training's kernels.
         writer = TensorWriter(folder) if self._background is None else TensorWriter(folder, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=self._group)
+        return digest_files(folder, writer.written)
 
-    def _commit(self, unfinished: Path, state: dict[str, Any]) -> None:
+    def _gather_digests(self, own: dict[str, str]) -> dict[str, str]:
+        of_ranks: list[dict[str, str] | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(of_ranks, own, group=self._group)
+        return {name: digest for digests in of_ranks if digests is not None for name, digest in digests.items()}
+
+    def _commit(self, unfinished: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
         check_written(unfinished, TensorReader(unfinished).read_metadata())
         for name, content in self._assets.items():
             write_durably(unfinished / HF_FOLDER / name, content)
         final = unfinished.with_suffix("")
-        commit(unfinished, final, state)
+        commit(unfinished, final, state, digests)
         purge_before(final, self.keep_latest_k)
 
-    def _explain_full_disk(self, action: Callable[[], None]) -> None:
+    def _explain(self, action: Callable[[], T]) -> T:
         try:
-            action()
+            return action()
         except (OSError, dcp.CheckpointException) as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(
-                f'job.dump_folder: the disk of "{self.folder}" is full: {advise_on_full_disk(self.keep_latest_k)}'
-            ) from error
+            if mistake := explain_write_error(error, self.folder, self.keep_latest_k):
+                raise mistake from error
+            raise
 
     # ---------------------------------------------------------------- resuming
 
@@ -281,8 +284,15 @@ class Checkpointer:
 
     def _load_whole(self, checkpoint: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         state = run_on_main(partial(read_state, checkpoint))
-        run_on_all(partial(check, state))
-        self._load(checkpoint, state["world_size"])
+        is_verified = has_digests(state)
+        run = run_on_all if is_verified else run_unverified
+        run(partial(check, state))
+        if is_verified:
+            run(partial(verify_files, checkpoint, state, dist.get_rank(), dist.get_world_size()))
+        elif dist.get_rank() == 0:
+            warn_unverified(checkpoint)
+        self._load(checkpoint, state, run)
+        run_on_all(partial(check_finite, self.model))
         return state
 
     def _tidy(self, used: Path, passed: list[Path]) -> None:
@@ -301,23 +311,29 @@ class Checkpointer:
                 logger.warning("checkpoint %s is incomplete, without %s, and is passed over", checkpoint, " and ".join(missing))
         return complete, damaged
 
-    def _load(self, checkpoint: Path, saved_world_size: int) -> None:
+    def _load(self, checkpoint: Path, state: dict[str, Any], run: Callable[[Callable[[], Any]], Any]) -> None:
+        """Load the tensors of a checkpoint.
+
+        Args:
+            run: runs an action on all ranks.
+        """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         reader = TensorReader(checkpoint)
-        metadata = run_on_all(reader.read_metadata)
+        metadata = run(reader.read_metadata)
         tensors = self._list_tensors()
         own = f"rng.rank-{rank:05d}."
         states = {
             key.removeprefix(own): torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and key.startswith(own) and saved_world_size == world_size
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(own) and state["world_size"] == world_size
         }
         if states:  # the library would read an empty dictionary as an entry of its own
-            tensors["rng"] = {f"rank-{rank:05d}.{name}": state for name, state in states.items()}
-        run_on_all(partial(check_tensors, metadata, tensors))
-        run_on_all(partial(verify_tensors, checkpoint, metadata, rank, world_size))
-        run_on_all(partial(dcp.load, tensors, storage_reader=reader))
-        random_state.restore(states)
+            tensors["rng"] = {f"rank-{rank:05d}.{name}": each for name, each in states.items()}
+        run(partial(check_tensors, metadata, tensors))
+        if not has_digests(state):
+            run(partial(verify_tensors, checkpoint, metadata, rank, world_size))
+        run(partial(dcp.load, tensors, storage_reader=reader))
+        run(partial(random_state.restore, states))
 
     def _list_tensors(self) -> TensorTree:
         """The tensors in use, without copies: saving reads them, loading writes into them."""

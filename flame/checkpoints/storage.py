@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import pickle
 import zipfile
@@ -17,7 +16,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from flame.checkpoints.index_check import check_index
 from flame.checkpoints.staging import TensorTree
+from flame.runtime.disk import FULL
 
 METADATA_FILE = ".metadata"
 
@@ -49,22 +50,35 @@ _ALLOWED = {
 
 
 class TensorWriter(FileSystemWriter):
-    """torch's writer. If an error of the operating system caused torch's error, it raises the original one."""
+    """torch's writer. If an error of the operating system caused torch's error, it raises the original one.
+
+    `written` names the files that this process has written.
+    """
+
+    written: tuple[str, ...] = ()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            future = super().write_data(plan, planner)
+            self.written = tuple(sorted({result.storage_data.relative_path for result in future.wait()}))
+            return future
         except Exception as error:
             if isinstance(error.__context__, OSError):  # other ranks do not receive the context of an error
                 raise error.__context__ from None
             raise
 
 
+def find_os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind an error of torch's checkpointing, or the error itself."""
+    if failures := getattr(error, "failures", None):
+        return next(filter(None, (find_os_error(failure) for failure, _ in failures.values())), None)
+    return error if isinstance(error, OSError) else None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk is full, or that the user's quota is used up."""
-    if failures := getattr(error, "failures", None):
-        return any(is_disk_full(failure) for failure, _ in failures.values())
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    found = find_os_error(error)
+    return found is not None and found.errno in FULL
 
 
 class TensorReader(FileSystemReader):
@@ -75,7 +89,7 @@ class TensorReader(FileSystemReader):
 
         Raises:
             OSError: the file cannot be opened.
-            ValueError: it is not an index, or asks for another class.
+            ValueError: it is not an index, is damaged, or asks for another class.
         """
         if kwargs.get("rank") is not None:
             raise FileNotFoundError("there are no indices of single ranks")
@@ -86,6 +100,10 @@ class TensorReader(FileSystemReader):
             raise ValueError(f"{METADATA_FILE} cannot be read: {error}") from error
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{METADATA_FILE} holds no index of tensors")
+        try:
+            check_index(metadata)
+        except ValueError as error:
+            raise ValueError(f"{METADATA_FILE} cannot be read: {error}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

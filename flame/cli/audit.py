@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read_newest_state(folder: Path) -> dict[str, Any] | None:
-    from flame.checkpoints.files import list_checkpoints, read_state  # torch takes seconds to load
+    from flame.checkpoints.files import list_checkpoints  # torch takes seconds to load
+    from flame.checkpoints.manifest import read_state
 
     for checkpoint in list_checkpoints(folder / CHECKPOINT_FOLDER)[-1:]:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flame.data.batch import PackedBatch
+from flame.runtime.appended_file import AppendedFile
 from flame.runtime.json_lines import parse_line
 
 AUDIT_FOLDER = "audit"
@@ -65,7 +66,7 @@ class AuditLog:
 
     def __init__(self, folder: Path, rank: int):
         (folder / AUDIT_FOLDER).mkdir(exist_ok=True)
-        self._file = (folder / AUDIT_FOLDER / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+        self._file = AppendedFile(folder / AUDIT_FOLDER / f"rank-{rank:05d}.jsonl")
 
     def record(self, step: int, batches: list[PackedBatch], trained: bool) -> None:
         """Write the sequences of one step."""
@@ -77,12 +78,11 @@ class AuditLog:
                 "trained": trained,
                 "pieces": [list(chunk) for chunk in batch.documents],
             }
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+            self._file.write(json.dumps(line))
 
     def sync(self) -> None:
         """Flush the lines to disk. Call it before committing the checkpoint that they belong to."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

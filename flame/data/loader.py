@@ -40,7 +40,7 @@ from flame.data.document_streams import Cursor
 from flame.data.mixture import Mixture
 from flame.data.packing import PackedSequence, Packer
 from flame.data.state import DataState
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from flame.runtime.signals import block_signals, signals_blocked
 
 PARENT_CHECK_SECONDS = 1.0
@@ -54,7 +54,8 @@ class PackedLoader:
     """Endless iterator over the batches of one rank, starting at the position in `state`. It does not change `state`: call
     `state.advance` after a step.
 
-    If packing fails with a user error, in a worker process or here, `__next__` raises it unchanged.
+    If packing fails with a user error, in a worker process or here, `__next__` raises it unchanged. If a worker was killed, it
+    raises a MachineFault.
     """
 
     def __init__(self, training: Training, mixture: Mixture, dp_rank: int, dp_world: int, state: DataState):
@@ -64,7 +65,14 @@ class PackedLoader:
         self._dp_world = dp_world
         self._next_index = state.next_sequence + dp_rank
         share = RankShare(training, mixture, self._next_index, dp_world, state.cursors)
-        self._sequences: Iterator[PackedSequence | UserError] | None = start_workers(share, training.num_workers)
+        self._sequences: Iterator[PackedSequence | UserError | Started] | None = start_workers(share, training.num_workers)
+        self._starting = max(training.num_workers, 1)
+        """Workers that have not begun to pack."""
+
+    @property
+    def has_started(self) -> bool:
+        """Whether all workers have begun to pack. Until then, a wait is not for the source."""
+        return self._starting == 0
 
     @property
     def awaited_source(self) -> str:
@@ -76,16 +84,34 @@ class PackedLoader:
 
     def __next__(self) -> PackedBatch:
         assert self._sequences is not None, "the loader is closed"
-        sequence = next(self._sequences)
+        sequence = self._take()
+        while isinstance(sequence, Started):
+            self._starting -= 1
+            sequence = self._take()
         if isinstance(sequence, UserError):
             raise sequence
         batch = build_batch(sequence, self._next_index)
         self._next_index += self._dp_world
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
+    def _take(self) -> PackedSequence | UserError | Started:
+        assert self._sequences is not None
+        try:
+            return next(self._sequences)
+        except RuntimeError as error:
+            workers = getattr(self._sequences, "_workers", [])
+            ended = [worker.exitcode for worker in workers if worker.exitcode is not None]
+            if not ended or not str(error).startswith("DataLoader worker"):  # an error inside a worker comes as "Caught ..."
+                raise
+            raise MachineFault(explain_ended_worker(ended[0], self._training.num_workers)) from error
+
     def close(self) -> None:
         """End the worker processes."""
         self._sequences = None
+
+
+class Started:
+    """The first item of each worker."""
 
 
 class RankShare(IterableDataset):
@@ -102,9 +128,10 @@ class RankShare(IterableDataset):
         self._first, self._stride = first, stride
         self._cursors = {name: dict(streams) for name, streams in cursors.items()}
 
-    def __iter__(self) -> Iterator[PackedSequence | UserError]:
+    def __iter__(self) -> Iterator[PackedSequence | UserError | Started]:
         worker = get_worker_info()
-        return self.deal(0, 1) if worker is None else self.deal(worker.id, worker.num_workers)
+        yield Started()
+        yield from self.deal(0, 1) if worker is None else self.deal(worker.id, worker.num_workers)
 
     def deal(self, worker: int, num_workers: int) -> Iterator[PackedSequence | UserError]:
         """Yield the sequences of one worker. A user error is yielded too, as the last item."""
@@ -130,6 +157,20 @@ class RankShare(IterableDataset):
             yield sequence
 
 
+def explain_ended_worker(exit_code: int, num_workers: int) -> str:
+    """The error line for a worker process that has ended.
+
+    Args:
+        exit_code: negative for a signal.
+    """
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"has ended with exit code {exit_code}"
+    likely = ", most likely since the machine was out of memory" if exit_code == -signal.SIGKILL else ""
+    return (
+        f"a worker process of the loader {how}{likely}: the same command goes on from the last checkpoint; if it happens again, "
+        f"lower training.num_workers = {num_workers}"
+    )
+
+
 def explain_no_answers(option: str, training: Training) -> str:
     """The error line for a source whose packed sequences hold no answer."""
     if training.loss_on != "answer":
@@ -144,7 +185,7 @@ def explain_no_answers(option: str, training: Training) -> str:
     )
 
 
-def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence | UserError]:
+def start_workers(share: RankShare, num_workers: int) -> Iterator[PackedSequence | UserError | Started]:
     """Iterate over a rank's sequences. `num_workers` processes pack them ahead of time; with 0 they are packed in this process.
 
     Workers send token ids and boundaries as numpy arrays, by value. Tensors would be sent through shared memory, of which

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from flame.data.batch import PackedBatch
 from flame.data.loader import PackedLoader
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from flame.runtime.distributed import get_gpu, use_gpu
 
 logger = logging.getLogger("flame")
@@ -21,6 +21,8 @@ logger = logging.getLogger("flame")
 DEPTH = 2
 """Batches kept ready in the training process."""
 POLL_SECONDS = 0.2
+SLOW_START, SLOWEST_START = 60.0, 3600.0
+"""Seconds that the workers may take to start: until a warning, and at most."""
 
 
 class Prefetcher:
@@ -28,7 +30,7 @@ class Prefetcher:
 
     Args:
         timeout: `comm.timeout_seconds`. A source that yields nothing is reported after a tenth of it. After nine tenths the run
-            ends, before the other ranks, which wait in a collective, time out.
+            ends, before the other ranks, which wait in a collective, time out. The start of the workers does not count.
         rank: of this process, for the message.
     """
 
@@ -39,6 +41,25 @@ class Prefetcher:
         self._gpu = get_gpu()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
+
+    def wait_for_start(self, is_stopped: Callable[[], bool]) -> None:
+        """Wait until the workers have begun to pack, or cannot, or `is_stopped()` returns True.
+
+        Raises:
+            MachineFault: they have not begun after `SLOWEST_START` seconds.
+        """
+        started, has_warned = time.monotonic(), False
+        while not self._loader.has_started and self._thread.is_alive() and not is_stopped():
+            time.sleep(POLL_SECONDS / 10)
+            waited = time.monotonic() - started
+            if waited > SLOWEST_START:
+                raise MachineFault(
+                    f"rank {self._rank}: the loader's worker processes have not started after {waited:.0f} seconds: the machine "
+                    "is too busy; the same command tries again"
+                )
+            if waited > SLOW_START and not has_warned:
+                has_warned = True
+                logger.warning("the loader's worker processes are starting for %.0f seconds: the machine is busy", waited)
 
     def take(self, count: int, is_stopped: Callable[[], bool]) -> list[PackedBatch] | None:
         """The next `count` batches; None if `is_stopped()` returns True while waiting for them.

@@ -12,6 +12,10 @@ Candidates are labels, so only x and the parameters of the score need a gradient
 forward therefore computes the gradient itself, in chunks of rows. This costs two matrix products (4 N K d FLOPs), one pass of
 `softmax_rows_` over the scores of each chunk, and O(chunk x K) memory.
 
+In a narrow dtype, candidates are centred first. A vector c that is taken from all of them changes the scores of an anchor by one
+number, x_i . c, and so neither its loss nor its gradient; their rounding is then relative to how candidates differ. In bfloat16,
+numbers near 1 are 0.004 apart, more than the cosines of candidates in a narrow cone.
+
 Shape legend: N anchors, K candidates, d width, c rows of a chunk.
 """
 
@@ -88,8 +92,23 @@ def _number_keys(keys: Tensor) -> Tensor:
     return torch.empty_like(keys).scatter_(0, order, is_new.cumsum(0)).int()
 
 
+def _centre(y: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Candidates without what they share, and what was taken from each; in float32 or wider they stay as they are.
+
+    Args:
+        y: [K, d]. total: [d], sum of those that count, in float32 or wider. count: 0-d.
+    """
+    if y.dtype == at_least_float32(y):
+        return y, None
+    center = (total / count.clamp(min=1)).to(y.dtype)
+    return y - center, center.to(total.dtype)
+
+
 class _InfoNCESum(torch.autograd.Function):
-    """(x [N, d], y [K, d], columns, scale 0-d) -> sums of loss, own score, correct, log of candidates; whether all is finite."""
+    """(x [N, d], y [K, d], columns, scale 0-d) -> sums of loss, own score, correct, log of candidates; whether all is finite.
+
+    Adding one vector to all of y changes own scores alone.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, columns: _Columns, scale: Tensor) -> tuple[Tensor, ...]:
@@ -175,9 +194,13 @@ class InfoNCEEstimator(Estimator):
         """As `Estimator.compare_with`."""
         x, y = self.normalize(x), candidates.summaries
         columns = _arrange_columns(valid, candidates)
-        loss_sum, positive, correct, log_counted, is_finite = _InfoNCESum.apply(x, y, columns, 1.0 / self.temperature(like=x))
+        total_y = sum_valid(y, candidates.is_valid)
+        centred, center = _centre(y, total_y, columns.total)
+        loss_sum, own, correct, log_counted, is_finite = _InfoNCESum.apply(x, centred, columns, 1.0 / self.temperature(like=x))
         with torch.no_grad():
-            all_pairs = (sum_valid(x, valid) * sum_valid(y, candidates.is_valid)).sum()
+            total_x = sum_valid(x, valid)
+            positive = torch.where(is_finite, own if center is None else own + total_x @ center, 0.0)
+            all_pairs = (total_x * total_y).sum()
             negative = torch.where(is_finite, average_others(all_pairs, positive, columns.total), 0.0)
             outcome = _summarize(loss_sum, correct, log_counted, is_finite, valid)
             count = outcome.num_items
@@ -231,8 +254,9 @@ class BilinearEstimator(Estimator):
         x, weight = guard_gradient(x), guard_gradient(self.weight)  # 0 times NaN or infinity is NaN
         x = self.normalize(x) @ weight.to(x.dtype)
         one = torch.ones((), dtype=at_least_float32(x), device=x.device)
-        columns = _arrange_columns(valid, candidates)
-        loss_sum, _, correct, log_counted, is_finite = _InfoNCESum.apply(x, candidates.summaries, columns, one)
+        columns, y = _arrange_columns(valid, candidates), candidates.summaries
+        centred, _ = _centre(y, sum_valid(y, candidates.is_valid), columns.total)
+        loss_sum, _, correct, log_counted, is_finite = _InfoNCESum.apply(x, centred, columns, one)
         with torch.no_grad():
             return _summarize(loss_sum, correct, log_counted, is_finite, valid)
 

@@ -10,23 +10,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 
 T = TypeVar("T")
 
-DAMAGE, FAULT, MISTAKE = range(3)
+DAMAGE, FAULT, MACHINE, MISTAKE = range(4)
 
 
 class RankFailure(Exception):
     """An error of one rank, in one line, raised on every rank.
 
     Args:
-        is_damage: the error looks like a damaged or missing file. Otherwise the machine failed.
+        is_damage: the error looks like a damaged or missing file.
+        is_of_machine: disk or memory failed, and not the program.
     """
 
-    def __init__(self, line: str, is_damage: bool = False):
+    def __init__(self, line: str, is_damage: bool = False, is_of_machine: bool = False):
         super().__init__(line)
-        self.is_damage = is_damage
+        self.is_damage, self.is_of_machine = is_damage, is_of_machine
 
 
 def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -39,7 +40,7 @@ def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) 
         this rank's result.
 
     Raises:
-        UserError: a rank raised one; all ranks raise it.
+        UserError, MachineFault: a rank raised one; all ranks raise it.
         RankFailure: a rank raised another error.
         KeyboardInterrupt: the action raised it, or torch's checkpointing reported one as a failure.
     """
@@ -51,12 +52,15 @@ def run_on_all(action: Callable[[], T], group: dist.ProcessGroup | None = None) 
         if _is_interrupt(caught):
             raise KeyboardInterrupt from caught
         error = caught
-    outcomes: list[tuple[int, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, None if error is None else (_classify(error), describe(error)), group=group)
+    outcomes: list[tuple[int, str, bool] | None] = [None] * dist.get_world_size(group)
+    own = None if error is None else (_classify(error), describe(error), _is_of_machine(error))
+    dist.all_gather_object(outcomes, own, group=group)
     failures = [outcome for outcome in outcomes if outcome is not None]
     if failures:
-        kind, line = max(failures, key=lambda failure: failure[0])  # a user's mistake, if there is one, explains the rest
-        raise UserError(*line.splitlines()) if kind == MISTAKE else RankFailure(line, kind == DAMAGE) from error
+        kind, line, is_of_machine = max(failures, key=lambda failure: failure[0])  # a user's mistake explains the rest
+        if kind in (MACHINE, MISTAKE):
+            raise (UserError if kind == MISTAKE else MachineFault)(*line.splitlines()) from error
+        raise RankFailure(line, kind == DAMAGE, is_of_machine) from error
     return result  # type: ignore[return-value]
 
 
@@ -86,9 +90,9 @@ def _is_interrupt(error: BaseException) -> bool:
 
 
 def _classify(error: BaseException) -> int:
-    """MISTAKE for an error of the user, DAMAGE for a damaged file, FAULT for a machine without memory, handles or network."""
+    """MISTAKE for an error of the user, MACHINE for a told fault of the machine, DAMAGE for a damaged file, FAULT for others."""
     if isinstance(error, UserError):
-        return MISTAKE
+        return MACHINE if isinstance(error, MachineFault) else MISTAKE
     if isinstance(error, RankFailure):
         return DAMAGE if error.is_damage else FAULT
     if isinstance(error, CheckpointException) and error.failures:
@@ -97,6 +101,14 @@ def _classify(error: BaseException) -> int:
         return DAMAGE if error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EIO) else FAULT
     is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return FAULT if is_out_of_memory or not isinstance(error, (ValueError, LookupError, RuntimeError)) else DAMAGE
+
+
+def _is_of_machine(error: BaseException) -> bool:
+    if isinstance(error, CheckpointException) and error.failures:
+        return all(_is_of_machine(failure) for failure, _ in error.failures.values())
+    if isinstance(error, RankFailure):
+        return error.is_of_machine
+    return isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError))
 
 
 def describe(error: BaseException) -> str:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flame.runtime.disk import replace
+
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object in a line, with key "step". None if the line is incomplete or has no step."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -35,4 +37,4 @@ def rewrite_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None
                 new.write(line.removesuffix(b"\n") + b"\n")
         new.flush()
         os.fsync(new.fileno())
-    os.replace(temporary, path)
+    replace(temporary, path)

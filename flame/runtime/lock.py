@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,9 +24,15 @@ def lock_run(folder: Path) -> IO[str]:
     """Lock a run's folder until the returned file is closed or this process ends, even if it is killed.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or the folder cannot be written to.
     """
-    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f'job.dump_folder = "{folder}" cannot be used: {LOCK_FILE} in it cannot be opened for writing ({error.strerror}): '
+            "make it writable, or choose another folder"
+        ) from error
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -33,7 +40,7 @@ def lock_run(folder: Path) -> IO[str]:
             break
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip()
+            holder = file.read(200).strip()
             if time.monotonic() > deadline:
                 raise UserError(
                     f'job.dump_folder = "{folder}" is in use by another run ({holder}): wait for it, end it, or choose '
@@ -43,7 +50,8 @@ def lock_run(folder: Path) -> IO[str]:
         except OSError:  # a file system without locks
             logger.warning("%s cannot be locked: make sure that no other run writes to it", folder)
             return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk, which is told by who needs it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file

@@ -8,8 +8,9 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
-from flame.checkpoints.files import list_checkpoints, read_state
+from flame.checkpoints.files import list_checkpoints
 from flame.checkpoints.going_back import find_wanted_step
+from flame.checkpoints.manifest import read_state
 from flame.config.check import find_conflicts
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch, build_batch

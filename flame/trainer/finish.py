@@ -7,9 +7,11 @@ import logging
 from hashlib import sha256
 from pathlib import Path
 
-from flame.checkpoints.files import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.files import list_checkpoints
+from flame.checkpoints.manifest import TRAINER_FILE
+from flame.checkpoints.storage import METADATA_FILE
 from flame.config.schema import JobConfig
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from flame.logging.plots import CURVES_FILE, plot_run
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.weights.export import convert
@@ -38,8 +40,17 @@ def reopen_run(folder: Path) -> None:
 
 
 def finish_run(config: JobConfig, step: int) -> None:
-    """Export the model of the last checkpoint, plot the curves, and log where everything is. Only rank 0 calls it."""
+    """Export the model of the last checkpoint, plot the curves, and log where everything is. Only rank 0 calls it.
+
+    Raises:
+        MachineFault: the last checkpoint or the metrics have been deleted meanwhile.
+    """
     folder = Path(config.job.dump_folder)
+    wanted = [folder / METRICS_FILE]
+    if config.checkpoint.enable_checkpoint:
+        wanted += [config.checkpoint_folder / f"step-{step}" / name for name in (METADATA_FILE, TRAINER_FILE)]
+    if gone := [path for path in wanted if not path.exists()]:
+        raise MachineFault(f'"{gone[0]}" was deleted while the run was going on: the same command makes again what is lost')
     if _exports(config):
         convert(config.checkpoint_folder / f"step-{step}", folder / HF_FOLDER, config.checkpoint.export_dtype)
     try:

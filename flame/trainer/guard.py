@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flame.checkpoints.files import list_good_steps
+from flame.checkpoints.files import advise_going_back
 from flame.config.run import CHECKPOINT_FOLDER
 from flame.data.batch import PackedBatch
 from flame.errors import UserError
@@ -134,17 +134,9 @@ class StepGuard:
         limit = self._max_skipped_steps
         if in_a_row >= limit:
             stopped = f"stopped, the last of training.max_skipped_steps = {limit} such steps in a row"
-            raise UserError(f"{message}: {stopped}{self._advise()}")
+            raise UserError(f"{message}: {stopped}{advise_going_back(self._path.parent / CHECKPOINT_FOLDER)}")
         if is_main:
             logger.warning("%s: %s skipped", message, what)
-
-    def _advise(self) -> str:
-        """How to go back, if there is a checkpoint to go back to."""
-        steps = list_good_steps(self._path.parent / CHECKPOINT_FOLDER)
-        if not steps:
-            return ""
-        otherwise = f" (or {steps[1]}, if that fails too)" if len(steps) > 1 else ""
-        return f"; put the cause right and go back to before them with --checkpoint.load_step {steps[0]}{otherwise}"
 
 
 def _get_local_gradient(parameter: nn.Parameter) -> Tensor | None:

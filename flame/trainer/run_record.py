@@ -14,12 +14,13 @@ from flame.config.help import write_config
 from flame.config.run import STARTS_FILE
 from flame.config.schema import JobConfig
 
+CONFIG_FILE = "config.toml"
 LIBRARIES = ("torch", "torchtitan", "transformers", "flash-linear-attention", "datasets")
 
 
 def record_run(config: JobConfig, folder: Path, start_step: int, world_size: int) -> None:
     """Write `config.toml`, which is that of the latest start, and append a line about this start to `starts.jsonl`."""
-    write_config(config, folder / "config.toml")
+    write_config(config, folder / CONFIG_FILE)
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "start_step": start_step,

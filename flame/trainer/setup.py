@@ -38,6 +38,7 @@ from flame.optimizers.build import Group, WarmUp, build_optimizer, build_schedul
 from flame.runtime.distributed import check_same_on_all_ranks
 from flame.runtime.lock import lock_run
 from flame.runtime.torchtitan import LRSchedulersContainer, OptimizersContainer
+from flame.trainer.run_folder import check_places
 from flame.trainer.validation import Validator
 from flame.weights.load import resize_vocabulary
 from flame.weights.source import fetch_assets
@@ -81,13 +82,16 @@ def claim_folder(folder: Path) -> IO[str] | None:
         the lock on rank 0, else None.
 
     Raises:
-        UserError: the folder cannot be created, or another run uses it.
+        UserError: the folder cannot be created or written to, something else is where the run writes, or another run uses it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'job.dump_folder = "{folder}" cannot be made ({error.strerror}): choose another') from error
-    lock = lock_run(folder) if dist.get_rank() == 0 else None
+    lock = None
+    if dist.get_rank() == 0:
+        check_places(folder)
+        lock = lock_run(folder)
     dist.barrier()
     return lock
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ from flame.checkpoints.storage import is_disk_full
 from flame.config.addresses import find_target_fault
 from flame.data.tokenizer import TOKENIZER_FILE, find_misread
 from flame.errors import UserError
+from flame.runtime.disk import replace
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
@@ -187,15 +187,25 @@ def _show(shape: torch.Size | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
+def check_replaceable(out: Path) -> None:
+    """Check that an export may take the place of what is there.
+
+    Raises:
+        UserError: it is something else than an exported model.
+    """
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
+        raise UserError(
+            f'"{out}" holds something else than an exported model, which an export would replace: move it away, or name '
+            "another folder"
+        )
+
+
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
     """Yield a temporary folder, which replaces `out` after the block. After an error, `out` is unchanged."""
     out = out.expanduser().resolve()  # follow links: they stay valid, and renaming stays on one disk
-    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
-        raise UserError(
-            f'"{out}" holds something else than an exported model, which an export would replace: name another folder'
-        )
+    check_replaceable(out)
     partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old.partial"))
     try:
         for leftover in (partial, old):
@@ -205,8 +215,8 @@ def _written_aside(out: Path) -> Iterator[Path]:
         for path in [*partial.rglob("*"), partial]:
             sync_to_disk(path)
         if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
+            replace(out, old)
+        replace(partial, out)
         sync_to_disk(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:

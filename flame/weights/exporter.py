@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from flame.checkpoints.manager import SLOWEST_SAVE, Checkpointer
+from flame.checkpoints.manager import HF_FOLDER, SLOWEST_SAVE, Checkpointer
 from flame.config.run import Checkpoint
 from flame.runtime.agreement import run_on_main
-from flame.weights.export import convert
+from flame.weights.export import check_replaceable, convert
 from flame.weights.upload import Uploader
 
 
@@ -54,6 +55,24 @@ class Exporter:
         """Wait for the uploads. Needs no other rank."""
         if self._uploader is not None:
             self._uploader.wait()
+
+    def prepare(self, step: int) -> None:
+        """Check, before training, that what the run will export may take the place of what is there.
+
+        Args:
+            step: that is done.
+
+        Raises:
+            UserError: it may not.
+        """
+        if self._options.enable_checkpoint and self._options.export_hf:
+            run_on_main(partial(self._check_places, step), self._group)
+
+    def _check_places(self, step: int) -> None:
+        numbers = {path: re.fullmatch(r"hf-step-(\d+)", path.name) for path in self._folder.glob("hf-step-*")}
+        later = [path for path, match in numbers.items() if match and int(match[1]) > step and self.is_due(int(match[1]))]
+        for out in (self._folder / HF_FOLDER, *later):
+            check_replaceable(out)
 
     def export_when_due(self, step: int, *, again: bool = True) -> None:
         """Write `hf-step-N/` if it is due. Rank 0 writes, the others wait.

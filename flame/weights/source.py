@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from flame.checkpoints.files import TRAINER_FILE, find_missing, list_folders, read_state
+from flame.checkpoints.files import find_missing, list_folders
+from flame.checkpoints.manifest import TRAINER_FILE, has_digests, read_state, verify_files, warn_unverified
 from flame.checkpoints.storage import TensorReader, verify_tensors
 from flame.config.addresses import is_remote
 from flame.config.locations import CHECKPOINT_MARKS, is_checkpoint, looks_like_path
@@ -291,7 +292,8 @@ class CheckpointSource:
         self.files = [folder / name for name in sorted({info.relative_path for info in self._metadata.storage_data.values()})]
 
     def _read_metadata(self) -> Any:
-        objective = read_state(self.folder).get("objective") or {}
+        self._state = read_state(self.folder)
+        objective = self._state.get("objective") or {}
         self.objective, self.task = objective.get("name"), objective.get("task")
         return TensorReader(self.folder).read_metadata()
 
@@ -315,6 +317,11 @@ class CheckpointSource:
             return torch.load(io.BytesIO(file.read(location.length)), map_location="cpu", weights_only=True)
 
     def verify(self, share: int, shares: int, keys: Collection[str] | None = None) -> None:
+        if keys is None and has_digests(self._state):
+            self._check(partial(verify_files, self.folder, self._state, share, shares))
+            return
+        if keys is None and share == 0:
+            warn_unverified(self.folder)
         read = {self._prefix + key for key in (self.entries if keys is None else keys)}
         own = {index: info for index, info in self._metadata.storage_data.items() if index.fqn in read}
         self._check(partial(verify_tensors, self.folder, replace(self._metadata, storage_data=own), share, shares))

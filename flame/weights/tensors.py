@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from flame.checkpoints.files import TRAINER_FILE, find_missing, read_state
+from flame.checkpoints.files import find_missing
+from flame.checkpoints.manifest import TRAINER_FILE, has_digests, read_state, verify_files, warn_unverified
 from flame.checkpoints.storage import TensorReader, verify_tensors
 from flame.errors import UserError
 
@@ -22,7 +23,7 @@ MODEL_PREFIX = "model."
 
 
 class ModelTensors:
-    """The model in a committed `step-N/` folder, with the names of `TrainingModel`. Checksums are verified first.
+    """The model in a committed `step-N/` folder, with the names of `TrainingModel`. Its bytes are verified first.
 
     Raises:
         UserError: the folder is not a complete checkpoint, or is damaged.
@@ -35,9 +36,13 @@ class ModelTensors:
         self._reader = TensorReader(checkpoint)
         try:
             self.state: dict[str, Any] = read_state(checkpoint)
+            if has_digests(self.state):
+                verify_files(checkpoint, self.state)
             metadata = self._reader.read_metadata()
-            own = {index: info for index, info in metadata.storage_data.items() if index.fqn.startswith(MODEL_PREFIX)}
-            verify_tensors(checkpoint, dataclasses.replace(metadata, storage_data=own), share=0, shares=1)
+            if not has_digests(self.state):
+                warn_unverified(checkpoint)
+                own = {index: info for index, info in metadata.storage_data.items() if index.fqn.startswith(MODEL_PREFIX)}
+                verify_tensors(checkpoint, dataclasses.replace(metadata, storage_data=own), share=0, shares=1)
         except (OSError, ValueError) as error:
             raise UserError(f'checkpoint "{checkpoint}" is damaged: {error}; convert another one') from error
         self._entries = {

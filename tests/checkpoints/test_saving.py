@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +65,8 @@ def test_both_ways_write_the_same(tmp_path):
         del files[TRAINER_FILE]
         assert state.pop("files") == files and {".metadata", "__0_0.distcp"} < files.keys()
         assert (folder / HF_FOLDER / "nested" / "vocab.txt").read_text() == "a b c"
+        digests = {name: xxhash.xxh3_128_hexdigest((folder / name).read_bytes()) for name in files}
+        assert state.pop("digests") == digests and len(state.pop("digest")) == 32
         assert state == {"step": 3, "config": {"training": {"seed": 1}}, "world_size": 1}
 
 

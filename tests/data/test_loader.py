@@ -22,7 +22,7 @@ from flame.data.mixture import Mixture
 from flame.data.packing import PackedSequence
 from flame.data.state import DataState, merge_states
 from flame.data.tokenizer import load_tokenizer
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 from tests.support.documents import ListSource, pack_plainly, tokenize_rows
 from tests.support.paths import REPO
 
@@ -224,3 +224,25 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_killed_worker_is_one_line_that_says_so() -> None:
+    loader = open_loader(num_workers=1)
+    next(loader)
+    assert loader.has_started
+    (worker,) = loader._sequences._workers  # type: ignore[union-attr]
+    worker.kill()
+    with pytest.raises(MachineFault) as told:
+        for _ in range(50):  # some were packed ahead
+            next(loader)
+    assert str(told.value) == (
+        "a worker process of the loader was killed by SIGKILL, most likely since the machine was out of memory: the same command "
+        "goes on from the last checkpoint; if it happens again, lower training.num_workers = 1"
+    )
+
+
+def test_a_loader_says_when_its_workers_have_started() -> None:
+    loader = open_loader()
+    assert not loader.has_started
+    next(loader)
+    assert loader.has_started

@@ -11,13 +11,14 @@ import pytest
 
 from flame.data import prefetch as prefetch_module
 from flame.data.prefetch import Prefetcher
-from flame.errors import UserError
+from flame.errors import MachineFault, UserError
 
 
 class FakeLoader:
     """Hands out numbers, and waits for leave before each of those in `gates`."""
 
     awaited_source = 'training.dataset = "slow"'
+    has_started = True
 
     def __init__(self, gates: dict[int, threading.Event] | None = None, fault: BaseException | None = None):
         self.gates, self.fault, self.handed_out, self.is_closed = gates or {}, fault, 0, False
@@ -103,3 +104,38 @@ def test_a_stalled_source_is_named_and_then_ends_the_run(
         'rank 3: training.dataset = "slow" has given nothing for 550 seconds: stopped before comm.timeout_seconds = 600 runs '
         "out; check the source, or raise it"
     )
+
+
+def test_workers_that_start_slowly_are_waited_for_and_no_source_is_blamed(
+    opened: list[Prefetcher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a clock that moves 10 seconds at each look, with a limit of 6 seconds for sources; the workers take 300."""
+    loader, looks = FakeLoader({0: (gate := threading.Event())}), []
+    loader.has_started = False
+
+    def tick() -> float:
+        looks.append(1)
+        if len(looks) == 30:
+            loader.has_started = True
+        return 10.0 * len(looks)
+
+    monkeypatch.setattr(prefetch_module, "time", SimpleNamespace(monotonic=tick, sleep=lambda seconds: None))
+    prefetcher = open_prefetcher(opened, loader, timeout=6.0)
+    with caplog.at_level(logging.WARNING, "flame"):
+        prefetcher.wait_for_start(never)
+    assert caplog.messages == ["the loader's worker processes are starting for 70 seconds: the machine is busy"]
+    loader.has_started = False
+    prefetcher.wait_for_start(lambda: True)
+    monkeypatch.setattr(prefetch_module, "SLOWEST_START", 100.0)
+    with pytest.raises(MachineFault, match="rank 3: the loader's worker processes have not started after 110 seconds"):
+        prefetcher.wait_for_start(never)
+    gate.set()
+
+
+def test_a_loader_that_fails_at_its_start_is_not_waited_for(opened: list[Prefetcher]) -> None:
+    loader = FakeLoader(fault=UserError("one line"))
+    loader.handed_out, loader.has_started = 2, False
+    prefetcher = open_prefetcher(opened, loader)
+    prefetcher.wait_for_start(never)
+    with pytest.raises(UserError, match="one line"):
+        prefetcher.take(1, never)

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flame.attention.masks import round_up_to_bucket
 from flame.models.estimator import _normalize
@@ -151,6 +153,38 @@ def test_half_precision(name):
     found.loss_sum.backward()
     exact.loss_sum.backward()
     assert (found_x.grad - exact_x.grad).norm() / exact_x.grad.norm() < 3e-2
+
+
+def draw_cone(count: int, width: int, cosine: float) -> tuple[Tensor, Tensor]:
+    """Unit vectors [count, width] of this mean cosine, and predictions close to them, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    axis, around, noise = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (1, count, count))
+    axis = F.normalize(axis, dim=-1)
+    around = F.normalize(around - (around @ axis.t()) * axis, dim=-1)
+    targets = F.normalize(axis + math.sqrt((1 - cosine) / cosine) * around, dim=-1)
+    return targets + 0.02 * F.normalize(noise, dim=-1), targets
+
+
+@pytest.mark.parametrize("name", ["infonce", "bilinear"])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("valid_share", [1.0, 0.7])
+def test_a_narrow_cone_in_half_precision(name, temperature, valid_share):
+    """With a mean cosine of 0.9975, cosines are closer to each other than numbers near 1 in bfloat16."""
+    x, y = draw_cone(512, 256, 0.9975)
+    valid = torch.rand(512, generator=torch.Generator().manual_seed(1)) < valid_share
+    exact = build_mi_estimator(name, 256, temperature).double().compare(x, y, valid)
+    found = build_mi_estimator(name, 256, temperature).bfloat16().compare(x.bfloat16(), y.bfloat16(), valid)
+    for measure, tolerance in {"infonce_accuracy": 0.01, "mi_lower_bound": 0.01, "positive_cosine": 1e-3}.items():
+        if measure in exact.measures:
+            (total, count), (wanted, _) = found.measures[measure], exact.measures[measure]
+            assert abs(float(total / count) - float(wanted / count)) < tolerance, measure
+    assert exact.measures["infonce_accuracy"][0] == valid.sum()
+
+
+def test_collapsed_summaries_stay_ties_in_half_precision():
+    x, y = draw_cone(64, 32, 0.5)
+    found = build_mi_estimator("infonce", 32).bfloat16().compare(x.bfloat16(), y[:1].expand(64, -1).bfloat16())
+    assert found.measures["infonce_accuracy"][0] == 0 and abs(found.measures["mi_lower_bound"][0]) < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

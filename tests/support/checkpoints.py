@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flame.checkpoints.manager import Checkpointer, list_checkpoints
+from flame.checkpoints.manifest import DIGESTS, OWN_DIGEST, TRAINER_FILE, render
 
 
 class Net(nn.Module):
@@ -105,6 +108,28 @@ def read_stored(folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def edit_state(checkpoint: Path, change: Callable[[dict[str, Any]], object], *, signed: bool = False) -> None:
+    """Change a checkpoint's `trainer.json`.
+
+    Args:
+        signed: it gets a digest of what it then says. Otherwise all digests are taken out, as if an older release had made it.
+    """
+    path = checkpoint / TRAINER_FILE
+    state = json.loads(path.read_text())
+    del state[OWN_DIGEST]
+    change(state)
+    if signed:
+        path.write_bytes(render(state))
+    else:
+        state.pop(DIGESTS, None)
+        path.write_text(json.dumps(state))
+
+
+def age(checkpoint: Path) -> None:
+    """Make a checkpoint one of an older release, without digests."""
+    edit_state(checkpoint, lambda state: None)
 
 
 def names(folder: Path) -> list[str]:

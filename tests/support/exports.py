@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from flame.checkpoints.files import commit
 from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import FORMAT
 from flame.config.schema import JobConfig
+from flame.data.state import DataState
 from flame.data.tokenizer import build_bytes_tokenizer
+from flame.logging.counters import Counters
 from tests.support.weights import list_saved_buffers
 
 
@@ -49,7 +52,12 @@ def make_checkpoint(folder: Path, model: PreTrainedModel, custom_model_path: str
     state = {
         "step": 3,
         "world_size": 1,
-        "counters": {"tokens_seen": 1000, "tokens_by_source": {}},
+        "validated_step": 0,
+        "counters": asdict(Counters(tokens_seen=1000)),
+        "data": DataState(192, 0).state_dict(),
+        "service_ids": {},
+        "generation": {},
+        "tokenizer_fingerprint": "",
         "config": config.to_dict(),
         "format": FORMAT,
         "model_config": model.config.to_dict(),

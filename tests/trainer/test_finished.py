@@ -12,7 +12,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import flame.train
-from flame.checkpoints.manager import TRAINER_FILE, list_checkpoints
+from flame.checkpoints.manager import list_checkpoints
+from tests.support.checkpoints import edit_state
 from tests.support.runs import final_weights, measured, read_metrics, run_here
 
 LOGGER = """
@@ -101,9 +102,7 @@ def test_a_finished_run_whose_model_is_missing_exports_it_again(workspace, done_
 def test_a_run_of_another_release_is_refused_in_one_line(workspace, done_run, capsys):
     """As its checkpoints were before they had a format."""
     for checkpoint in list_checkpoints(done_run / "checkpoint"):
-        state = json.loads((checkpoint / TRAINER_FILE).read_text())
-        del state["format"], state["objective"]
-        (checkpoint / TRAINER_FILE).write_text(json.dumps(state))
+        edit_state(checkpoint, lambda state: (state.pop("format"), state.pop("objective")))
     before = read_files(done_run)
     with pytest.raises(SystemExit) as stop:
         run_here(workspace, done_run, training__steps=8)

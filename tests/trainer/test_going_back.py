@@ -13,6 +13,7 @@ import torch.distributed as dist
 import flame.models.output_head
 from flame.checkpoints.files import list_checkpoints
 from flame.errors import UserError
+from flame.train import Trainer
 from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here
 
 EACH_STEP = {"checkpoint__interval": 1, "checkpoint__keep_latest_k": 0}
@@ -114,3 +115,26 @@ def test_no_good_checkpoint_is_purged_while_steps_are_skipped(workspace, tmp_pat
     assert list_steps(run) == ["step-5", "step-6"] and (run / "checkpoint" / "step-7.set-aside-1").is_dir()
     run_here(workspace, tmp_path / "whole", **saved)
     assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_state_whose_weights_are_lost_is_never_saved(workspace, tmp_path, monkeypatch, capsys):
+    """They become NaN in step 5 itself, whose loss is finite. Without a look at them, step 6 would push out step 4."""
+    run, real = tmp_path / "run", Trainer.train_step
+
+    def train_step(self):
+        real(self)
+        if self.step == 5:
+            next(iter(self.model.parameters())).data.mul_(float("nan"))
+
+    saved = {"checkpoint__interval": 2, "checkpoint__keep_latest_k": 1, "checkpoint__export_hf": False, "training__steps": 12}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(SystemExit) as stop:
+            run_here(workspace, run, **saved, training__max_skipped_steps=6)
+    dist.destroy_process_group()
+    line = capsys.readouterr().err.strip()
+    assert stop.value.code == UserError.EXIT_CODE and "\n" not in line
+    assert line.startswith("step 6: there are weights that are not finite, first lm.") and "--checkpoint.load_step 4" in line
+    assert list_steps(run) == ["step-4"]
+    run_here(workspace, run, **saved)
+    assert list_steps(run) == ["step-12"]

@@ -16,6 +16,7 @@ from flame.config.schema import Training
 from flame.data.corpus_content import describe_content, list_differences
 from flame.data.documents import open_documents
 from flame.data.tokenizer import load_tokenizer
+from tests.support.checkpoints import edit_state
 from tests.support.runs import cut_power_after, measured, options, read_metrics, run_here
 from tests.support.sources import choose_kind
 
@@ -165,8 +166,6 @@ def test_a_source_under_another_name_goes_on_to_the_bit(workspace, run, moved, p
 
 def test_a_checkpoint_that_does_not_tell_its_data_goes_on_under_the_same_options_alone(workspace, run, moved, plain_run, capsys):
     (checkpoint,) = list_checkpoints(run / "checkpoint")
-    state = json.loads((checkpoint / TRAINER_FILE).read_text())
-    del state["data"]["sources"]["json"]["content"]
-    (checkpoint / TRAINER_FILE).write_text(json.dumps(state))
+    edit_state(checkpoint, lambda state: state["data"]["sources"]["json"].pop("content"))
     assert "(its options differ; changed: training.data_files" in refuse(workspace, run, capsys, training__data_files=moved)
     assert measured(run_here(workspace, run, **QUICK)) == measured(read_metrics(plain_run))

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from flame.checkpoints.manager import HF_FOLDER
+from flame.checkpoints.manifest import digest_file
 from flame.cli.convert_dcp_to_hf import main
 from flame.config.run import Checkpoint
 from flame.errors import UserError
@@ -39,6 +40,7 @@ from flame.weights.export import convert, name_objective_file
 from flame.weights.exporter import Exporter
 from flame.weights.tensors import ModelTensors
 from flame.weights.to_checkpoint import convert_to_checkpoint
+from tests.support.checkpoints import age, edit_state
 from tests.support.exports import build_model, make_checkpoint
 from tests.support.families import build_toy
 from tests.support.models import tiny_llama
@@ -243,20 +245,31 @@ def test_a_configuration_of_another_model_is_one_line(tmp_path, checkpoint):
     file = checkpoint / HF_FOLDER / "config.json"
     content = file.read_text().replace('"intermediate_size": 48', '"intermediate_size": 49')  # of the same length
     file.write_text(content)
+    digest = digest_file(file)
+    edit_state(checkpoint, lambda state: state["digests"].update({f"{HF_FOLDER}/config.json": digest}), signed=True)
     expected = r"is of another model than the weights: lm.model.layers.0.mlp.down_proj.weight is \[32, 48\] in the checkpoint"
     with pytest.raises(UserError, match=expected):
         convert(checkpoint, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_flipped_bit_in_a_weight_is_damage(tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    ("is_older", "expected"),
+    [
+        (False, r"distcp has other bytes than were written \(digest\)"),
+        (True, "the bytes of model.lm.model.norm.weight are damaged"),
+    ],
+)
+def test_a_flipped_bit_in_a_weight_is_damage(tmp_path, checkpoint, is_older, expected):
+    if is_older:
+        age(checkpoint)
     tensors = ModelTensors(checkpoint)
     needle = tensors.load(["lm.model.norm.weight"])["lm.model.norm.weight"].numpy().tobytes()
     shard = next(path for path in checkpoint.glob("*.distcp") if needle in path.read_bytes())
     content = bytearray(shard.read_bytes())
     content[content.index(needle) + 5] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged: .* the bytes of model.lm.model.norm.weight are damaged"):
+    with pytest.raises(UserError, match=f"is damaged: .*{expected}"):
         convert(checkpoint, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from contextlib import suppress
 from typing import ClassVar
 
 from flame.errors import UserError
 from flame.logging.writers.base import MetricWriter, RunIdentity
+from flame.runtime.appended_file import AppendedFile
 from flame.runtime.json_lines import drop_lines_after
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,27 +22,25 @@ class JsonLinesWriter(MetricWriter):
     def __init__(self, run: RunIdentity):
         path = run.folder / METRICS_FILE
         drop_lines_after(path, run.start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendedFile(path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of one step.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or the run's folder is gone.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False))
         except OSError as error:
             raise UserError(
-                f'"{self._file.name}" cannot be written ({error.strerror}): fix that, and the same command continues from '
+                f'"{self._file.path}" cannot be written ({error.strerror}): fix that, and the same command continues from '
                 "the last checkpoint"
             ) from error
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk was already reported
-            self._file.close()
+        self._file.close()

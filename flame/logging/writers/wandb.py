@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -80,7 +81,10 @@ def _start(identity: RunIdentity, wandb_id: str) -> Any:
 def _keep_id(folder: Path, saved: str | None) -> str:
     """Identity of the run: from its folder, else from the checkpoint, else a new one. Stored in the folder."""
     path = folder / WANDB_ID_FILE
-    known = path.read_text().strip() if path.exists() else ""
+    known = path.read_text(errors="replace").strip() if path.exists() else ""
+    if known and not re.fullmatch(r"[\w-]{1,128}", known, re.ASCII):
+        logger.warning("%s does not hold an id of Weights & Biases: it is written anew", path)
+        known = ""
     if not known:
         known = saved or uuid.uuid4().hex[:12]
         path.write_text(known + "\n")
