@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flame.config.training import Training
 from flame.errors import UserError
+from flame.runtime.rendezvous import STORE_OF_ROUND
 from flame.runtime.torchtitan import ParallelDims, ParallelismConfig
 
 FLIGHT_RECORDS = "2000"
@@ -85,6 +86,8 @@ def _open_store(timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    if os.environ.get(STORE_OF_ROUND) == "1":
+        return store  # the restarts that a machine has counted may be others than another machine's
     return dist.PrefixStore(f"flame/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

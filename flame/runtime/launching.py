@@ -74,6 +74,7 @@ class Launching:
         with _hold_logs() as held, self._workers.under_torchrun():
             try:
                 torchrun.run(self._options)
+                held.clear()  # of workers that were started again
                 return 0
             except SignalException as error:
                 held.clear()
@@ -124,8 +125,9 @@ class Launching:
     def _may_restart(self, failures: dict[int, ProcessFailure], restarts_left: int) -> bool:
         if any(failure.exitcode == UserError.EXIT_CODE or self._is_request(failure.exitcode) for failure in failures.values()):
             return False
-        ending = self._find_ending(failures)
-        print(f"{ending.lines[0]}; starting the workers again, {restarts_left} restarts left", file=sys.stderr, flush=True)
+        most = self._options.max_restarts
+        line = f"{self._find_ending(failures).lines[0]}; starting again, restart {most - restarts_left + 1} of {most}"
+        print(line, file=sys.stderr, flush=True)
         return True
 
     def _find_ending(self, failures: dict[int, ProcessFailure]) -> Ending:

@@ -136,9 +136,8 @@ class Machines:
                     raise MachinesLost(retell(ending))
             missing = [number for number in range(place.most) if not store.check([f"flame/here/{number}"])]
             here = place.most - len(missing)
-            for number in set(range(place.most)) - set(missing) - self.hosts.keys():
-                self.hosts[number] = json.loads(store.get(f"flame/here/{number}"))["host"]
             if here >= place.fewest:
+                self.read_hosts()
                 return
             absent = f"{place.fewest - here} of {place.fewest} machines (NODE_RANK {', '.join(map(str, missing))})"
             self._check_time(deadline, f"{absent} did not come to {place.host}:{place.port}")
@@ -186,6 +185,12 @@ class Machines:
             self._store.set(f"flame/read/{self.place.number}", "")
         return found
 
+    def read_hosts(self) -> None:
+        """Fill `hosts`."""
+        for number in range(self.place.most):
+            if self._store.check([f"flame/here/{number}"]):
+                self.hosts[number] = json.loads(self._store.get(f"flame/here/{number}"))["host"]
+
     def have_read(self) -> bool:
         """Whether all other machines have read of an ending."""
         return all(self._store.check([f"flame/read/{number}"]) for number in range(1, self.place.most))
@@ -227,9 +232,9 @@ class Watch:
 
     @property
     def missing(self) -> list[int]:
-        """Machines that have not told how they ended."""
-        place = self._machines.place
-        return [number for number in range(place.most) if number != place.number and number not in self.others]
+        """Machines that have come, and have not told how they ended."""
+        own = self._machines.place.number
+        return [number for number in sorted(self._machines.hosts) if number != own and number not in self.others]
 
     @property
     def causes(self) -> list[Ending]:
@@ -245,6 +250,7 @@ class Watch:
                     own, self._own = self._own, None
                 if own is not None:
                     self._machines._put(own)
+                    self._machines.read_hosts()
                 new = {}
                 if self._machines._store.check([ENDING]):
                     new = {number: each for number, each in self._machines._read_endings().items() if number not in self.others}

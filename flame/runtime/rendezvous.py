@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 
 from flame.errors import UserError
 
+STORE_OF_ROUND = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable of torchrun: each round of its rendezvous gets a store of its own. In the launcher's, keys of an earlier
+round name workers that are gone."""
 LAST_CALL_SECONDS = 30
 """How long a run with fewer machines than it can have waits for more."""
+GONE_SECONDS = 20
+"""torchrun takes a machine for gone after three heartbeats of five seconds."""
 DEFAULT_PORT = 29500
 
 
@@ -89,13 +94,13 @@ def set_rendezvous(options: Any, place: Place, address: str, timeout: int) -> No
         return
     # Machines that come and go, or start their workers again: torchrun's own rendezvous, in rounds.
     options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", f"{place.host}:{place.port}", "flame"
+    last_call = min(timeout, LAST_CALL_SECONDS)
     options.rdzv_conf = (
-        f"is_host={int(place.number == 0)},join_timeout={timeout},last_call_timeout={min(timeout, LAST_CALL_SECONDS)},"
+        f"is_host={int(place.number == 0)},join_timeout={timeout + last_call + GONE_SECONDS},last_call_timeout={last_call},"
         f"read_timeout={timeout}"
     )
     options.local_addr, options.node_rank = address, 0
-    # Each round gets a store of its own: keys of an earlier one name workers that are gone.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[STORE_OF_ROUND] = "1"
 
 
 def _count_local_processes(nproc_per_node: str) -> int:
