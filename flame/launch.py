@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         if place is not None and place.meets_others:
+            _quieten_torch()
             from flame.runtime.machines import tell_mistake
 
             tell_mistake(place, error)
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> int:
     forwarder = _SignalForwarder(module)
     forwarder.start()
     try:
+        _quieten_torch()
         from flame.runtime.launching import Launching  # it takes seconds to import
 
         timeout = config.comm.timeout_seconds
@@ -91,6 +93,15 @@ def main(argv: list[str]) -> int:
         # The exit code is known; a late signal must not change it.
         for stop in STOP_SIGNALS:
             signal.signal(stop, signal.SIG_IGN)
+
+
+def _quieten_torch() -> None:
+    """Import torch so that this process does not warn, with a list of C++ frames, of each connection that another closes."""
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read when torch is imported
+        import torch  # noqa: F401
+
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the workers may warn
 
 
 def _split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:

@@ -90,7 +90,11 @@ class Machines:
                 f"NODE_RANK = {self.place.number} (environment) is that of process {other['process']} on {other['host']} too: "
                 "give each machine its own"
             )
-        self._wait_for_others(deadline)
+        try:
+            self._wait_for_others(deadline)
+        except DistError:
+            line = f"machine 0 has left {self.place.host}:{self.place.port} before the run began: see what it says"
+            raise MachinesLost(Ending(Kind.CAUSE, LOST_EXIT_CODE, [line], self.place.number)) from None
         if self.place.number == 0 and is_loopback(self.address):
             self._take_address_of_others()
         choose_interfaces(self.address)

@@ -41,9 +41,7 @@ def find_local_address(host: str, port: int) -> tuple[str, str]:
         family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{label} is no known address on {socket.gethostname()} ({reason}): give the address of machine 0"
-        ) from None
+        raise UserError(f"{label} is no address known to {socket.gethostname()} ({reason}): give that of machine 0") from None
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(target)
