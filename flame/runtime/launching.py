@@ -26,6 +26,8 @@ from flame.runtime.signals import PREEMPTED_EXIT_CODE
 from flame.runtime.torchrun import SETTLE_SECONDS, Workers
 
 TORCHRUN_LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
+# How long the workers of this machine get to end by a mistake that all ranks have met together.
+OWN_MISTAKE_SECONDS = 2.0
 # Signals on which torchrun stops the workers and ends with a traceback.
 TORCHRUN_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
@@ -116,6 +118,8 @@ class Launching:
             time.sleep(SETTLE_SECONDS)  # those that wait for the same rank end by the same timeout
             if other.is_timeout:
                 self._workers.silent.update(self._workers.find_silent())
+        elif other.kind == Kind.MISTAKE:
+            time.sleep(OWN_MISTAKE_SECONDS)
         self._workers.give_up()
 
     def _is_request(self, exit_code: int) -> bool:

@@ -61,9 +61,10 @@ def list_differences(gathered: Sequence[tuple[str, Mapping[str, str]]]) -> list[
     return found[:MOST_SHOWN] + ([f"{more} more differ"] if more > 0 else [])
 
 
-def is_first_of_machine() -> bool:
-    """Whether this rank reads, for all of its machine, what the ranks of one machine share."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def reads_for_machine() -> bool:
+    """Whether this rank reads, for all of its machine, what the ranks of one machine share. None does on a single machine."""
+    local = [os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE")]
+    return os.environ.get("LOCAL_RANK", "0") == "0" and local[0] != local[1]
 
 
 def hash_pieces(path: Path) -> str:

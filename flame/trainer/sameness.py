@@ -14,7 +14,7 @@ from flame.checkpoints.resume import flatten
 from flame.config.schema import JobConfig
 from flame.data.corpus_content import describe_contents
 from flame.data.encoding import fingerprint_tokenizer
-from flame.runtime.sameness import is_first_of_machine
+from flame.runtime.sameness import reads_for_machine
 from flame.trainer.run_record import read_git_revision
 from flame.trainer.setup import RunInputs
 
@@ -37,7 +37,7 @@ def describe_program(config: JobConfig) -> dict[str, Any]:
     options = flatten(config.to_dict())
     named = {key: value for key, value in options.items() if key not in PLACES and not key.endswith(".data_files")}
     found = {**named, "python": platform.python_version(), **{f"version of {name}": _find_version(name) for name in LIBRARIES}}
-    if not is_first_of_machine():
+    if not reads_for_machine():
         return found
     found["git revision"] = read_git_revision()
     found["hash of flame's code"] = _hash_code(Path(flame.__file__).parent)
@@ -49,7 +49,7 @@ def describe_program(config: JobConfig) -> dict[str, Any]:
 def describe_inputs(config: JobConfig, inputs: RunInputs) -> dict[str, Any]:
     """Model configuration, tokenizer and data of this rank, for `check_same`. Reads a few documents of each source."""
     found: dict[str, Any] = {f"documents of source {name}": count for name, count in inputs.mixture.count_units().items()}
-    if is_first_of_machine():
+    if reads_for_machine():
         found |= {f"model configuration {key}": value for key, value in flatten(inputs.model_config.to_dict()).items()}
         found["fingerprint of the tokenizer"] = fingerprint_tokenizer(inputs.tokenizer)[:16]
         for name, content in describe_contents(config, inputs.mixture).items():

@@ -56,6 +56,14 @@ def model_file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def first_of_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the first rank of one of several machines."""
+    for name, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("first_of_machine")
 def test_options_are_compared_but_for_where_files_are(tmp_path: Path, model_file: str) -> None:
     def describe(*words: str) -> dict[str, object]:
         model = ["--model.config", model_file, "--model.tokenizer_path", "bytes"]
@@ -70,6 +78,7 @@ def test_options_are_compared_but_for_where_files_are(tmp_path: Path, model_file
     json.dumps(plain)
 
 
+@pytest.mark.usefixtures("first_of_machine")
 def test_code_of_the_users_own_is_compared_by_content(tmp_path: Path, model_file: str) -> None:
     logger = tmp_path / "own_logger.py"
     source = "from flame.logging.writers.base import MetricWriter\nclass Own(MetricWriter):\n    name = 'own'\n"
@@ -79,6 +88,16 @@ def test_code_of_the_users_own_is_compared_by_content(tmp_path: Path, model_file
     logger.write_text(source + "# another line\n")
     after = describe_program(read_options(options, 1))
     assert {key for key in before if before[key] != after[key]} == {"hash of metrics.logger_path"}
+
+
+def test_one_rank_of_a_machine_reads_for_all(monkeypatch: pytest.MonkeyPatch, model_file: str) -> None:
+    options = read_options(["--model.config", model_file, "--model.tokenizer_path", "bytes"], 1)
+    assert "hash of flame's code" not in describe_program(options), "on a single machine there is nothing to compare"
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert "hash of flame's code" not in describe_program(options)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "hash of flame's code" in describe_program(options)
 
 
 def test_code_is_told_by_names_and_content(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from flame.checkpoints.manager import list_checkpoints
 from flame.runtime.endings import LOST_EXIT_CODE
+from flame.runtime.sameness import ADVICE
 from tests.support.paths import REPO
 from tests.support.runs import measured, options, read_metrics
 
@@ -82,9 +83,11 @@ def wait_for_steps(run: Path, count: int, machines: list[Machine]) -> None:
 
 def test_machines_that_differ_are_refused_on_both(workspace: Path, tmp_path: Path) -> None:
     arguments = [options(workspace, tmp_path / "run", optimizer__lr=lr) for lr in ("1e-3", "5e-3")]
-    line = f"optimizer.lr is 0.001 on rank 0 ({HOST}), 0.005 on rank 1 ({HOST}): start the same command, with the same code and files, on all machines"  # noqa: E501
+    line = f"optimizer.lr is 0.001 on rank 0 ({HOST}), 0.005 on rank 1 ({HOST}): {ADVICE}"
     with start(arguments) as machines:
-        assert [machine.end() for machine in machines] == [(2, [line])] * 2
+        for machine in machines:
+            code, lines = machine.end()
+            assert code == 2 and len(lines) == 1 and lines[0].endswith(line)
 
 
 def test_documents_that_differ_are_refused_on_both(workspace: Path, tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_documents_that_differ_are_refused_on_both(workspace: Path, tmp_path: Pa
     with start(arguments) as machines:
         for machine in machines:
             code, lines = machine.end()
-            assert code == 2 and len(lines) == 1 and lines[0].startswith("content of source json is ")
+            assert code == 2 and len(lines) == 1 and "content of source json is " in lines[0]
 
 
 def test_what_one_machine_lacks_ends_both(workspace: Path, tmp_path: Path) -> None:
