@@ -160,7 +160,7 @@ def test_restarted_ranks_go_on_to_the_bit(workspace: Path, tmp_path: Path, machi
 
 def test_a_run_goes_on_with_fewer_machines(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    changes = {"training__gradient_accumulation_steps": 2, "training__steps": 60, "comm__timeout_seconds": 10}
+    changes = {"training__gradient_accumulation_steps": 2, "training__steps": 60, "comm__timeout_seconds": 30}
     with start([options(workspace, run, **changes)] * 2, NNODES="1:2", MAX_RESTARTS="2") as machines:
         wait_for_steps(run, 5, machines)
         machines[1].kill()
