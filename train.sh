@@ -9,13 +9,17 @@
 #   OMP_NUM_THREADS  CPU threads of each process (default: the machine's cores / NGPU)
 #   PYTHON           interpreter (default python3)
 # For a run over several machines, start this on each of them with
-#   NNODES           number of machines (default 1)
+#   NNODES           number of machines (default 1), or MIN:MAX for a run that goes on with fewer or more
 #   NODE_RANK        which of them this is, from 0
-#   MASTER_ADDR      address of machine 0 (default localhost)
+#   MASTER_ADDR      address of machine 0, in the network that the machines share (default localhost)
 #   MASTER_PORT      a free port on machine 0 (default 29500)
+# and, if rank or machine may fail,
+#   MAX_RESTARTS     how often the processes are started again, from the newest checkpoint (default 0)
+# docs/several_machines.md says more.
 #
 # SIGTERM or SIGUSR1 asks the run to save and end at the next step; a second one ends it at once. Exit codes: 0 complete,
-# 2 a mistake to put right, 75 stopped on request (the same command goes on), 128 + n ended by signal n, any other a fault.
+# 2 a mistake to put right, 69 another rank or machine was lost and 75 stopped on request (the same command goes on from the newest
+# checkpoint), 128 + n ended by signal n, any other a fault.
 set -euo pipefail
 
 fail() {
@@ -27,7 +31,9 @@ repo=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 ngpu=${NGPU:-1}
 nnodes=${NNODES:-1}
 [[ $ngpu =~ ^[1-9][0-9]*$ ]] || fail "NGPU = $ngpu (environment): allowed is an integer > 0"
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES = $nnodes (environment): allowed is an integer > 0"
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] && ((${nnodes%:*} <= ${nnodes#*:})) ||
+    fail "NNODES = $nnodes (environment): allowed is an integer > 0, or MIN:MAX"
+most=${nnodes#*:}
 
 log_rank=${LOG_RANK:-0}
 log_fault="LOG_RANK = $log_rank (environment): allowed are ranks below NGPU = $ngpu, separated by commas"
@@ -36,13 +42,18 @@ for rank in ${log_rank//,/ }; do
     ((10#$rank < ngpu)) || fail "$log_fault"
 done
 
-if ((nnodes == 1)); then
-    # Picks a free port, so that several runs fit on one machine.
-    rendezvous=(--standalone)
-else
-    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < nnodes)) ||
-        fail "NODE_RANK = ${NODE_RANK:-} (environment): allowed is 0 to $((nnodes - 1)), another one on each machine"
-    rendezvous=(--node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}")
+machines=(--nnodes "$nnodes" --nproc-per-node "$ngpu")
+if ((most > 1)); then
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < most)) ||
+        fail "NODE_RANK = ${NODE_RANK:-} (environment): allowed is 0 to $((most - 1)), another one on each machine"
+    port=${MASTER_PORT:-29500}
+    [[ $port =~ ^[1-9][0-9]*$ ]] && ((port < 65536)) ||
+        fail "MASTER_PORT = $port (environment): allowed is 1 to 65535, the same on all machines"
+    machines+=(--node-rank "$((10#$NODE_RANK))" --master-addr "${MASTER_ADDR:-localhost}" --master-port "$port")
+fi
+if [[ -n ${MAX_RESTARTS:-} ]]; then
+    [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS = $MAX_RESTARTS (environment): allowed is an integer >= 0"
+    machines+=(--max-restarts "$MAX_RESTARTS")
 fi
 
 cores=$(nproc)
@@ -54,5 +65,5 @@ export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
 
 exec "${PYTHON:-python3}" -m flame.launch \
-    --nnodes "$nnodes" --nproc-per-node "$ngpu" "${rendezvous[@]}" --local-ranks-filter "$log_rank" \
+    "${machines[@]}" --local-ranks-filter "$log_rank" \
     -m flame.train "$@"

@@ -1,10 +1,11 @@
 """torchrun for `flame.train`: `python -m flame.launch [torchrun options] -m flame.train [options of the run]`.
 
-It adds three things to torchrun:
+It adds four things to torchrun:
 
 - It checks the run's options before any worker starts, so that mistakes show at once, one line each.
-- If workers end by a mistake of the user or a known fault of the machine, it prints its line and no report.
+- If workers fail, it prints why and no report: the user's mistake, or which rank ended or is silent, and on which machine.
 - On SIGTERM or SIGUSR1, from a scheduler, it lets the workers save and end. torchrun would kill them.
+- The machines of a run meet, say for whom they wait, and tell each other how they end (`flame.runtime.machines`).
 
 Exit codes:
 
@@ -13,7 +14,8 @@ Exit codes:
     2          the user's mistake, one line each on stderr
     75         stopped by SIGTERM or SIGUSR1 with nothing lost: the same command continues
     128 + n    ended by signal n: by the second SIGTERM or SIGUSR1, by one that came before any worker, or by another signal
-    any other  the exit code of the first failed worker, with its report
+    69         another rank or machine has ended, is silent or did not come: the same command continues
+    any other  the exit code of the first failed worker, with its traceback and a line that names it
 """
 
 from __future__ import annotations
@@ -23,23 +25,26 @@ if __name__ == "__main__":
 
     end_on_interrupt()
 
-import argparse
-import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from flame.errors import MachineFault, UserError
+from flame.errors import UserError
 from flame.runtime.clash import find_clash
-from flame.runtime.signals import LAUNCHER_PID, PREEMPTED_EXIT_CODE, STOP_SIGNALS, SignalThread
+from flame.runtime.rendezvous import Place, read_place
+from flame.runtime.signals import LAUNCHER_PID, STOP_SIGNALS, SignalThread
+
+if TYPE_CHECKING:
+    from flame.config.schema import JobConfig
 
 try:
     from flame.trainer.options import read_options
+    from flame.trainer.saved import describe_saved
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -49,11 +54,6 @@ except ModuleNotFoundError as error:
         file=sys.stderr,
     )
     sys.exit(UserError.EXIT_CODE)
-
-# torchrun's logger about failed and stopped workers.
-WORKER_LOGGER = "torch.distributed.elastic.multiprocessing.api"
-# Signals on which torchrun stops the workers and ends with a traceback.
-TORCHRUN_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 
 
 def main(argv: list[str]) -> int:
@@ -68,13 +68,41 @@ def main(argv: list[str]) -> int:
     """
     if clash := find_clash():
         print(clash, file=sys.stderr)
+    place = None
     try:
         torchrun_options, module, job_options = _split_arguments(argv)
-        read_options(job_options, _count_processes(torchrun_options))
+        place = read_place(torchrun_options)
+        config = _read_options(job_options, place)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
+        if place is not None and place.meets_others:
+            _quieten_torch()
+            from flame.runtime.machines import tell_mistake
+
+            tell_mistake(place, error)
         return UserError.EXIT_CODE
-    return _run_workers(argv, module)
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    forwarder = _SignalForwarder(module)
+    forwarder.start()
+    try:
+        _quieten_torch()
+        from flame.runtime.launching import Launching  # it takes seconds to import
+
+        timeout = config.comm.timeout_seconds
+        return Launching(argv, place, timeout, forwarder.forwarded, partial(describe_saved, config)).run()
+    finally:
+        # The exit code is known; a late signal must not change it.
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_IGN)
+
+
+def _quieten_torch() -> None:
+    """Import torch so that this process does not warn, with a list of C++ frames, of each connection that another closes."""
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read when torch is imported
+        import torch  # noqa: F401
+
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the workers may warn
 
 
 def _split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:
@@ -85,43 +113,21 @@ def _split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:
     return argv[:split], argv[split + 1], argv[split + 2 :]
 
 
-def _count_processes(torchrun_options: list[str]) -> int:
-    """Count the processes over all nodes, from `--nnodes` and `--nproc-per-node` as torchrun reads them."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--nnodes", default=os.environ.get("PET_NNODES", "1"))
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", default=os.environ.get("PET_NPROC_PER_NODE", "1"))
-    options, _ = parser.parse_known_args(torchrun_options)
-    nodes = options.nnodes.partition(":")[0]
-    if not (nodes.isdecimal() and int(nodes) > 0):
-        raise UserError(f"--nnodes = {options.nnodes}: allowed is an integer > 0, or MIN:MAX")
-    return int(nodes) * _count_local_processes(options.nproc_per_node)
+def _read_options(job_options: list[str], place: Place) -> JobConfig:
+    """Check the options for each number of machines that the run may have.
 
-
-def _count_local_processes(nproc_per_node: str) -> int:
-    if nproc_per_node.isdecimal() and int(nproc_per_node) > 0:
-        return int(nproc_per_node)
-    # Words such as "gpu" depend on the machine, and need the slow import of torch.
-    from torch.distributed.run import determine_local_world_size
-
-    try:
-        count = determine_local_world_size(nproc_per_node)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UserError(f"--nproc-per-node = {nproc_per_node}: allowed is an integer > 0, or cpu, gpu, auto where there are any")
-    return count
-
-
-def _run_workers(argv: list[str], module: str) -> int:
-    os.environ[LAUNCHER_PID] = str(os.getpid())
-    forwarder = _SignalForwarder(module)
-    forwarder.start()
-    try:
-        return _run_torchrun(argv, forwarder)
-    finally:
-        # The exit code is known; a late signal must not change it.
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, signal.SIG_IGN)
+    Raises:
+        UserError: they are wrong, or wrong on so many machines.
+    """
+    config = read_options(job_options, place.fewest * place.processes)
+    for count in range(place.fewest + 1, place.most + 1):
+        try:
+            read_options(job_options, count * place.processes)
+        except UserError as error:
+            raise UserError(
+                *(f"with {count} of NNODES = {place.fewest}:{place.most} machines: {line}" for line in error.lines)
+            ) from None
+    return config
 
 
 class _SignalForwarder(SignalThread):
@@ -166,57 +172,8 @@ def _read_if_there(path: str) -> bytes:
         return b""
 
 
-def _run_torchrun(argv: list[str], forwarder: _SignalForwarder) -> int:
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    options = torchrun.parse_args(argv)
-    options.signals_to_handle = TORCHRUN_SIGNALS
-    with _hold_log() as held:
-        try:
-            torchrun.run(options)
-            return 0
-        except SignalException as error:
-            held.clear()
-            return 128 + error.sigval
-        except ChildFailedError as error:
-            failed = error
-            # A worker with a user's mistake decides, even if another one, which failed because of it, is seen first.
-            for kind in (UserError, MachineFault):
-                data = [each.error_file_data for each in failed.failures.values() if each.exitcode == kind.EXIT_CODE]
-                told = dict.fromkeys(filter(None, (read_mistake(each, kind) for each in data)))
-                if told or (data and kind is UserError):
-                    held.clear()
-                    print(*told, sep="", end="", file=sys.stderr)
-                    return kind.EXIT_CODE
-            stopped = _find_stop_code([failure.exitcode for failure in failed.failures.values()], forwarder.forwarded)
-            if stopped is not None:
-                held.clear()
-                return stopped
-    print(failed, file=sys.stderr)
-    exit_code = failed.get_first_failure()[1].exitcode
-    return exit_code if exit_code > 0 else 128 - exit_code
-
-
-def _find_stop_code(exit_codes: list[int], forwarded: set[int]) -> int | None:
-    """The exit code if the workers were stopped on request; None if they failed.
-
-    Args:
-        exit_codes: of the failed workers, as torchrun lists them. The first ended by itself. torchrun may have stopped the later
-            ones, which they treat as a request to stop.
-        forwarded: stop signals passed on to the workers.
-    """
-    first = exit_codes[0]
-    if first == PREEMPTED_EXIT_CODE or (forwarded and PREEMPTED_EXIT_CODE in exit_codes):
-        return PREEMPTED_EXIT_CODE
-    if -first in forwarded:  # the worker did not handle signals yet, so it had done nothing
-        return PREEMPTED_EXIT_CODE
-    return first if first - 128 in forwarded else None
-
-
-def report_mistake(error: UserError) -> None:
-    """Pass the lines of an error to the launcher. Called by a worker before it ends with the error's `EXIT_CODE`.
+def report_mistake(error: Exception) -> None:
+    """Pass the lines of an error to the launcher. Called by a worker before it ends.
 
     The launcher prints them once: all workers may have the same mistake, and the output of some is not shown. Without torchrun
     the lines are printed here.
@@ -227,33 +184,6 @@ def report_mistake(error: UserError) -> None:
         get_error_handler().record_exception(error)
     else:
         print(error, file=sys.stderr)
-
-
-def read_mistake(error_data: dict[str, Any], kind: type[UserError] = UserError) -> str:
-    """The lines that a worker passed to `report_mistake`, each with its line end; empty if there are none of this kind."""
-    message = error_data.get("message")
-    prefix = f"{kind.__name__}: "
-    text = message["message"] if isinstance(message, dict) else ""
-    return text.removeprefix(prefix) + "\n" if text.startswith(prefix) else ""
-
-
-@contextmanager
-def _hold_log() -> Iterator[list[logging.LogRecord]]:
-    """Hold back torchrun's log records about its workers. Those still in the list are logged at the end."""
-    logger = logging.getLogger(WORKER_LOGGER)
-    held: list[logging.LogRecord] = []
-
-    def hold(record: logging.LogRecord) -> bool:
-        held.append(record)
-        return False
-
-    logger.addFilter(hold)
-    try:
-        yield held
-    finally:
-        logger.removeFilter(hold)
-        for record in held:
-            logger.handle(record)
 
 
 if __name__ == "__main__":

@@ -61,24 +61,27 @@ from flame.runtime.distributed import (
     set_single_process_defaults,
     start_processes,
 )
+from flame.runtime.endings import LOST_EXIT_CODE, PeerFailure, find_peer_failure
 from flame.runtime.interrupt import raise_on_interrupt
+from flame.runtime.sameness import check_same
 from flame.runtime.seeds import derive_seed
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
 from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
-from flame.trainer.finish import describe_saved, finish_run, is_finished, reopen_run, report_outcome
+from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
 from flame.trainer.options import read_options
 from flame.trainer.profiler import Profiler
 from flame.trainer.run_record import record_run
+from flame.trainer.sameness import describe_inputs, describe_program
+from flame.trainer.saved import describe_saved
 from flame.trainer.setup import (
     build_model,
     build_run_optimizer,
     build_run_schedule,
     build_weight_schedule,
-    check_same_data,
     claim_folder,
     open_inputs,
     open_validator,
@@ -128,12 +131,14 @@ class Trainer:
         self.rank, self.world_size = get_rank(), get_world_size()
         self.is_main = self.rank == 0
         init_logging(self.is_main)
-        self.tokenizer, model_config, self.mixture = open_inputs(config)
+        inputs = open_inputs(config)
+        self.tokenizer, model_config, self.mixture = inputs
         self.source_names = [source.name for source in self.mixture.sources]
 
         keep_flight_record(self.folder)
         self.device, mesh = start_processes(config.training, config.comm.timeout_seconds)
-        check_same_data(self.mixture)
+        check_same(run_on_all(partial(describe_program, config)))
+        check_same(run_on_all(partial(describe_inputs, config, inputs)))
         self.lock = claim_folder(self.folder)
         self.model = build_model(config, model_config, self.device, mesh)
         resolve_budget(config, self.model, self.mixture)
@@ -435,7 +440,13 @@ def main(argv: list[str]) -> None:
     set_single_process_defaults()
     try:
         is_complete = _run(read_options(argv, get_world_size()))
-    except UserError as error:
+    except Exception as error:
+        lost = find_peer_failure(error)
+        if lost and (isinstance(error, MachineFault) or not isinstance(error, UserError)):
+            report_mistake(PeerFailure(lost))
+            sys.exit(LOST_EXIT_CODE)
+        if not isinstance(error, UserError):
+            raise
         report_mistake(error)
         sys.exit(error.EXIT_CODE)
     if not is_complete:

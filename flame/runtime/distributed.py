@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flame.config.training import Training
 from flame.errors import UserError
+from flame.runtime.rendezvous import STORE_OF_ROUND
 from flame.runtime.torchtitan import ParallelDims, ParallelismConfig
 
 FLIGHT_RECORDS = "2000"
@@ -59,7 +60,14 @@ def start_processes(training: Training, timeout_seconds: int) -> tuple[torch.dev
     # Gloo beside NCCL: counts on the CPU are summed there, without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+    dist.init_process_group(
+        backend,
+        store=_open_store(timeout),
+        rank=get_rank(),
+        world_size=get_world_size(),
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
     dims = ParallelDims.from_config(
         ParallelismConfig(
             data_parallel_replicate_degree=training.data_parallel_replicate_degree,
@@ -70,6 +78,17 @@ def start_processes(training: Training, timeout_seconds: int) -> tuple[torch.dev
     )
     axes = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]
     return device, dims.get_mesh(axes)
+
+
+def _open_store(timeout: timedelta) -> dist.Store:
+    """The store in which ranks find each other. Workers that are started again must not find the addresses of the ended ones."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and get_world_size() == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if os.environ.get(STORE_OF_ROUND) == "1":
+        return store  # the restarts that a machine has counted may be others than another machine's
+    return dist.PrefixStore(f"flame/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def keep_flight_record(folder: Path) -> None:
@@ -108,15 +127,3 @@ def sum_over_ranks(*numbers: int) -> list[int]:
     totals = torch.tensor(numbers, dtype=torch.int64)
     dist.all_reduce(totals)
     return totals.tolist()
-
-
-def check_same_on_all_ranks(name: str, number: int) -> None:
-    """Check that a number is the same on all ranks, such as the number of documents that each one sees.
-
-    Raises:
-        UserError: the number differs.
-    """
-    numbers = [0] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise UserError(f"{name} differs between ranks: {', '.join(map(str, numbers))}; give all machines the same data")

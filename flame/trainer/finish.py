@@ -7,7 +7,6 @@ import logging
 from hashlib import sha256
 from pathlib import Path
 
-from flame.checkpoints.files import list_checkpoints
 from flame.checkpoints.manifest import TRAINER_FILE
 from flame.checkpoints.storage import METADATA_FILE
 from flame.config.schema import JobConfig
@@ -60,15 +59,6 @@ def finish_run(config: JobConfig, step: int) -> None:
     if config.checkpoint.enable_checkpoint:
         (folder / FINISHED_FILE).write_text(json.dumps(_describe_outcome(config, step)) + "\n", encoding="utf-8")
     report_outcome(config, step)
-
-
-def describe_saved(config: JobConfig) -> str:
-    """What an ended run has saved, and what the same command does."""
-    if not config.checkpoint.enable_checkpoint:
-        return "nothing is saved: checkpoints are off"
-    if list_checkpoints(config.checkpoint_folder):
-        return "the same command goes on from the last checkpoint"
-    return "nothing is saved yet: the same command begins anew"
 
 
 def report_outcome(config: JobConfig, step: int) -> None:

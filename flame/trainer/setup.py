@@ -35,7 +35,6 @@ from flame.objectives.registry import choose_objective
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import get_objective
 from flame.optimizers.build import Group, WarmUp, build_optimizer, build_schedule
-from flame.runtime.distributed import check_same_on_all_ranks
 from flame.runtime.lock import lock_run
 from flame.runtime.torchtitan import LRSchedulersContainer, OptimizersContainer
 from flame.trainer.run_folder import check_places
@@ -94,16 +93,6 @@ def claim_folder(folder: Path) -> IO[str] | None:
         lock = lock_run(folder)
     dist.barrier()
     return lock
-
-
-def check_same_data(mixture: Mixture) -> None:
-    """Check that all ranks see the same number of documents. All ranks call it.
-
-    Raises:
-        UserError: the number of documents in a source differs.
-    """
-    for source, count in mixture.count_units().items():
-        check_same_on_all_ranks(f'number of documents in source "{source}"', count)
 
 
 def build_modules(config: JobConfig, model_config: PretrainedConfig, device_type: str) -> TrainingModel:

@@ -21,7 +21,8 @@ from flame.logging.console import VALIDATION_PREFIX
 from flame.logging.metrics import Metrics
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Requested, compute_losses
-from flame.runtime.distributed import check_same_on_all_ranks, sum_over_ranks
+from flame.runtime.distributed import sum_over_ranks
+from flame.runtime.sameness import check_same
 from flame.trainer.loss_metrics import record_losses
 
 
@@ -59,7 +60,7 @@ class Validator:
         if not any(batch.num_labels for batch in batches) and config.training.loss_on != "all":
             raise UserError(explain_no_answers(held_out.sources[0].option, config.training))
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
-        check_same_on_all_ranks("validation set", int.from_bytes(sha256(contents).digest()[:7]))
+        check_same({"content of the validation set": sha256(contents).hexdigest()[:16]})
         self.num_sequences = len(batches)
         read = {batch.source for batch in batches}
         drawn = zip(self._sources, held_out.weights, strict=True)

@@ -25,7 +25,9 @@ from flame.errors import UserError
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_all
+from flame.runtime.sameness import check_same, reads_for_machine
 from flame.weights.assets import Settings, read_generation_settings
+from flame.weights.fingerprint import describe_weights
 from flame.weights.objective_modules import ModulePlan, plan_modules
 from flame.weights.plan import TAKE_OWN_CONFIG, Plan, Reading, plan_weights
 from flame.weights.source import CONFIG_FILE, WeightSource, find_objective_weights, find_weights
@@ -62,6 +64,7 @@ def load_initial_weights(
     group = dist.new_group(backend="gloo", timeout=SLOWEST_LOAD)  # a long timeout, since disk or network may be slow
     try:
         source = run_on_all(partial(find_weights, checkpoint.initial_load_path), group)
+        check_same(run_on_all(lambda: describe_weights(source) if reads_for_machine() else {}, group), group)
         differences = run_on_all(partial(check_config, source, model.lm.config), group)
         generation = run_on_all(partial(read_generation_settings, source.assets, source.label), group)
         run_on_all(partial(source.verify, dist.get_rank(), dist.get_world_size()), group)
