@@ -441,7 +441,7 @@ def main(argv: list[str]) -> None:
     try:
         is_complete = _run(read_options(argv, get_world_size()))
     except Exception as error:
-        lost = find_peer_failure(error)
+        lost = find_peer_failure(error) if get_world_size() > 1 else None
         if lost and (isinstance(error, MachineFault) or not isinstance(error, UserError)):
             report_mistake(PeerFailure(lost))
             sys.exit(LOST_EXIT_CODE)
@@ -462,12 +462,9 @@ def _run(config: JobConfig) -> bool:
     try:
         raise_on_interrupt()
         with StopListener() as listener:
-            used = dry_run.shorten(config) if config.is_dry_run else config
-            trainer = Trainer(used, lambda: listener.requested is not None)
-            is_complete = trainer.train()
-            if config.is_dry_run and is_complete and trainer.is_main:
-                dry_run.report(config, used)
-            return is_complete
+            if config.is_dry_run:
+                return dry_run.run(config, lambda short: Trainer(short, lambda: listener.requested is not None).train())
+            return Trainer(config, lambda: listener.requested is not None).train()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
         logger.info("interrupted: %s", describe_saved(config))

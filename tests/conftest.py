@@ -30,7 +30,7 @@ settings.load_profile("flame")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and what takes long unless it is asked for."""
-    wants_slow = "slow" in config.getoption("-m")
+    wants_slow, wants_long = (marker in config.getoption("-m") for marker in ("slow", "long"))
     gpus = torch.cuda.device_count()
     for item in items:
         if item.get_closest_marker("multi_gpu") and gpus < 2:
@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         elif item.get_closest_marker("slow") and not wants_slow:
             item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+        elif item.get_closest_marker("long") and not wants_long:
+            item.add_marker(pytest.mark.skip(reason="long: pytest -m long"))
 
 
 @pytest.fixture(autouse=True)

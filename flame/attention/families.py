@@ -31,7 +31,7 @@ FAMILIES = {
     "deepseek_v3": Family(has_experts=True),
     "dots1": Family(windows="by layer", has_experts=True),
     "gemma2": Family(windows="by layer", caps_scores=True),
-    "gemma3_text": Family(windows="by layer", caps_scores=True),
+    "gemma3_text": Family(windows="by layer"),
     "glm4_moe": Family(has_experts=True),
     "gpt2": Family(takes_flex=False),
     "gpt_neox": Family(),

@@ -64,4 +64,4 @@ class Profiling(Section):
 
     def includes_rank(self, rank: int) -> bool:
         """Whether a rank writes."""
-        return self.ranks == ALL_RANKS or str(rank) in {part.strip() for part in self.ranks.split(",")}
+        return self.ranks == ALL_RANKS or rank in {int(part) for part in self.ranks.split(",")}

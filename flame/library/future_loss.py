@@ -247,12 +247,13 @@ class FutureLoss(nn.Module):
         return sum(limits) + 1 if all(limits) else 0
 
 
-def _find_head_fault(lm: PreTrainedModel) -> str:
-    """Why the loss cannot be taken from the output head; empty if it can. Changes no weight: a graph may hold them."""
+def _find_head_fault(lm: PreTrainedModel) -> str | None:
+    """Why the loss cannot be taken from the output head; empty if it can, None while the head is all zeros and cannot tell.
+    Changes no weight: a graph may hold them."""
     if fault := find_head_fault(lm):
         return fault
     with eval_mode(lm), torch.autocast(find_device(lm).type, enabled=False):
-        return find_head_error(lm, read_head(lm)) if lm.get_output_embeddings().weight.any() else ""
+        return find_head_error(lm, read_head(lm)) if lm.get_output_embeddings().weight.any() else None
 
 
 def _check_labels(labels: Tensor, vocabulary_size: int) -> None:

@@ -29,6 +29,10 @@ PEER_MESSAGES = re.compile(
 TIMEOUT_MESSAGES = re.compile(r"tim(ed? ?out)", re.IGNORECASE)
 
 
+LONGEST_REASON = 160
+"""Characters of torch's own words."""
+
+
 class PeerFailure(Exception):
     """This rank waited in vain for another, or has lost its connection to it. One line."""
 
@@ -132,7 +136,7 @@ def find_peer_failure(error: BaseException) -> str | None:
         return None
     if any(TIMEOUT_MESSAGES.search(message) for message in messages):
         return "waited for another rank until comm.timeout_seconds"
-    return "has lost its connection to another rank"
+    return f"has lost its connection to another rank ({' '.join(messages[0].split())[:LONGEST_REASON]})"
 
 
 def _blames_peer(error: BaseException) -> bool:

@@ -86,6 +86,10 @@ class Machines:
         found = self._store.compare_set(f"flame/here/{self.place.number}", "", json.dumps(own)).decode()
         if json.loads(found) != own and not self.place.is_elastic:
             other = json.loads(found)
+            if self._store.check(["flame/begun"]):
+                where = f"{self.place.host}:{self.place.port}"
+                line = f"the run at {where} has begun with {other['host']} as machine {self.place.number}"
+                raise MachinesLost(Ending(Kind.CAUSE, LOST_EXIT_CODE, [line], self.place.number))
             raise UserError(
                 f"NODE_RANK = {self.place.number} (environment) is that of process {other['process']} on {other['host']} too: "
                 "give each machine its own"
@@ -288,6 +292,8 @@ def tell_mistake(place: Place, mistake: UserError) -> None:
     with suppress(UserError, MachinesLost, DistError):
         machines = Machines(place, MISTAKE_SECONDS)
         machines._open(deadline, is_silent=True)
+        if machines._store.check(["flame/begun"]):
+            return  # a run that is under way does not end because a command beside it is wrong
         machines._put(Ending(Kind.MISTAKE, UserError.EXIT_CODE, mistake.lines))
         while place.number == 0 and time.monotonic() < deadline and not machines.have_read():
             time.sleep(0.1)

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flame.config.profiling import Profiling
 from flame.config.run import Checkpoint, Metrics
 from flame.config.schema import JobConfig
 from flame.logging.writers.json_lines import METRICS_FILE
+from flame.runtime.distributed import get_rank
 from flame.runtime.json_lines import parse_line
 
 STEPS = 2
@@ -29,7 +31,8 @@ def shorten(config: JobConfig) -> JobConfig:
     """The options of the dry run. All ranks and machines get the same folder."""
     short = deepcopy(config)
     port = os.environ.get("MASTER_PORT", "0")
-    short.job.dump_folder = os.path.join(tempfile.gettempdir(), f"flame-dry-run-{port}-{os.getpid() if port == '0' else ''}")
+    own = f"{os.getuid()}-{os.getpid() if port == '0' else port}"
+    short.job.dump_folder = os.path.join(tempfile.gettempdir(), f"flame-dry-run-{own}")
     short.training.tokens = short.training.epochs = short.training.flops = None
     short.lr_scheduler.total_steps = short.lr_scheduler.total_steps or max(config.training.steps, STEPS)
     short.training.steps = STEPS
@@ -47,8 +50,26 @@ def shorten(config: JobConfig) -> JobConfig:
     return short
 
 
+def run(config: JobConfig, train: Callable[[JobConfig], bool]) -> bool:
+    """Train on the options of the dry run, report, and delete its folder, also after a failure.
+
+    Args:
+        config: of the run itself.
+        train: returns whether the run is complete.
+    """
+    short = shorten(config)
+    try:
+        is_complete = train(short)
+        if is_complete and get_rank() == 0:
+            report(config, short)
+        return is_complete
+    finally:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has made it
+            shutil.rmtree(short.job.dump_folder, ignore_errors=True)
+
+
 def report(config: JobConfig, short: JobConfig) -> None:
-    """Log what the dry run has found, and delete its folder. Rank 0 calls it.
+    """Log what the dry run has found. Rank 0 calls it.
 
     Args:
         config: of the run itself.
@@ -57,7 +78,6 @@ def report(config: JobConfig, short: JobConfig) -> None:
     folder = Path(short.job.dump_folder)
     rows = [parse_line(line) for line in (folder / METRICS_FILE).read_bytes().splitlines(keepends=True)]
     last = [row for row in rows if row is not None and "step_seconds" in row][-1]
-    shutil.rmtree(folder)
     steps = list_checkpoints(config.checkpoint_folder)
     logger.info(
         "dry run: a step takes %.2f s and %.1f GiB; nothing was kept. %s",

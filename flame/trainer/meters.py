@@ -158,9 +158,10 @@ class RunMeters:
         self._run_log.log(step, values)
         logger.info(format_line(step, self._total_steps, values, seconds_left, self._describe))
         self._logged_step = step
-        for line in self._stragglers.compare(*own_times, values["step_seconds"]):
-            if get_rank() == 0:
-                logger.warning(line)
+        with self.throughput.not_counted():
+            slow = self._stragglers.compare(*own_times, values["step_seconds"])
+        for line in slow if get_rank() == 0 else ():
+            logger.warning(line)
         metric = self._objective.count_metric if self._objective is not None else None
         if metric is not None and values.get(metric) == 0 and get_rank() == 0 and not self._has_reported_no_count:
             self._has_reported_no_count = True

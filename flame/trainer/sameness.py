@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flame
-from flame.checkpoints.resume import flatten
+from flame.checkpoints.resume import FREE_MODEL_KEYS, flatten
 from flame.config.schema import JobConfig
 from flame.data.corpus_content import describe_contents
 from flame.data.encoding import fingerprint_tokenizer
@@ -20,6 +20,7 @@ from flame.trainer.setup import RunInputs
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "torchtitan", "flash-linear-attention", "triton", "datasets", "numpy")
 """Those that decide numbers."""
+CODE_OPTIONS = ("objective.path", "metrics.logger_path", "experimental.custom_model_path")
 PLACES = (
     "job.config_file",
     "job.dump_folder",
@@ -27,9 +28,10 @@ PLACES = (
     "model.config",
     "model.tokenizer_path",
     "checkpoint.initial_load_path",
+    "checkpoint.branch_from",
+    *CODE_OPTIONS,
 )
 """Options whose value may be another one on each machine, since what they name is compared. Any `data_files` is too."""
-CODE_OPTIONS = ("objective.path", "metrics.logger_path", "experimental.custom_model_path")
 
 
 def describe_program(config: JobConfig) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def describe_inputs(config: JobConfig, inputs: RunInputs) -> dict[str, Any]:
     """Model configuration, tokenizer and data of this rank, for `check_same`. Reads a few documents of each source."""
     found: dict[str, Any] = {f"documents of source {name}": count for name, count in inputs.mixture.count_units().items()}
     if reads_for_machine():
-        found |= {f"model configuration {key}": value for key, value in flatten(inputs.model_config.to_dict()).items()}
+        settings = flatten(inputs.model_config.to_dict())
+        found |= {f"model configuration {key}": value for key, value in settings.items() if key not in FREE_MODEL_KEYS}
         found["fingerprint of the tokenizer"] = fingerprint_tokenizer(inputs.tokenizer)[:16]
         for name, content in describe_contents(config, inputs.mixture).items():
             found |= {f"{key} of source {name}": value for key, value in content.items() if key not in ("documents", "sample")}

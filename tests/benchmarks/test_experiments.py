@@ -38,7 +38,7 @@ def test_every_path_star_run_is_possible(group: str, monkeypatch: pytest.MonkeyP
         assert read_options(run.spell_options(), 1).training.seed == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "lowest", "highest"), [("future", 0.99, 1.0), ("next_token", 0.0, 0.6)])
 def test_the_laptop_task_needs_the_future_loss(tmp_path: Path, name: str, lowest: float, highest: float):
     """Both commands of the README, half as long: the plan is there by step 300."""

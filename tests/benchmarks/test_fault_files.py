@@ -21,14 +21,14 @@ def restore_log() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_that_changes_is_a_failure(tmp_path, capsys):
     assert run_files(tmp_path / "out", MODEL, OPTIONS, seed=1, share=0.04)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[1] for row in rows[1:]] == ["20", "20", "12"] and all(row.endswith("| 0 |") for row in rows[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_check_that_is_taken_out_is_seen(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(manager, "verify_files", lambda *args: None)
     assert not run_files(tmp_path / "out", MODEL, OPTIONS, seed=1, share=0.04)

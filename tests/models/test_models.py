@@ -85,8 +85,9 @@ V2 = '{"model_type": "deepseek_v2", "num_experts_per_tok": 6, '
         ('{"model_type": "gemma2", "attn_logit_softcapping": 0.0}', "attn_logit_softcapping = 0.0: it must be greater than 0"),
         (
             '{"model_type": "llama", "attn_logit_softcapping": 50.0}',
-            'attn_logit_softcapping = 50.0 is not supported with model_type "llama", only with gemma2, gemma3_text, vaultgemma',
+            'attn_logit_softcapping = 50.0 is not supported with model_type "llama", only with gemma2, vaultgemma',
         ),
+        ('{"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}', "attn_logit_softcapping = 50.0 is not supported with"),
         ('{"model_type": "qwen3_moe", "output_router_logits": true}', "output_router_logits = true is not supported"),
         ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "use_bidirectional_attention = true is not"),
         (

@@ -106,6 +106,15 @@ def test_the_mistake_of_one_machine_ends_the_others(threads: ThreadPoolExecutor,
     assert read_lines(waiting) == [f"machine 1 ({socket.gethostname()}): optimizer.lr = 0: wrong"]
 
 
+def test_a_mistake_beside_a_run_that_has_begun_does_not_end_it(threads: ThreadPoolExecutor, port: int) -> None:
+    other = threads.submit(meet, place(1, port))
+    first = meet(place(0, port))
+    other.result(TIMEOUT)
+    first._store.set("flame/begun", "1")
+    tell_mistake(place(1, port), UserError("optimizer.lr = 0: wrong"))
+    assert not first._read_endings()
+
+
 def test_machine_0_tells_its_mistake_before_it_leaves(threads: ThreadPoolExecutor, port: int) -> None:
     waiting = threads.submit(meet, place(1, port))
     tell_mistake(place(0, port), UserError("optimizer.lr = 0: wrong"))

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from flame.errors import UserError
 from flame.runtime.sameness import check_same, hash_pieces, list_differences
 from flame.trainer import sameness
 from flame.trainer.options import read_options
 from flame.trainer.sameness import PLACES, describe_program
+from flame.weights.fingerprint import describe_weights
+from flame.weights.source import find_weights
 from tests.support.ranks import run_on_ranks
 
 
@@ -121,3 +125,15 @@ def test_a_large_file_is_told_by_its_pieces(tmp_path: Path) -> None:
         assert hash_pieces(path) != plain
     path.write_bytes(content + b"\0")
     assert hash_pieces(path) != plain
+
+
+def test_weights_are_compared_by_content_and_not_by_path(tmp_path: Path) -> None:
+    def describe(name: str, value: float) -> dict[str, object]:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"weight": torch.full((3, 2), value)}, folder / "model.safetensors")
+        return describe_weights(find_weights(str(folder)))
+
+    one, copy, other = describe("one", 1.0), describe("copy", 1.0), describe("other", 2.0)
+    assert one == copy
+    assert one.keys() == other.keys() and one != other

@@ -72,7 +72,7 @@ TOYS: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", _NO_DROPOUT),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "gemma2": ("gemma2", {**_BY_LAYER, **_CAPS}),
-    "gemma3, caps": ("gemma3_text", {**_BY_LAYER, **_CAPS}),
+    "gemma3, capped logits": ("gemma3_text", {**_BY_LAYER, **_CAPS, "attn_logit_softcapping": None}),
     "vaultgemma": ("vaultgemma", {**_BY_LAYER, **_CAPS}),
     "granite": ("granite", {"logits_scaling": 1.5, **_MULTIPLIERS}),
     "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),

@@ -61,7 +61,7 @@ def test_a_rank_that_is_not_chosen_writes_nothing(tmp_path: Path):
     with profiler.watch(1):
         pass
     assert not (tmp_path / PROFILE_FOLDER).exists()
-    assert Profiling(ranks="all").includes_rank(5) and Profiling(ranks="1, 2").includes_rank(2)
+    assert Profiling(ranks="all").includes_rank(5) and Profiling(ranks="1, 02").includes_rank(2)
 
 
 def test_a_span_ends_with_the_run(workspace: Path, tmp_path: Path):

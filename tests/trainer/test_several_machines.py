@@ -20,7 +20,6 @@ from flame.runtime.sameness import ADVICE
 from tests.support.paths import REPO
 from tests.support.runs import measured, options, read_metrics
 
-pytestmark = pytest.mark.slow
 
 HOST = socket.gethostname()
 WAIT_SECONDS = 120
@@ -81,6 +80,7 @@ def wait_for_steps(run: Path, count: int, machines: list[Machine]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_machines_that_differ_are_refused_on_both(workspace: Path, tmp_path: Path) -> None:
     arguments = [options(workspace, tmp_path / "run", optimizer__lr=lr) for lr in ("1e-3", "5e-3")]
     line = f"optimizer.lr is 0.001 on rank 0 ({HOST}), 0.005 on rank 1 ({HOST}): {ADVICE}"
@@ -90,6 +90,7 @@ def test_machines_that_differ_are_refused_on_both(workspace: Path, tmp_path: Pat
             assert code == 2 and len(lines) == 1 and lines[0].endswith(line)
 
 
+@pytest.mark.long
 def test_documents_that_differ_are_refused_on_both(workspace: Path, tmp_path: Path) -> None:
     """Another path is no difference, one word in one document is."""
     copy = tmp_path / "copy.jsonl"
@@ -101,6 +102,7 @@ def test_documents_that_differ_are_refused_on_both(workspace: Path, tmp_path: Pa
             assert code == 2 and len(lines) == 1 and "content of source json is " in lines[0]
 
 
+@pytest.mark.long
 def test_what_one_machine_lacks_ends_both(workspace: Path, tmp_path: Path) -> None:
     files = (workspace / "corpus.jsonl", "no.jsonl")
     arguments = [options(workspace, tmp_path / "run", training__data_files=path) for path in files]
@@ -110,6 +112,7 @@ def test_what_one_machine_lacks_ends_both(workspace: Path, tmp_path: Path) -> No
         assert machines[0].end() == (2, [f"machine 1 ({HOST}): {line}"])
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)] * 2) as machines:
@@ -122,6 +125,7 @@ def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None
     assert lines[0].startswith(f"rank 1 on {HOST} was ended by SIGKILL") and lines[0].endswith(f"goes on from {newest}")
 
 
+@pytest.mark.long
 def test_a_stopped_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)] * 2) as machines:
@@ -132,6 +136,7 @@ def test_a_stopped_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> Non
     assert all(len(lines) == 1 and lines[0].startswith(f"rank 1 on {HOST} is silent (stopped by a signal)") for _, lines in ended)
 
 
+@pytest.mark.long
 def test_a_stop_request_to_one_machine_stops_both(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)] * 2) as machines:
@@ -140,6 +145,7 @@ def test_a_stop_request_to_one_machine_stops_both(workspace: Path, tmp_path: Pat
         assert [machine.end() for machine in machines] == [(75, [])] * 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("machines_count", [1, 2])
 def test_restarted_ranks_go_on_to_the_bit(workspace: Path, tmp_path: Path, machines_count: int) -> None:
     changes = {"training__gradient_accumulation_steps": 2, "training__steps": 40, "checkpoint__interval": 10}
@@ -158,6 +164,7 @@ def test_restarted_ranks_go_on_to_the_bit(workspace: Path, tmp_path: Path, machi
     assert runs["killed"] == runs["plain"]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_fewer_machines(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = {"training__gradient_accumulation_steps": 2, "training__steps": 60, "comm__timeout_seconds": 30}
@@ -168,6 +175,7 @@ def test_a_run_goes_on_with_fewer_machines(workspace: Path, tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_on_one_machine_nothing_listens_to_others(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)], NGPU="2") as machines:
@@ -214,6 +222,7 @@ def networks() -> Iterator[list[list[str]]]:
         ip("netns", "delete", name)
 
 
+@pytest.mark.slow
 def test_machines_find_the_interface_that_joins_them(workspace: Path, tmp_path: Path, networks: list[list[str]]) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run)] * 2, networks, MASTER_ADDR="10.77.0.1") as machines:
@@ -221,6 +230,7 @@ def test_machines_find_the_interface_that_joins_them(workspace: Path, tmp_path: 
     assert read_metrics(run)[-1]["step"] == 6
 
 
+@pytest.mark.long
 def test_a_cut_network_ends_both(workspace: Path, tmp_path: Path, networks: list[list[str]]) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)] * 2, networks, MASTER_ADDR="10.77.0.1") as machines:
