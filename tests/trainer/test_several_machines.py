@@ -20,7 +20,6 @@ from flame.runtime.sameness import ADVICE
 from tests.support.paths import REPO
 from tests.support.runs import measured, options, read_metrics
 
-
 HOST = socket.gethostname()
 WAIT_SECONDS = 120
 LONG = {"training__steps": 4000, "training__gradient_accumulation_steps": 2, "comm__timeout_seconds": 20}
