@@ -246,7 +246,7 @@ def prepare(config: JobConfig) -> None:
         open_held_out(config, tokenizer, mixture)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_configuration_runs_or_is_refused_by_name(place: Path) -> None:
     outcomes: Counter[str] = Counter()
 
