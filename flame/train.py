@@ -19,7 +19,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,18 +40,17 @@ from flame.checkpoints.state import RunState
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
 from flame.data.loader import PackedLoader
-from flame.data.prefetch import SLOWEST_START, Prefetcher
+from flame.data.prefetch import Prefetcher
 from flame.data.preview import render_sequence
 from flame.data.state import DataState
-from flame.errors import MachineFault, UserError
+from flame.errors import UserError
 from flame.launch import report_mistake
 from flame.logging.console import init_logging
 from flame.logging.counters import Counters
 from flame.objectives.probe import is_probe_step, measure_step
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 from flame.optimizers.build import read_rates, seek_schedule
-from flame.runtime.agreement import RankFailure, run_on_all, run_on_main
-from flame.runtime.disk import explain
+from flame.runtime.agreement import run_on_all, run_on_main
 from flame.runtime.distributed import (
     end_processes,
     get_rank,
@@ -61,7 +59,6 @@ from flame.runtime.distributed import (
     set_single_process_defaults,
     start_processes,
 )
-from flame.runtime.endings import LOST_EXIT_CODE, PeerFailure, find_peer_failure
 from flame.runtime.interrupt import raise_on_interrupt
 from flame.runtime.sameness import check_same
 from flame.runtime.seeds import derive_seed
@@ -69,6 +66,7 @@ from flame.runtime.signals import PREEMPTED_EXIT_CODE, StopListener
 from flame.runtime.torchtitan import GarbageCollection, clip_grad_norm_
 from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
+from flame.trainer.failures import explain_failure
 from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
@@ -187,7 +185,7 @@ class Trainer:
             if self.is_main:
                 logger.info("nothing is left to do: this run is done")
                 report_outcome(self.config, self.step)
-                self._upload_rest()
+                self.exporter.upload_rest()
             return True
         self._open_run()
         is_complete = False
@@ -215,7 +213,7 @@ class Trainer:
         end_processes()
         if is_complete and self.is_main and not self.config.is_dry_run:
             finish_run(self.config, self.step)
-            self._upload_rest()
+            self.exporter.upload_rest()
         return is_complete
 
     # ---------------------------------------------------------------- the step
@@ -389,20 +387,8 @@ class Trainer:
         self.profiler = Profiler(config.profiling, self.folder, self.rank, range(self.step, config.training.steps))
         loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
         self.prefetcher = Prefetcher(loader, config.comm.timeout_seconds, self.rank)
-        self._wait_for_workers()
+        self.prefetcher.wait_for_all_ranks(self.is_stop_requested)
         report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
-
-    def _upload_rest(self) -> None:
-        self.exporter.start_uploads()
-        self.exporter.finish_uploads()
-
-    def _wait_for_workers(self) -> None:
-        """Wait until the loaders of all ranks work, however long a busy machine takes, before collectives with a time limit."""
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * SLOWEST_START))
-        try:
-            run_on_all(partial(self.prefetcher.wait_for_start, self.is_stop_requested), group)
-        finally:
-            dist.destroy_process_group(group)
 
     def _stop_early(self) -> None:
         """Save and log. Saving comes first: little time may be left."""
@@ -438,27 +424,22 @@ def main(argv: list[str]) -> None:
         argv: command-line arguments; see `bash train.sh --help`.
     """
     set_single_process_defaults()
+    config = None
     try:
-        is_complete = _run(read_options(argv, get_world_size()))
+        config = read_options(argv, get_world_size())
+        is_complete = _run(config)
     except Exception as error:
-        lost = find_peer_failure(error) if get_world_size() > 1 else None
-        if lost and (isinstance(error, MachineFault) or not isinstance(error, UserError)):
-            report_mistake(PeerFailure(lost))
-            sys.exit(LOST_EXIT_CODE)
-        if not isinstance(error, UserError):
+        failure = explain_failure(error, config)
+        if failure is None:
             raise
-        report_mistake(error)
-        sys.exit(error.EXIT_CODE)
+        report_mistake(failure.told)
+        sys.exit(failure.exit_code)
     if not is_complete:
         sys.exit(PREEMPTED_EXIT_CODE)
 
 
 def _run(config: JobConfig) -> bool:
-    """Train like `Trainer.train`. On Ctrl-C, end the process.
-
-    Raises:
-        UserError: a mistake, or a fault of the machine.
-    """
+    """Train like `Trainer.train`. On Ctrl-C, end the process."""
     try:
         raise_on_interrupt()
         with StopListener() as listener:
@@ -469,15 +450,6 @@ def _run(config: JobConfig) -> bool:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
         logger.info("interrupted: %s", describe_saved(config))
         sys.exit(128 + signal.SIGINT)
-    except RankFailure as failure:
-        if not failure.is_of_machine:
-            raise
-        raise MachineFault(f"{failure}: {describe_saved(config)}") from failure
-    except OSError as error:
-        told = explain(error, Path(config.job.dump_folder))
-        if told is None:
-            raise
-        raise told from error
 
 
 if __name__ == "__main__":

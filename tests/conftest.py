@@ -86,3 +86,15 @@ def one_process(tmp_path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def own_remote_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of what lies elsewhere go to a folder of the test."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def address(request: pytest.FixtureRequest) -> str:
+    """One of the memory file system, for this test alone."""
+    return f"memory://bucket/{request.node.name}"

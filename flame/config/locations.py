@@ -202,3 +202,9 @@ def _find_json_faults(config: str, key: str) -> Iterator[str]:
         return
     if not isinstance(content, dict) or "model_type" not in content:
         yield f'{key} = "{config}": {path.name} has no "model_type"; it must be a Hugging Face model configuration'
+
+
+def find_cache_home() -> Path:
+    """Where the Hugging Face libraries keep what they fetch, by their own variables."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home).expanduser()

@@ -10,10 +10,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import torch.distributed as dist
 
 from flame.data.batch import PackedBatch
 from flame.data.loader import PackedLoader
 from flame.errors import MachineFault, UserError
+from flame.runtime.agreement import run_on_all
 from flame.runtime.distributed import get_gpu, use_gpu
 
 logger = logging.getLogger("flame")
@@ -60,6 +65,18 @@ class Prefetcher:
             if waited > SLOW_START and not has_warned:
                 has_warned = True
                 logger.warning("the loader's worker processes are starting for %.0f seconds: the machine is busy", waited)
+
+    def wait_for_all_ranks(self, is_stopped: Callable[[], bool]) -> None:
+        """`wait_for_start` on all ranks, however long a busy machine takes: before collectives with a time limit of their own.
+
+        Raises:
+            MachineFault: on all ranks.
+        """
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * SLOWEST_START))
+        try:
+            run_on_all(partial(self.wait_for_start, is_stopped), group)
+        finally:
+            dist.destroy_process_group(group)
 
     def take(self, count: int, is_stopped: Callable[[], bool]) -> list[PackedBatch] | None:
         """The next `count` batches; None if `is_stopped()` returns True while waiting for them.

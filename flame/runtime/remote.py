@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.config.addresses import READ_ONLY, find_address_fault
+from flame.config.locations import find_cache_home
 from flame.errors import UserError
 
 logger = logging.getLogger("flame")
@@ -65,8 +66,7 @@ def fetch(label: str, address: str, patterns: Iterable[str]) -> Path:
 
 def find_cache() -> Path:
     """Folder of the copies, beside those of the Hub."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expanduser(home), "flame_remote")
+    return find_cache_home() / "flame_remote"
 
 
 @contextmanager

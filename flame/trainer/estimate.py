@@ -153,8 +153,8 @@ def _list_caveats(config: JobConfig) -> Iterator[str]:
 
 
 def find_shortage(config: JobConfig, model: TrainingModel, device: torch.device) -> str | None:
-    """A warning if a run will hardly fit its GPU; None if it fits, or without a GPU."""
-    if device.type != "cuda":
+    """A warning if a run will hardly fit its GPU; None if it fits, without a GPU, or where the estimate is a guess."""
+    if device.type != "cuda" or not config.training.compile or config.activation_checkpoint.mode != "none":
         return None
     peak = estimate_rank(config, model).find_peak(keeps_gradients=config.training.gradient_accumulation_steps > 1) / GIB
     there = torch.cuda.get_device_properties(device).total_memory / GIB

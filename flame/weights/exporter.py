@@ -44,16 +44,13 @@ class Exporter:
             UserError, RankFailure: as `export_when_due`.
         """
         self.export_when_due(step, again=False)
-        self.start_uploads()
+        if self._uploader is not None:
+            self._uploader.add_all()  # they go on while the run does
 
-    def start_uploads(self) -> None:
-        """Upload all exports that are not uploaded yet. It goes on while the run does."""
+    def upload_rest(self) -> None:
+        """Upload what is not uploaded yet, and wait for it. Needs no other rank."""
         if self._uploader is not None:
             self._uploader.add_all()
-
-    def finish_uploads(self) -> None:
-        """Wait for the uploads. Needs no other rank."""
-        if self._uploader is not None:
             self._uploader.wait()
 
     def prepare(self, step: int) -> None:

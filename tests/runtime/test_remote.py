@@ -19,14 +19,7 @@ from tests.support.remote import serve
 LABEL = 'checkpoint.initial_load_path = "there"'
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def address(request: pytest.FixtureRequest) -> str:
-    return f"memory://bucket/{request.node.name}"
+pytestmark = pytest.mark.usefixtures("own_remote_cache")
 
 
 def write(address: str, **files: str) -> None:

@@ -111,14 +111,18 @@ def test_what_one_machine_lacks_ends_both(workspace: Path, tmp_path: Path) -> No
         assert machines[0].end() == (2, [f"machine 1 ({HOST}): {line}"])
 
 
-@pytest.mark.slow
-def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def send_to_rank_1(number: signal.Signals, workspace: Path, run: Path) -> list[tuple[int, list[str]]]:
+    """How both machines of a run end after a signal to the rank of the second."""
     with start([options(workspace, run, **LONG)] * 2) as machines:
         wait_for_steps(run, 4, machines)
-        os.kill(machines[1].find_workers()[-1], signal.SIGKILL)
-        (code, lines), (killed_code, killed_lines) = (machine.end() for machine in machines)
-    newest = list_checkpoints(run / "checkpoint")[-1]
+        os.kill(machines[1].find_workers()[-1], number)
+        return [machine.end() for machine in machines]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
+    (code, lines), (killed_code, killed_lines) = send_to_rank_1(signal.SIGKILL, workspace, tmp_path / "run")
+    newest = list_checkpoints(tmp_path / "run" / "checkpoint")[-1]
     assert (code, killed_code) == (LOST_EXIT_CODE, 128 + signal.SIGKILL)
     assert lines[-1:] == killed_lines and len(lines) == 1
     assert lines[0].startswith(f"rank 1 on {HOST} was ended by SIGKILL") and lines[0].endswith(f"goes on from {newest}")
@@ -126,11 +130,7 @@ def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None
 
 @pytest.mark.long
 def test_a_stopped_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with start([options(workspace, run, **LONG)] * 2) as machines:
-        wait_for_steps(run, 4, machines)
-        os.kill(machines[1].find_workers()[-1], signal.SIGSTOP)
-        ended = [machine.end() for machine in machines]
+    ended = send_to_rank_1(signal.SIGSTOP, workspace, tmp_path / "run")
     assert [code for code, _ in ended] == [LOST_EXIT_CODE] * 2
     assert all(len(lines) == 1 and lines[0].startswith(f"rank 1 on {HOST} is silent (stopped by a signal)") for _, lines in ended)
 

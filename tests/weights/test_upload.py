@@ -28,14 +28,7 @@ from tests.support.runs import measured, run_here
 LABEL = 'checkpoint.export_to = "there"'
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def address(request: pytest.FixtureRequest) -> str:
-    return f"memory://bucket/{request.node.name}"
+pytestmark = pytest.mark.usefixtures("own_remote_cache")
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flame.config.locations import find_cache_home
 from flame.data.sources.files import describe_version
 
 INDEX_DTYPE = np.dtype("<i8")
@@ -62,8 +63,8 @@ def keep_index(path: Path, content: np.ndarray) -> KeptArray:
 
 def find_cache() -> Path:
     """Folder of the indices."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")), "flame_tokens")
+    own = os.environ.get("HF_DATASETS_CACHE")
+    return (Path(own).expanduser() if own else find_cache_home() / "datasets") / "flame_tokens"
 
 
 def map_file(path: str | Path, dtype: np.dtype, start: int = 0, count: int = -1) -> np.ndarray:
