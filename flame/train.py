@@ -423,9 +423,9 @@ def main(argv: list[str]) -> None:
     Args:
         argv: command-line arguments; see `bash train.sh --help`.
     """
-    set_single_process_defaults()
     config = None
     try:
+        set_single_process_defaults()
         config = read_options(argv, get_world_size())
         is_complete = _run(config)
     except Exception as error:

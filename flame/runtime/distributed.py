@@ -19,10 +19,24 @@ FLIGHT_RECORDS = "2000"
 """Collectives that NCCL's flight recorder remembers."""
 
 
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
 def set_single_process_defaults() -> None:
-    """Make `python -m flame.train` without torchrun a run of one process. Port 0 makes the system choose a free port."""
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
-        os.environ.setdefault(key, value)
+    """Make `python -m flame.train` without torchrun a run of one process. Port 0 makes the system choose a free port.
+
+    Raises:
+        UserError: the environment asks for several processes, and does not say which one this is or where they meet.
+    """
+    missing = [key for key in SINGLE_PROCESS if key not in os.environ]
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if missing and world_size != "1":
+        raise UserError(
+            f"WORLD_SIZE = {world_size} (environment) without {', '.join(missing)}: start the run with train.sh, which sets "
+            "them all, or unset WORLD_SIZE for a run of one process"
+        )
+    for key in missing:
+        os.environ[key] = SINGLE_PROCESS[key]
 
 
 def get_world_size() -> int:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from flame.objectives.future.summaries import average_ahead, shuffle_valid
 from flame.objectives.probe import measure_step
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import Requested, compute_losses
+from flame.runtime import distributed
 from flame.runtime.distributed import set_single_process_defaults
 from flame.runtime.seeds import derive_seed
 from flame.train import Trainer, main
@@ -140,10 +142,16 @@ def train_on_rank(rank: int, folder: str, argvs: list[list[str]]) -> None:
     """One run after another; the ranks of each meet in a file of its own."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    join = dist.init_process_group
+    os.environ |= {"MASTER_ADDR": "a file", "MASTER_PORT": "of the test"}
     for number, argv in enumerate(argvs):
-        dist.init_process_group = partial(join, init_method=f"file://{folder}/{number}", rank=rank, world_size=RANKS)
+        distributed._open_store = partial(open_store, f"{folder}/{number}")
         main(argv)
+
+
+def open_store(path: str, timeout: timedelta) -> dist.Store:
+    store = dist.FileStore(path, RANKS)
+    store.set_timeout(timeout)
+    return store
 
 
 @pytest.mark.slow
