@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.tables import format_table
 from flame.errors import UserError
-from flame.logging.plots import is_validation, read_metrics
+from flame.logging.console import find_row_kind
+from flame.logging.plots import read_metrics
 
 SPEEDS = {
     "tokens_per_second": 1.0,
@@ -30,7 +31,7 @@ LOSSES = ("ce_loss", "aux_loss", "infonce_accuracy")
 
 def summarize(folder: Path) -> list[str]:
     """The cells of a table row."""
-    rows = [row for row in read_metrics(folder) if not is_validation(row)]
+    rows = [row for row in read_metrics(folder) if find_row_kind(row) == "training"]
     steady = rows[len(rows) // 4 :]
     cells = [str(folder), str(rows[-1]["step"])]
     for name, scale in SPEEDS.items():

@@ -81,6 +81,7 @@ from flame.trainer.setup import (
     build_run_schedule,
     build_weight_schedule,
     claim_folder,
+    open_evaluator,
     open_inputs,
     open_validator,
 )
@@ -191,6 +192,7 @@ class Trainer:
         is_complete = False
         try:
             self._validate_when_due()  # the run may have been stopped before it validated this step
+            self._evaluate_when_due()
             self.exporter.catch_up(self.checkpoints.saved_step)  # or before it exported it
             while self.step < self.config.training.steps:
                 with self.profiler.watch(self.step + 1):
@@ -198,6 +200,7 @@ class Trainer:
                 self.garbage.run(self.step)
                 self._log_when_due()
                 self._validate_when_due()
+                self._evaluate_when_due()
                 self._save_when_due()
                 with self.meters.throughput.not_counted():
                     self.exporter.export_when_due(self.step)
@@ -330,8 +333,7 @@ class Trainer:
         Raises:
             Preempted: a rank is asked to stop during validation.
         """
-        interval, is_last = self.config.validation.interval, self.step == self.config.training.steps
-        if self.validator is None or self.state.validated_step == self.step or not (self.step % interval == 0 or is_last):
+        if self.validator is None or not self._is_due(self.config.validation.interval, self.state.validated_step):
             return
         with self.meters.throughput.not_counted():
             with_aux = self.aux_schedule.find_weight(self.step) > 0
@@ -340,6 +342,25 @@ class Trainer:
             raise Preempted
         self.state.validated_step = self.step
         self.meters.log_validation(self.step, values)
+
+    def _evaluate_when_due(self) -> None:
+        """Evaluate every `evaluation.interval` steps and at the end, once per step.
+
+        Raises:
+            Preempted: a rank is asked to stop during evaluation.
+        """
+        if self.evaluator is None or not self._is_due(self.config.evaluation.interval, self.state.evaluated_step):
+            return
+        with self.meters.throughput.not_counted():
+            values = self.evaluator.run(self.model, self.is_stop_requested)
+        if values is None:
+            raise Preempted
+        self.state.evaluated_step = self.step
+        self.meters.log_evaluation(self.step, values)
+
+    def _is_due(self, interval: int, done_step: int) -> bool:
+        """Whether this step is one of those to measure, and has not been measured."""
+        return done_step != self.step and (self.step % interval == 0 or self.step == self.config.training.steps)
 
     def _save_when_due(self) -> None:
         if self.checkpoints.is_due():
@@ -376,10 +397,11 @@ class Trainer:
         config = self.config
         self.exporter.prepare(self.step)
         self.validator = open_validator(config, self.tokenizer, self.mixture, self.device)
+        self.evaluator = open_evaluator(config, self.tokenizer, self.device)
         if self.is_main:
             reopen_run(self.folder)
             record_run(config, self.folder, self.step, self.world_size)
-            rewind_records(self.folder, self.step, self.state.validated_step)
+            rewind_records(self.folder, self.step, self.state.validated_step, self.state.evaluated_step)
         dist.barrier()
         self.meters = RunMeters(config, self.model, self.source_names, self.device, self.step, self.state.service_ids)
         self.state.service_ids = self.meters.service_ids
@@ -388,7 +410,7 @@ class Trainer:
         loader = PackedLoader(config.training, self.mixture, self.rank, self.world_size, self.data_state)
         self.prefetcher = Prefetcher(loader, config.comm.timeout_seconds, self.rank)
         self.prefetcher.wait_for_all_ranks(self.is_stop_requested)
-        report_start(config, self.model, self.mixture, self.validator, self.device, self.step)
+        report_start(config, self.model, self.mixture, self.validator, self.evaluator, self.device, self.step)
 
     def _stop_early(self) -> None:
         """Save and log. Saving comes first: little time may be left."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flame.logging.plots import is_validation
+from flame.logging.console import find_row_kind
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.runtime.json_lines import parse_line
 
@@ -38,7 +38,7 @@ def read_rows(folder: Path) -> Iterator[Row]:
 
 def read_validations(folder: Path) -> Iterator[Row]:
     """The validations of a run, oldest first."""
-    return filter(is_validation, read_rows(folder))
+    return (row for row in read_rows(folder) if find_row_kind(row) == "validation")
 
 
 class Progress(NamedTuple):

@@ -14,6 +14,7 @@ LAYERS = (
     ("train", "launch"),
     ("cli",),
     ("trainer",),
+    ("evaluation",),
     ("library",),
     ("weights",),
     ("checkpoints",),

@@ -85,6 +85,7 @@ class RunFields(CommonFields):
     """What the checkpoint of a run has beside it."""
 
     validated_step: NonNegativeInt
+    evaluated_step: NotRequired[NonNegativeInt]
     counters: CounterFields
     data: DataFields
     service_ids: dict[str, str]

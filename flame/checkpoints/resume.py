@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.config.data import Corpus
-from flame.config.schema import JobConfig
+from flame.config.schema import NAMED, JobConfig
 from flame.config.types import Section, get_declaration, list_fixed
 from flame.data.sources.registry import list_used
 from flame.errors import UserError
@@ -181,7 +181,7 @@ def _complete(saved: dict[str, Any], config: JobConfig) -> dict[str, Any]:
         f"{name}.{each.name}": getattr(section, each.name)
         for name, section in defaults.items()
         for each in fields(section)  # type: ignore[arg-type]  # every section is a dataclass
-        if not name.startswith("sources.") or name.partition(".")[2] in saved.get("sources", {})
+        if (parts := name.partition("."))[0] not in NAMED or parts[2] in saved.get(parts[0], {})
     }
     return flatten(known) | flatten(saved)
 

@@ -21,6 +21,8 @@ class RunState:
     """Optimizer steps done."""
     validated_step: int = 0
     """Step of the last validation."""
+    evaluated_step: int = 0
+    """Step of the last evaluation."""
     service_ids: dict[str, str] = field(default_factory=dict)
     """Identity of the run at services such as Weights & Biases, by metric writer."""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class RunState:
         return {
             "step": self.step,
             "validated_step": self.validated_step,
+            "evaluated_step": self.evaluated_step,
             "counters": asdict(self.counters),
             "data": merge_states([state for state in states if state is not None]).state_dict(),
             "service_ids": self.service_ids,
@@ -47,6 +50,7 @@ class RunState:
         """
         self.step = saved["step"]
         self.validated_step = saved["validated_step"]
+        self.evaluated_step = saved.get("evaluated_step", 0)  # checkpoints of older releases have none
         self.counters.load(saved["counters"])
         self.data.load_state_dict(saved["data"])
         self.service_ids = saved["service_ids"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from flame.config.parse import CONFIG_FILE
-from flame.config.schema import ANY_SOURCE, JobConfig
+from flame.config.schema import JobConfig
 from flame.config.table import OptionTable, describe_allowed, format_toml, name_table
 from flame.config.types import Section, get_declaration
 from flame.errors import UserError
@@ -142,8 +142,7 @@ def render_markdown(table: OptionTable) -> str:
     ]
     for name, kind in table.sections.items():
         intro = " ".join((kind.__doc__ or "").split())
-        title = "`[sources.NAME]`" if name == ANY_SOURCE else f"`[{name}]`"
-        lines += [f"## {title}", "", *([intro, ""] if not intro.startswith(f"{kind.__name__}(") else [])]
+        lines += [f"## `[{name}]`", "", *([intro, ""] if not intro.startswith(f"{kind.__name__}(") else [])]
         lines += ["| option | what | allowed | default |", "|---|---|---|---|"]
         for each in describe_section(name, kind, table):
             cells = (f"`{each.name}`", each.text, each.allowed, f"`{each.default}`")

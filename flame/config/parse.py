@@ -13,7 +13,7 @@ import tomli
 
 from flame.config.locations import read_small
 from flame.config.renamed import explain_absence
-from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig
+from flame.config.schema import NAMED, JobConfig, name_any
 from flame.config.table import OptionTable, format_toml, list_types, name_table
 from flame.config.training import LENGTHS, Training
 from flame.config.types import Section
@@ -72,7 +72,8 @@ def parse_config(
         if fault:
             faults.append(fault)
     job.typed = frozenset(is_valid) - _replace_lengths(job, [word.key for word in words])
-    faults.extend(_find_unnamed_sources(job, is_valid))
+    for head in NAMED:
+        faults.extend(_find_unnamed_corpora(head, getattr(job, head), is_valid))
     if file_is_read and is_valid.get(CONFIG_FILE, True):
         wrong_keys = [key for key, valid in is_valid.items() if not valid]
         faults.extend(line for line in find_conflicts(job) if not any(_mentions(line, key) for key in wrong_keys))
@@ -163,12 +164,13 @@ def _read_file(path: str) -> list[_Setting]:
     except tomli.TOMLDecodeError as error:
         line = text.count("\n") + 1
         raise ValueError(str(error).replace("at end of document", f"at line {line}, the end")) from None
-    tables = [(_show_key(section), options) for section, options in tree.items() if section != SOURCES]
-    sources = tree.get(SOURCES, {})
-    if isinstance(sources, dict):
-        tables += [(f"{SOURCES}.{_show_key(name)}", options) for name, options in sources.items()]
-    else:
-        tables.append((SOURCES, sources))
+    tables = [(_show_key(section), options) for section, options in tree.items() if section not in NAMED]
+    for head in NAMED:
+        named = tree.get(head, {})
+        if isinstance(named, dict):
+            tables += [(f"{head}.{_show_key(name)}", options) for name, options in named.items()]
+        else:
+            tables.append((head, named))
     settings: list[_Setting] = []
     for section, options in tables:
         if isinstance(options, dict) and options:
@@ -182,8 +184,8 @@ def _read_file(path: str) -> list[_Setting]:
 def _apply(job: JobConfig, setting: _Setting, table: OptionTable) -> str | None:
     """Set the option in `job` and return None, or leave it as it is and return the line that says why."""
     if setting.value == {} and name_table(setting.key) in table.sections:
-        is_source = name_table(setting.key) == ANY_SOURCE
-        return f"{setting}: an empty source, give at least its dataset" if is_source else None
+        is_corpus = name_table(setting.key) in map(name_any, NAMED)
+        return f"{setting}: an empty source, give at least its dataset" if is_corpus else None
     if table.find(setting.key) is None:
         shown = setting if setting.shown else f"{_show_text(setting.key)} ({setting.source})"
         return f"{shown}: {explain_absence(setting.key) or 'no such option' + table.suggest(setting.key)}"
@@ -202,13 +204,13 @@ def _replace_lengths(job: JobConfig, on_command_line: Collection[str]) -> set[st
     return {f"training.{name}" for name in replaced}
 
 
-def _find_unnamed_sources(job: JobConfig, given: Mapping[str, bool]) -> Iterator[str]:
-    """A source whose corpus nobody has named is a slip of the pen in another one's name."""
-    for name in job.sources:
-        if f"{SOURCES}.{name}.dataset" not in given:
-            others = difflib.get_close_matches(name, [other for other in job.sources if other != name], n=1)
-            advice = f"did you mean {SOURCES}.{others[0]}?" if others else "name the corpus of this source"
-            yield f"{SOURCES}.{name}.dataset is not set: {advice}"
+def _find_unnamed_corpora(head: str, tables: Collection[str], given: Mapping[str, bool]) -> Iterator[str]:
+    """A table whose corpus nobody has named is a slip of the pen in another one's name."""
+    for name in tables:
+        if f"{head}.{name}.dataset" not in given:
+            others = difflib.get_close_matches(name, [other for other in tables if other != name], n=1)
+            advice = f"did you mean {head}.{others[0]}?" if others else "name the corpus of this source"
+            yield f"{head}.{name}.dataset is not set: {advice}"
 
 
 def _mentions(line: str, key: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from flame.config.data import Corpus, Source, Validation
+from flame.config.evaluation import Evaluation, HeldOut
 from flame.config.locations import Start, find_beside_weights, find_start
 from flame.config.profiling import Profiling
 from flame.config.run import CHECKPOINT_FOLDER, Checkpoint, Comm, Job, Metrics, Model, ObjectiveChoice
@@ -22,9 +23,14 @@ from flame.config.types import Section
 
 S = TypeVar("S", bound=Section)
 
-SOURCES = "sources"
-ANY_SOURCE = f"{SOURCES}.NAME"
-"""Stands for each table `[sources.*]` in help and suggestions."""
+SOURCES, HELD_OUT = "sources", "held_out"
+NAMED: dict[str, type[Corpus]] = {SOURCES: Source, HELD_OUT: HeldOut}
+"""Tables of tables, whose names the user gives: `[sources.web]`."""
+
+
+def name_any(head: str) -> str:
+    """Stands for each table `[sources.*]` in help and suggestions: `sources.NAME`."""
+    return f"{head}.NAME"
 
 
 @dataclass(kw_only=True)
@@ -42,6 +48,8 @@ class JobConfig:
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    held_out: dict[str, HeldOut] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
@@ -54,7 +62,7 @@ class JobConfig:
     typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """Keys that the file or the command line has set. No option."""
 
-    NO_SECTIONS: ClassVar = ("sources", "extensions", "world_size", "is_dry_run", "typed")
+    NO_SECTIONS: ClassVar = ("extensions", "world_size", "is_dry_run", "typed")
 
     def get(self, kind: type[S]) -> S:
         """The section that an objective or a data source has declared; defaults where nobody has set one of its options."""
@@ -72,9 +80,15 @@ class JobConfig:
 
     @property
     def read_corpora(self) -> dict[str, Corpus]:
-        """What is read: `corpora`, and the validation's own."""
+        """What is read: `corpora`, the validation's own, and `held_out_corpora`."""
         own: dict[str, Corpus] = {"validation": self.validation} if self.validation.dataset and self.validation.interval else {}
-        return {**self.corpora, **own}
+        return {**self.corpora, **own, **self.held_out_corpora}
+
+    @property
+    def held_out_corpora(self) -> dict[str, HeldOut]:
+        """What is evaluated, by option section ("held_out.NAME")."""
+        read = self.held_out if self.evaluation.interval else {}
+        return {f"{HELD_OUT}.{name}": held_out for name, held_out in read.items()}
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -114,8 +128,8 @@ class JobConfig:
     def list_sections(self) -> Iterator[tuple[str, Section]]:
         """Each table by name, in the order of the file."""
         for each in fields(self):
-            if each.name == SOURCES:
-                yield from ((f"{SOURCES}.{name}", source) for name, source in self.sources.items())
+            if each.name in NAMED:
+                yield from ((f"{each.name}.{name}", table) for name, table in getattr(self, each.name).items())
             elif each.name not in self.NO_SECTIONS:
                 yield each.name, getattr(self, each.name)
         yield from self.extensions.items()
@@ -133,10 +147,10 @@ class JobConfig:
 
 
 def list_core_sections() -> dict[str, type[Section]]:
-    """The sections that every run has, by name; `ANY_SOURCE` for those of a mixture."""
+    """The sections that every run has, by name; `name_any` for tables that the user names."""
     hints = get_type_hints(JobConfig)
     return {
-        ANY_SOURCE if name == SOURCES else name: Source if name == SOURCES else kind
+        name_any(name) if name in NAMED else name: NAMED.get(name, kind)
         for name, kind in hints.items()
-        if name == SOURCES or (isinstance(kind, type) and issubclass(kind, Section))
+        if name in NAMED or (isinstance(kind, type) and issubclass(kind, Section))
     }

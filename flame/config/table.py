@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from flame.config.schema import ANY_SOURCE, SOURCES, JobConfig, Source, list_core_sections
+from flame.config.schema import NAMED, JobConfig, list_core_sections, name_any
 from flame.config.types import Section, get_declaration
 
 JsonSchema = dict[str, Any]
@@ -51,8 +51,8 @@ class OptionTable:
 
     def _get_section(self, job: JobConfig, section: str) -> Section:
         head, _, name = section.partition(".")
-        if head == SOURCES:
-            return job.sources.setdefault(name, Source())
+        if head in NAMED:
+            return getattr(job, head).setdefault(name, NAMED[head]())
         return job.get(self.extensions[section]) if section in self.extensions else getattr(job, section)
 
     def suggest(self, name: str, otherwise: str = ", --help lists all") -> str:
@@ -126,7 +126,8 @@ def find_unknown_conditions(name: str, sections: Mapping[str, type[Section]]) ->
 
 def name_table(section: str) -> str:
     """Any table `sources.web` is known as `sources.NAME`. Names are bare TOML keys."""
-    return ANY_SOURCE if re.fullmatch(rf"{SOURCES}\.[A-Za-z0-9_-]+", section) else section
+    head, _, name = section.partition(".")
+    return name_any(head) if head in NAMED and re.fullmatch(r"[A-Za-z0-9_-]+", name) else section
 
 
 def _find_broken_limit(value: Any) -> str | None:

@@ -5,13 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 VALIDATION_PREFIX = "validation_"
 """Prefix of validation metrics. They have their own rows in metrics.jsonl."""
+EVALUATION_PREFIX = "evaluation/"
+"""Prefix of the metrics of an evaluation, `evaluation/NAME/bits_per_byte`. They have their own rows, too."""
+
+RowKind = Literal["training", "validation", "evaluation"]
 
 Describe = Callable[[Mapping[str, float], str], str]
 """(metrics, prefix of their names) -> text that an objective adds after its loss; see `Objective.describe_metrics`."""
+
+
+def find_row_kind(names: Iterable[str]) -> RowKind:
+    """What a row of metrics.jsonl is about, from the names in it."""
+    for name in names:
+        if name.startswith(VALIDATION_PREFIX):
+            return "validation"
+        if name.startswith(EVALUATION_PREFIX):
+            return "evaluation"
+    return "training"
 
 
 def init_logging(is_main: bool) -> None:
@@ -100,6 +115,18 @@ def format_validation(
         if (share := values.get(VALIDATION_PREFIX + name)) is not None:
             fields.append(f"{label} {100 * share:5.1f}%")
     return " · ".join(fields)
+
+
+def format_evaluation(step: int, total_steps: int, values: Mapping[str, float]) -> list[str]:
+    """Format the metrics of an evaluation, `evaluation/NAME/...`: a line for each name."""
+    by_name: dict[str, list[str]] = {}
+    for key, value in values.items():
+        name, _, metric = key.removeprefix(EVALUATION_PREFIX).rpartition("/")
+        is_share = metric.startswith("accuracy") or metric == "exact_match"
+        shown = f"{100 * value:5.1f}%" if is_share else f"{value:6.3f}"
+        by_name.setdefault(name, []).append(f"{metric.replace('_', ' ')} {shown}")
+    begin = f"step {step:>{len(str(total_steps))}}/{total_steps}"
+    return [" · ".join([begin, name, *fields]) for name, fields in by_name.items()]
 
 
 def _format_norm(norm: float) -> str:

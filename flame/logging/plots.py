@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from flame.errors import UserError, end_on_user_error
-from flame.logging.console import VALIDATION_PREFIX
+from flame.logging.console import find_row_kind
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.runtime.json_lines import parse_line
 
@@ -152,7 +152,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
     drawn = []
     for index, rows in enumerate(runs.values()):
         for curve in panel.curves:
-            own = [row for row in rows if is_validation(row) == curve.metric.startswith(VALIDATION_PREFIX)]
+            own = [row for row in rows if find_row_kind(row) == find_row_kind([curve.metric])]
             steps = [_get_number(row, "step") for row in own]
             numbers = [_get_number(row, curve.metric) for row in own]
             if not any(map(math.isfinite, numbers)):
@@ -173,11 +173,6 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
         labels = [curve.label for curve in drawn]
         spacing = {"handlelength": 1.8, "columnspacing": 0.9, "handletextpad": 0.5}
         axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(drawn), frameon=False, **spacing)
-
-
-def is_validation(row: Mapping[str, float | None]) -> bool:
-    """Whether a row of metrics.jsonl is from a validation. It has its own row beside that of its step."""
-    return any(name.startswith(VALIDATION_PREFIX) for name in row)
 
 
 def _has_numbers(rows: Rows, panel: Panel) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flame.config.run import Metrics
 from flame.errors import UserError
-from flame.logging.console import VALIDATION_PREFIX
+from flame.logging.console import RowKind, find_row_kind
 from flame.logging.writers.base import MetricWriter, RunIdentity
 from flame.logging.writers.json_lines import JsonLinesWriter
 from flame.logging.writers.tensorboard import TensorBoardWriter
@@ -115,6 +115,6 @@ def _start(kind: type[MetricWriter], run: RunIdentity) -> MetricWriter:
         raise UserError(f"the metric logger {kind.__name__} does not start: {type(error).__name__}: {reason}") from error
 
 
-def drop_validation(path: Path, step: int) -> None:
-    """Remove the validation row of one step from a metrics file."""
-    rewrite_lines(path, lambda row: row["step"] != step or not any(name.startswith(VALIDATION_PREFIX) for name in row))
+def drop_row(path: Path, step: int, kind: RowKind) -> None:
+    """Remove the row of one step and kind from a metrics file."""
+    rewrite_lines(path, lambda row: row["step"] != step or find_row_kind(row) != kind)

@@ -3,7 +3,7 @@
 With the head's matrix W and bias b, a scale s and a cap c, the logits of states h are z = s (W h + b), then c tanh(z / c).
 The configuration says s and c. `flame.models.head_check` compares the logits with the model's own when a run starts.
 
-Shape legend: T tokens, d width, V vocabulary.
+Shape legend: T tokens, n states with a label, d width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.kernels.cross_entropy import linear_cross_entropy
+from flame.kernels.softmax_rows import count_chunk_rows, softmax_rows_
 
 FACTOR, DIVISOR, CAP = "logit_scale", "logits_scaling", "final_logit_softcapping"
 """Keys of configurations that change logits: multiplied (Cohere), divided (Granite, MiniCPM3), capped (Gemma)."""
@@ -48,6 +49,15 @@ def find_impossible_rules(config: PretrainedConfig) -> Iterator[str]:
             yield f"{key} = {value}: it must be greater than 0"
 
 
+class LabelScores(NamedTuple):
+    """Of n labels, [n] each, float32 or wider."""
+
+    loss: Tensor
+    """Cross entropy in nats."""
+    is_best: Tensor
+    """1 where no other token has as high a logit, else 0."""
+
+
 class OutputHead(NamedTuple):
     """The head's parameters and rule. Under FSDP the parameters are whole only inside the root's forward."""
 
@@ -60,6 +70,19 @@ class OutputHead(NamedTuple):
     def sum_cross_entropy(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross entropies of states [T, d] with labels int64 [T] (-100 does not count): 0-d float32 or wider."""
         return linear_cross_entropy(hidden_states, self.weight, labels, self.bias, *self.rule)
+
+    @torch.no_grad()
+    def score_labels(self, hidden_states: Tensor, labels: Tensor) -> LabelScores:
+        """Cross entropy of each state [n, d] with its label, int64 [n], from logits that are computed chunk by chunk."""
+        size = count_chunk_rows(len(hidden_states), len(self.weight), hidden_states.dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = torch.full((), self.rule.scale, dtype=wide, device=self.weight.device)
+        cap = None if self.rule.cap is None else self.rule.cap / self.rule.scale  # as in `linear_cross_entropy`
+        chunks = [
+            softmax_rows_(F.linear(states, self.weight, self.bias), own, scale, cap=cap)
+            for states, own in zip(hidden_states.split(size), labels.split(size), strict=True)
+        ]
+        return LabelScores(torch.cat([chunk.loss for chunk in chunks]), torch.cat([chunk.is_best for chunk in chunks]))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> [T, V], in the dtype of the states."""

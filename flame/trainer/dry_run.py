@@ -47,6 +47,10 @@ def shorten(config: JobConfig) -> JobConfig:
     short.profiling = Profiling()
     if short.validation.interval:
         short.validation.num_sequences = min(short.validation.num_sequences, config.world_size)
+    short.evaluation.num_questions = 1
+    short.evaluation.completion_tokens = min(short.evaluation.completion_tokens, STEPS)
+    for held_out in short.held_out.values():
+        held_out.num_documents = 1
     return short
 
 

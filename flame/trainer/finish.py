@@ -88,4 +88,5 @@ def _describe_outcome(config: JobConfig, step: int) -> dict[str, object]:
     state = (config.checkpoint_folder / f"step-{step}" / TRAINER_FILE).read_bytes()
     dtype = config.checkpoint.export_dtype if _exports(config) else None
     is_validated = config.validation.interval > 0
-    return {"step": step, "checkpoint": sha256(state).hexdigest(), "export_dtype": dtype, "is_validated": is_validated}
+    outcome = {"step": step, "checkpoint": sha256(state).hexdigest(), "export_dtype": dtype, "is_validated": is_validated}
+    return outcome | ({"is_evaluated": True} if config.evaluation.interval else {})

@@ -13,10 +13,10 @@ from torch import Tensor
 from flame.config.schema import JobConfig
 from flame.data.audit import AuditLog, drop_audit_after
 from flame.data.batch import PackedBatch
-from flame.logging.console import format_line, format_validation
+from flame.logging.console import format_evaluation, format_line, format_validation
 from flame.logging.counters import Counters
 from flame.logging.metrics import Metrics
-from flame.logging.run_log import RunLog, drop_validation
+from flame.logging.run_log import RunLog, drop_row
 from flame.logging.stragglers import StragglerWatch
 from flame.logging.throughput import Flops, Throughput
 from flame.logging.writers.base import RunIdentity
@@ -36,18 +36,21 @@ from flame.trainer.step_counts import StepCounts
 logger = logging.getLogger("flame")
 
 
-def rewind_records(folder: Path, step: int, validated_step: int) -> None:
+def rewind_records(folder: Path, step: int, validated_step: int, evaluated_step: int) -> None:
     """Drop the records that an earlier process wrote after the step that the run resumes from. Rank 0 calls it.
 
     Args:
         folder: the run's folder.
         validated_step: the last validated step, from the checkpoint. If it is before `step`, `step` will be validated again, and
             its logged validation is dropped too.
+        evaluated_step: the same of the last evaluation.
     """
     drop_audit_after(folder, step)
     drop_lines_after(folder / SKIPPED_FILE, step)
     if validated_step < step:
-        drop_validation(folder / METRICS_FILE, step)
+        drop_row(folder / METRICS_FILE, step, "validation")
+    if evaluated_step < step:
+        drop_row(folder / METRICS_FILE, step, "evaluation")
 
 
 class RunMeters:
@@ -175,6 +178,12 @@ class RunMeters:
         """Log the metrics of a validation, whose names begin with `validation_`."""
         self._run_log.log(step, values)
         logger.info(format_validation(step, self._total_steps, values, self._describe))
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics of an evaluation, whose names begin with `evaluation/`."""
+        self._run_log.log(step, values)
+        for line in format_evaluation(step, self._total_steps, values):
+            logger.info(line)
 
     def sync(self) -> None:
         """Flush the files to disk. Call it before committing the checkpoint that their lines belong to."""

@@ -13,11 +13,12 @@ from flame.config.check import call_rules, find_conflicts, list_unused
 from flame.config.help import print_help, render_commented
 from flame.config.parse import list_typed, parse_config
 from flame.config.run import Metrics
-from flame.config.schema import SOURCES, JobConfig, list_core_sections
+from flame.config.schema import HELD_OUT, NAMED, JobConfig, list_core_sections
 from flame.config.table import OptionTable, find_unknown_conditions
 from flame.config.types import Section
 from flame.data.sources.registry import find_data_conflicts, list_sections, list_used, load_user_sections
 from flame.errors import UserError
+from flame.evaluation.tasks import find_task_conflicts
 from flame.logging.run_log import choose_writers
 from flame.objectives.registry import BUILT_IN, choose_kind, choose_objective, load_user_objective
 
@@ -107,7 +108,7 @@ def _find_extensions(values: Mapping[str, Any]) -> tuple[dict[str, type[Section]
         for name, section in found.items():
             if sections.get(name) is section:
                 continue  # one class in two places is one table
-            if name in sections or name in list_core_sections() or name == SOURCES:
+            if name in sections or name in list_core_sections() or name in NAMED:
                 faults.append(f'{what} declares the section "{name}", which is taken: choose another name')
             elif not name.isidentifier():
                 faults.append(f'{what} declares the section "{name}": it must be a Python identifier')
@@ -137,6 +138,7 @@ def find_all_conflicts(job: JobConfig) -> Iterator[str]:
     """Yield one line for each combination of options that cannot run, or cannot run on this machine."""
     yield from find_conflicts(job)
     yield from find_data_conflicts(job)
+    yield from find_task_conflicts(job)
     try:
         choose_writers(job.metrics)  # a file of the user's own is loaded
     except UserError as error:
@@ -162,7 +164,8 @@ def list_idle_options(job: JobConfig) -> list[str]:
     user = load_user_objective(job.objective.name, job.objective.path)
     others = [name for each in (*BUILT_IN.values(), *filter(None, [user])) for name in each.sections if name not in used]
     idle_sources, used_by_corpus = list_used(job)
-    idle = list_unused(job, {*others, *idle_sources}, used_by_corpus)
+    unread = {f"{HELD_OUT}.{name}" for name in job.held_out} - set(job.held_out_corpora)
+    idle = list_unused(job, {*others, *idle_sources, *unread}, used_by_corpus)
     idle = [key for key in idle if not (key.endswith(".loss_weight") and kind is None and _switches_off(job, key))]
     chosen = choose_kind(job)
     if job.objective.path and user is not None and (chosen is None or chosen.name != user.name):

@@ -17,6 +17,7 @@ from flame.config.schema import JobConfig
 from flame.data.mixture import Mixture, open_held_out, open_mixture
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
+from flame.evaluation.evaluator import Evaluator
 from flame.models.causal_lm import (
     build_on_meta,
     find_decoder_layers,
@@ -228,3 +229,14 @@ def open_validator(
     weight = build_weight_schedule(config).loss_weight
     held_out = open_held_out(config, tokenizer, mixture)
     return Validator(config, held_out, weight, dist.get_rank(), dist.get_world_size(), device)
+
+
+def open_evaluator(config: JobConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Evaluator | None:
+    """Open all that is evaluated, on all ranks; None if `evaluation.interval` is 0.
+
+    Raises:
+        UserError: a task or a held-out set cannot be read.
+    """
+    if not config.evaluation.interval:
+        return None
+    return Evaluator(config, tokenizer, dist.get_rank(), dist.get_world_size(), device)

@@ -9,6 +9,7 @@ import torch
 
 from flame.config.schema import JobConfig
 from flame.data.mixture import Mixture
+from flame.evaluation.evaluator import Evaluator
 from flame.models.config_keys import list_unknown_keys
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
@@ -22,7 +23,13 @@ logger = logging.getLogger("flame")
 
 
 def report_start(
-    config: JobConfig, model: TrainingModel, mixture: Mixture, validator: Validator | None, device: torch.device, start_step: int
+    config: JobConfig,
+    model: TrainingModel,
+    mixture: Mixture,
+    validator: Validator | None,
+    evaluator: Evaluator | None,
+    device: torch.device,
+    start_step: int,
 ) -> None:
     """Log the model, the data, the options without effect, the run's folder and the first step."""
     training, world_size = config.training, get_world_size()
@@ -59,6 +66,10 @@ def report_start(
                 config.validation.num_sequences,
                 name,
             )
+    if evaluator is not None:
+        logger.info("evaluation each %d steps", config.evaluation.interval)
+        for line in evaluator.describe():
+            logger.info("  %s", line)
     source = config.model.config
     if source and not config.start.path and list(Path(source).glob("*.safetensors")):
         logger.warning('model.config = "%s" holds weights; they are not loaded: training starts from training.seed', source)

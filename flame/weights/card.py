@@ -14,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from flame.attention.fla_families import NAMED_AS_IN_TRANSFORMERS, TESTED
 from flame.config.run import CHECKPOINT_FOLDER
+from flame.config.schema import NAMED
 from flame.data.sources.registry import is_from_hub
-from flame.logging.console import VALIDATION_PREFIX
+from flame.logging.console import VALIDATION_PREFIX, find_row_kind
 from flame.logging.writers.json_lines import METRICS_FILE
 
 CARD_FILE = "README.md"
@@ -146,7 +147,10 @@ def _describe_metrics(path: Path, step: int) -> str:
             continue
         if row["step"] > step:
             continue
-        target = validation if any(key.startswith(VALIDATION_PREFIX) for key in row) else train
+        kind = find_row_kind(row)
+        if kind == "evaluation":
+            continue
+        target = validation if kind == "validation" else train
         target.clear()
         target.update({key.removeprefix(VALIDATION_PREFIX): value for key, value in row.items()})
     rows = [
@@ -169,8 +173,9 @@ def _show(value: float | None) -> str:
 
 
 def _format_config(config: Settings) -> str:
-    sections = {name: options for name, options in config.items() if name != "sources"}
-    sections |= {f"sources.{json.dumps(name)}": options for name, options in config.get("sources", {}).items()}
+    sections = {name: options for name, options in config.items() if name not in NAMED}
+    for head in NAMED:
+        sections |= {f"{head}.{json.dumps(name)}": options for name, options in config.get(head, {}).items()}
     lines = []
     for section, options in sections.items():
         lines.append(f"[{section}]")

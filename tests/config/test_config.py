@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flame.config.help import write_config
-from flame.config.schema import SOURCES, JobConfig, Source
+from flame.config.schema import NAMED, JobConfig, Source
 from flame.config.table import list_types
 from flame.errors import UserError
 from flame.objectives.future.options import FutureOptions
@@ -20,7 +20,7 @@ from flame.trainer.options import HELP, list_idle_options, read_options
 from tests.support.options import MODEL, TABLE, list_values, read_mistakes
 from tests.support.paths import REPO
 
-KEYS = [key for key in TABLE.schemas if not key.startswith(SOURCES)]
+KEYS = [key for key in TABLE.schemas if not key.startswith(tuple(NAMED))]
 
 
 def _is_finite(key: str) -> bool:

@@ -13,7 +13,7 @@ import tomli
 
 from flame.cli.options import main as print_options
 from flame.config.help import TOML_WIDTH, describe_section, render_commented, write_config
-from flame.config.schema import ANY_SOURCE
+from flame.config.schema import NAMED, name_any
 from flame.trainer.options import read_options
 from tests.support.options import MODEL, TABLE, list_values, read_mistakes
 from tests.support.paths import REPO
@@ -103,9 +103,10 @@ def test_the_printed_configuration_of_a_file_reads_back(folder, capsys):
 
 
 def test_the_printed_configuration_shows_every_option_below_its_help(folder, capsys):
-    text = run_to_end(["--print-config", "--sources.web.dataset=stdlib"], capsys)
+    text = run_to_end(["--print-config", *(f"--{head}.web.dataset=stdlib" for head in NAMED)], capsys)
     tables = tomli.loads(text)
-    assert set(tables) == {"sources", *TABLE.sections} - {ANY_SOURCE} and set(tables["sources"]) == {"web"}
+    assert set(tables) == {*NAMED, *TABLE.sections} - set(map(name_any, NAMED))
+    assert all(set(tables[head]) == {"web"} for head in NAMED)
     lines = iter(text.splitlines())
     for section, kind in TABLE.sections.items():
         assert next(lines) == f"[{section.replace('NAME', 'web')}]"
@@ -126,7 +127,7 @@ def test_a_written_configuration_shows_every_option(folder):
     write_config(job, folder / "resolved.toml")
     lines = (folder / "resolved.toml").read_text().splitlines()
     shown = [line.removeprefix("# ").split(" = ")[0] for line in lines if " = " in line]
-    assert shown == [key.rpartition(".")[2] for key in KEYS if not key.startswith("sources.")]
+    assert shown == [key.rpartition(".")[2] for key in KEYS if not key.startswith(tuple(NAMED))]
     assert "# decay_ratio = unset" in lines
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from flame.config.check import list_unused
-from flame.config.schema import ANY_SOURCE, JobConfig
+from flame.config.schema import NAMED, JobConfig, name_any
 from flame.config.table import list_types
 from flame.config.types import Section, When, get_declaration
 from flame.objectives.registry import BUILT_IN
@@ -58,12 +58,14 @@ def breach(job: JobConfig, when: When, section: str) -> None:
     """Give the other option a value with which the condition does not hold."""
     key = when.resolve(section)
     schema = TABLE.schemas[key]
-    allowed = schema.get("enum") or {"boolean": [False, True], "string": [""], "integer": [0, 2]}[schema["type"]]
+    allowed = (
+        schema.get("enum") or {"boolean": [False, True], "string": [""], "integer": [0, 2], "number": [0.0, 2.0]}[schema["type"]]
+    )
     set_value(job, key, next(value for value in allowed if not when.holds(value)))
 
 
 def test_there_are_conditions():
-    assert len(CONDITIONAL) > 20 and ANY_SOURCE not in {section for section, _, _ in CONDITIONAL}
+    assert len(CONDITIONAL) > 20 and not {section for section, _, _ in CONDITIONAL} & set(map(name_any, NAMED))
 
 
 @pytest.mark.parametrize(

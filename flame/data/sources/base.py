@@ -81,7 +81,7 @@ class SourceKind(ABC):
 
     Args:
         corpus: the options that name the source.
-        section: their section: "training", "validation" or "sources.NAME".
+        section: their section: "training", "validation", "sources.NAME" or "held_out.NAME".
         options: the kind's own section, an instance of `Options`, if it has one.
     """
 
@@ -104,8 +104,7 @@ class SourceKind(ABC):
     @property
     def short_name(self) -> str:
         """Name in logs, metrics and the audit."""
-        head, _, source = self.section.partition("sources.")
-        return source if source and not head else self.name or self.corpus.dataset
+        return self.section.partition(".")[2] or self.name or self.corpus.dataset
 
     @property
     def option(self) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flame.config.schema import JobConfig
+from flame.config.schema import HELD_OUT, JobConfig
 from flame.data.encoding import END_OF_TEXT, encode_document, fingerprint_tokenizer
 from flame.data.sources.base import SourceKind
 
@@ -48,7 +48,7 @@ class GeneratedKind(SourceKind):
     @property
     def is_held_out(self) -> bool:
         """Whether it generates the held-out documents, which are never trained on."""
-        return self.section == "validation"
+        return self.section == "validation" or self.section.startswith(f"{HELD_OUT}.")
 
     @abstractmethod
     def open(self) -> GeneratedSource: ...
