@@ -352,11 +352,11 @@ class Trainer:
         if self.evaluator is None or not self._is_due(self.config.evaluation.interval, self.state.evaluated_step):
             return
         with self.meters.throughput.not_counted():
-            values = self.evaluator.run(self.model, self.is_stop_requested)
-        if values is None:
+            evaluated = self.evaluator.run(self.model, self.is_stop_requested)
+        if evaluated is None:
             raise Preempted
         self.state.evaluated_step = self.step
-        self.meters.log_evaluation(self.step, values)
+        self.meters.log_evaluation(self.step, evaluated)
 
     def _is_due(self, interval: int, done_step: int) -> bool:
         """Whether this step is one of those to measure, and has not been measured."""

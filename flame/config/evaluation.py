@@ -37,6 +37,11 @@ class Evaluation(Section):
     """Seed of drawn completions. They are the same for the same weights at every step."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        if self.interval and self.prompts and self.completion_tokens > job.training.context_len:
+            yield (
+                f"evaluation.completion_tokens = {self.completion_tokens} is above training.context_len = "
+                f"{job.training.context_len}: lower it"
+            )
         if self.interval and not (self.tasks or self.prompts or job.held_out):
             yield (
                 f"evaluation.interval = {self.interval} with nothing to evaluate: set evaluation.tasks, evaluation.prompts, or "

@@ -17,6 +17,7 @@ from flame.data.encoding import Labelled, encode_chat, encode_document
 from flame.data.sources.base import Documents, SourceKind, TextRows, TextShards, explain_no_text, open_texts
 from flame.data.sources.contents import Document
 from flame.data.sources.token_folder import LabelledFolder, TokenFolder
+from flame.data.tasks.reasoning_gym import ProblemDocuments
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def open_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast, loss_on
         UserError: it cannot be read, is empty, was tokenized by another tokenizer, or lacks what the loss is to be on.
     """
     tokens = kind.open_tokens(tokenizer)
+    if isinstance(tokens, ProblemDocuments) and loss_on == "answer":
+        return tokens.with_answers()
     if tokens is not None:
         if loss_on != ASSISTANT:
             return tokens

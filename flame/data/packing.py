@@ -135,7 +135,7 @@ class Packer:
             input_ids[filled : filled + end - offset] = tokens[offset:end]
             filled += end - offset
             boundaries.append(filled)
-            if self._separator is not None:
+            if counted is None and self._separator is not None:
                 counted = find_answer(tokens[:end], self._separator)
             if counted is not None:
                 spans = [*(spans or ()), clip_spans(counted, offset, end) + (filled - end)]

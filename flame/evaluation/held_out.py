@@ -13,6 +13,7 @@ from flame.config.evaluation import HeldOut
 from flame.data.sources.base import SourceKind, open_texts
 from flame.data.sources.contents import Conversation, Document
 from flame.errors import UserError
+from flame.evaluation.measured import decode
 
 
 def read_held_out(kind: SourceKind, corpus: HeldOut, tokenizer: PreTrainedTokenizerFast) -> list[str | tuple[np.ndarray, int]]:
@@ -48,5 +49,4 @@ def _list_documents(kind: SourceKind, tokenizer: PreTrainedTokenizerFast) -> Ite
 def _describe_ids(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, int]:
     """Ids without the end of text, and the bytes of the text that they stand for."""
     ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids
-    text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-    return ids, len(text.encode())
+    return ids, len(decode(tokenizer, ids.tolist()).encode())

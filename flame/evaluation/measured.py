@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from flame.data.sources.base import VerifiedProblems
 from flame.evaluation.scoring import Scores
 from flame.evaluation.tasks import Question, Task
 from flame.evaluation.texts import EncodedAnswer, ScoredText, cut_windows, encode_answers, encode_texts
@@ -120,6 +121,50 @@ class HeldOutSet:
         bytes count."""
         nats = -float(scores.log_probs.sum())
         return {"ce_loss": nats / self._num_scored, "bits_per_byte": nats / math.log(2) / self._num_bytes}
+
+
+class ProblemSet:
+    """Held-out problems whose answers are verified.
+
+    Attributes:
+        prompts: token ids of the questions.
+        longest_answer: tokens of the longest answer that the source gives, with the end of text.
+    """
+
+    def __init__(self, name: str, problems: VerifiedProblems, count: int, tokenizer: PreTrainedTokenizerFast, context_len: int):
+        self.name, self._problems, self._tokenizer = name, problems, tokenizer
+        self._made = [problems.make(number) for number in range(count)]
+        answers = encode_texts(tokenizer, [problem.answer for problem in self._made])
+        self.prompts = encode_texts(tokenizer, [problem.prompt for problem in self._made])
+        self.longest_answer = 1 + max(map(len, answers))
+        self._num_bytes = sum(len(problem.answer.encode()) for problem in self._made)
+        whole = [np.concatenate([prompt, answer]) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        self.num_cut = sum(len(ids) > context_len + 1 for ids in whole)
+        self.texts = [
+            ScoredText(ids[-(context_len + 1) :], min(len(answer), context_len))
+            for ids, answer in zip(whole, answers, strict=True)
+        ]
+
+    def describe(self) -> str:
+        line = f"{self.name}: {len(self.prompts)} problems, answers of at most {self.longest_answer} tokens"
+        if self.num_cut:
+            line += f"; {self.num_cut} do not fit training.context_len, and lose the beginning of their question"
+        return line
+
+    def measure(self, scores: Scores) -> dict[str, float]:
+        """Bits per byte of the source's own answers."""
+        return {"bits_per_byte": -float(scores.log_probs.sum()) / math.log(2) / self._num_bytes}
+
+    def judge(self, completions: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Share of the problems that the model's own answers solve, by the source's verifier."""
+        texts = [decode(self._tokenizer, ids) for ids in completions]
+        right = [self._problems.verify(problem, text) for problem, text in zip(self._made, texts, strict=True)]
+        return {"exact_match": float(np.mean(right))}
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of token ids, without special tokens."""
+    return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def _encode(

@@ -45,6 +45,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     return [ids[:-1] for ids in encode_documents(tokenizer, texts)]
 
 
+def find_first_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that a text follows which has nothing before it: the one that begins texts, or else the one that ends them."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def encode_answers(tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer], context_len: int) -> list[EncodedAnswer | None]:
     """Encode answers as lm-eval does: context and answer are encoded together, and spaces at the end of the context are scored
     with the answer. An answer without context follows the token that begins a text, or else the one that ends it.
@@ -62,11 +67,10 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer]
     ]
     before = encode_texts(tokenizer, contexts)
     whole = encode_texts(tokenizer, [context + text for context, text in zip(contexts, scored, strict=True)])
-    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded: list[EncodedAnswer | None] = []
     for head, ids, text in zip(before, whole, scored, strict=True):
         if len(head) == 0:
-            head = np.asarray([prefix], dtype=ids.dtype)
+            head = np.asarray([find_first_token(tokenizer)], dtype=ids.dtype)
             ids = np.concatenate([head, ids])
         num_scored = len(ids) - len(head)
         if not 0 < num_scored <= context_len:

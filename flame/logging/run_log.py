@@ -78,6 +78,12 @@ class RunLog:
             with self._surviving_failure(service):
                 service.log(step, dict(values))
 
+    def log_texts(self, step: int, name: str, rows: list[dict[str, str]]) -> None:
+        """Write texts of one step, rows with the same columns, to the services that show texts."""
+        for service in list(self._services) if rows else ():
+            with self._surviving_failure(service):
+                service.log_texts(step, name, rows)
+
     def sync(self) -> None:
         """Make sure that all lines are on the disk. Called before the checkpoint of the same step is committed."""
         if self._record is None:

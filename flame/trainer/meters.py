@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from torch import Tensor
 from flame.config.schema import JobConfig
 from flame.data.audit import AuditLog, drop_audit_after
 from flame.data.batch import PackedBatch
+from flame.evaluation.evaluator import Evaluated
 from flame.logging.console import format_evaluation, format_line, format_validation
 from flame.logging.counters import Counters
 from flame.logging.metrics import Metrics
@@ -179,11 +181,15 @@ class RunMeters:
         self._run_log.log(step, values)
         logger.info(format_validation(step, self._total_steps, values, self._describe))
 
-    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Log the metrics of an evaluation, whose names begin with `evaluation/`."""
-        self._run_log.log(step, values)
-        for line in format_evaluation(step, self._total_steps, values):
+    def log_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Log the metrics and completions of an evaluation."""
+        if evaluated.metrics:
+            self._run_log.log(step, evaluated.metrics)
+        for line in format_evaluation(step, self._total_steps, evaluated.metrics):
             logger.info(line)
+        for each in evaluated.completions:
+            logger.info("completion of %s: %s", *(json.dumps(text, ensure_ascii=False) for text in each))
+        self._run_log.log_texts(step, "completions", [each._asdict() for each in evaluated.completions])
 
     def sync(self) -> None:
         """Flush the files to disk. Call it before committing the checkpoint that their lines belong to."""

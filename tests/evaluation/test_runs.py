@@ -14,8 +14,12 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoModelForCausalLM
 
+from flame.config.evaluation import HeldOut
+from flame.data.sources.registry import build_kind
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.evaluation.evaluator import Evaluator
+from flame.evaluation.held_out import read_held_out
+from flame.evaluation.measured import HeldOutSet
 from flame.evaluation.tasks import Question
 from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer
@@ -214,3 +218,96 @@ def test_scores_are_those_of_lm_eval_on_the_exported_model(workspace, tmp_path, 
             nats -= sample["filtered_resps"][question.gold if len(question.answers) > 1 else 0][0]
             num_bytes += len((gold.context + gold.continuation).encode()) - len(gold.context.rstrip().encode())
         assert row[f"evaluation/{name}/bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-3)
+
+
+# --- completions ---
+
+LOGGER = """
+import json
+from flame.logging.writers.base import MetricWriter
+
+class Texts(MetricWriter):
+    name = "texts"
+    def __init__(self, run):
+        self.path = run.folder / "texts.jsonl"
+    def log(self, step, values):
+        pass
+    def log_texts(self, step, name, rows):
+        with self.path.open("a") as file:
+            file.write(json.dumps([step, name, rows]) + "\\n")
+"""
+
+
+def test_completions_are_logged_and_given_to_loggers(workspace, tmp_path, caplog):
+    """They are those of the exported model. A run with prompts alone writes no row of metrics for them."""
+    (tmp_path / "own_logger_texts.py").write_text(LOGGER)
+    (tmp_path / "prompts.txt").write_text('alpha\n\nsaid "é"\n')
+    run = tmp_path / "run"
+    rows = run_here(
+        workspace,
+        run,
+        evaluation__interval=2,
+        evaluation__prompts=tmp_path / "prompts.txt",
+        evaluation__completion_tokens=5,
+        metrics__logger_path=tmp_path / "own_logger_texts.py",
+        objective__name="next_token",
+        training__steps=2,
+    )
+    assert [row["step"] for row in rows] == [1, 2]
+    (line,) = (run / "texts.jsonl").read_text().splitlines()
+    step, name, texts = json.loads(line)
+    assert (step, name) == (2, "completions") and [row["prompt"] for row in texts] == ["alpha", 'said "é"']
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval(), build_bytes_tokenizer()
+    for row in texts:
+        ids = torch.tensor([list(row["prompt"].encode())])
+        whole = model.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))[0]
+        assert row["completion"] == tokenizer.backend_tokenizer.decode(whole[ids.shape[1] :].tolist())
+        shown = [json.dumps(text, ensure_ascii=False) for text in (row["prompt"], row["completion"])]
+        assert f"completion of {shown[0]}: {shown[1]}" in caplog.messages
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\n \n", "has no prompt: write one a line"), (b"\xff\xfe\n", "cannot be read")])
+def test_a_file_without_prompts_is_refused(workspace, tmp_path, capsys, content, said):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        changes = {"evaluation__prompts": tmp_path / "prompts.txt", "evaluation__completion_tokens": 4}
+        run_here(workspace, tmp_path / "run", evaluation__interval=2, **changes)
+    assert stop.value.code == 2 and capsys.readouterr().err.count(said) == 1
+
+
+def test_completions_longer_than_the_context_are_refused(workspace, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("alpha")
+    changes = {"evaluation__interval": 2, "evaluation__prompts": tmp_path / "prompts.txt", "evaluation__completion_tokens": 49}
+    with pytest.raises(SystemExit):
+        run_here(workspace, tmp_path / "run", **changes)
+    expected = "evaluation.completion_tokens = 49 is above training.context_len = 48: lower it"
+    assert capsys.readouterr().err.splitlines() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": ""}\n', "has no usable text"),
+        ('{"text": "x"}\n', "nothing of web can be scored: web: 1 held-out documents, 1 tokens"),
+        ('{"text": [{"role": "user", "content": "x"}]}\n', "holds chats"),
+    ],
+)
+def test_a_held_out_set_without_anything_to_score_is_refused(workspace, tmp_path, capsys, content, said):
+    (tmp_path / "web.jsonl").write_text(content)
+    changes = {"held_out__web__dataset": "json", "held_out__web__data_files": tmp_path / "web.jsonl"}
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", **changes, evaluation__interval=2)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_a_held_out_set_of_token_ids_is_that_of_its_text(tmp_path):
+    tokenizer, texts = build_bytes_tokenizer(), ["alpha été", "beta"]
+    sets = []
+    for name, values in (("texts", texts), ("ids", [[*text.encode(), tokenizer.eos_token_id] for text in texts])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+        corpus = HeldOut(dataset="json", data_files=str(tmp_path / f"{name}.jsonl"))
+        kind = build_kind(corpus, f"held_out.{name}", lambda kind: kind())
+        sets.append(HeldOutSet(kind.short_name, read_held_out(kind, corpus, tokenizer), tokenizer, 48))
+    assert [each.name for each in sets] == ["texts", "ids"] and sets[0]._num_bytes == sets[1]._num_bytes == 15
+    assert [[text.ids.tolist() for text in each.texts] for each in sets] == [[list(text.encode()) for text in texts]] * 2

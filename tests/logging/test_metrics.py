@@ -251,6 +251,18 @@ def test_tensorboard_shows_the_resumed_curve(tmp_path):
     log.close()
 
 
+def test_tensorboard_shows_texts(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = open_log(tmp_path, tensorboard=True)
+    log.log_texts(3, "completions", [{"prompt": "a", "completion": "b\nc"}])
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (event,) = events.Tensors("evaluation/completions/0/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert event.step == 3 and text.decode() == "**prompt**\n\n    a\n\n**completion**\n\n    b\n    c"
+    log.close()
+
+
 @pytest.mark.parametrize(
     ("name", "panel"),
     [
@@ -263,6 +275,7 @@ def test_tensorboard_shows_the_resumed_curve(tmp_path):
         ("mfu_heads", "perf/mfu_heads"),
         ("future/rank_predictions", "future/rank_predictions"),
         ("my_objective/own", "my_objective/own"),
+        ("evaluation/web/bits_per_byte", "evaluation/web/bits_per_byte"),
     ],
 )
 def test_panels_are_grouped_by_what_they_show(name, panel):
@@ -275,6 +288,7 @@ class FakeWandb:
     def __init__(self, offline: bool):
         self.offline, self.url, self.logged = offline, "https://wandb.example/run", []
         self.Settings = dict
+        self.Table = lambda columns, data: ("table", columns, data)
 
     def init(self, **options):
         self.options = options
@@ -297,6 +311,8 @@ def test_wandb_is_named_shown_and_grouped(tmp_path, monkeypatch, caplog, offline
     WandbWriter(describe_run(tmp_path)).log(3, {"loss": 1.0, "mfu": 0.5})
     assert fake.options["name"] == "given" and fake.logged == [{"step": 3, "train/loss": 1.0, "perf/mfu": 0.5}]
     (line,) = caplog.messages
+    WandbWriter(describe_run(tmp_path)).log_texts(4, "completions", [{"prompt": "a", "completion": "b"}])
+    assert fake.logged[1] == {"step": 4, "evaluation/completions": ("table", ["prompt", "completion"], [["a", "b"]])}
     assert line == f"Weights & Biases: {f'offline, in {tmp_path}/wandb' if offline else fake.url}"
 
 

@@ -74,6 +74,18 @@ class Documents(Protocol):
         ...
 
 
+class VerifiedProblems(Protocol):
+    """Problems whose answers are verified."""
+
+    def make(self, number: int) -> Any:
+        """The problem with this number: `prompt`, and one right answer, `answer`, which follows it."""
+        ...
+
+    def verify(self, problem: Any, answer: str) -> bool:
+        """Whether a text is a right answer to a problem from `make`."""
+        ...
+
+
 class SourceKind(ABC):
     """A kind of source, with the options of one section.
 
@@ -151,6 +163,10 @@ class SourceKind(ABC):
 
     def open_tokens(self, tokenizer: PreTrainedTokenizerFast) -> Documents | None:
         """Open the documents as ids of this tokenizer, if they need no tokenizing; None if they do."""
+        return None
+
+    def open_problems(self) -> VerifiedProblems | None:
+        """Open the documents as problems, if the source can tell whether an answer is right; None if it cannot."""
         return None
 
     def advise(self, rows: TextRows | TextShards) -> str:

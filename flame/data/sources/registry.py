@@ -22,12 +22,14 @@ from flame.data.sources.standard_library import StandardLibrary
 from flame.data.sources.text import TextFiles
 from flame.data.sources.tokens import Tokens
 from flame.data.tasks.pathstar import Pathstar
+from flame.data.tasks.reasoning_gym import ReasoningGym
 from flame.data.tasks.siblings import Siblings
 from flame.errors import UserError
 from flame.runtime.user_code import find_user_class
 
 BUILT_IN: dict[str, type[SourceKind]] = {
-    kind.name: kind for kind in (StandardLibrary, TextFiles, JsonLines, Csv, Parquet, Arrow, Tokens, Pathstar, Siblings)
+    kind.name: kind
+    for kind in (StandardLibrary, TextFiles, JsonLines, Csv, Parquet, Arrow, Tokens, Pathstar, Siblings, ReasoningGym)
 }
 LIKENESS = 0.8
 """Similarity from which an unknown name counts as a misspelt built-in one."""
@@ -41,8 +43,8 @@ def find_kind(dataset: str, section: str) -> type[SourceKind]:
     Raises:
         UserError: there is no such source, or a user's file cannot be loaded or defines no source.
     """
-    if dataset in BUILT_IN:
-        return BUILT_IN[dataset]
+    if (built_in := _find_built_in(dataset)) is not None:
+        return built_in
     option = f'{section}.dataset = "{dataset}"'
     if dataset.endswith(USER_SUFFIX):
         return _load_user_kind(dataset, option)
@@ -79,7 +81,15 @@ def find_tokenizer_kind(path: str) -> type[SourceKind] | None:
 
 def is_from_hub(dataset: str) -> bool:
     """Whether a valid value of `dataset` is a dataset on the Hub, not a local folder."""
-    return dataset not in BUILT_IN and not dataset.endswith(USER_SUFFIX) and not os.path.isdir(os.path.expanduser(dataset))
+    return (
+        _find_built_in(dataset) is None and not dataset.endswith(USER_SUFFIX) and not os.path.isdir(os.path.expanduser(dataset))
+    )
+
+
+def _find_built_in(dataset: str) -> type[SourceKind] | None:
+    """The built-in kind that a value of `dataset` names, such as "text" or "reasoning_gym:countdown"."""
+    head, colon, _ = dataset.partition(":")
+    return BUILT_IN.get(dataset) if not colon else ReasoningGym if head == ReasoningGym.name else None
 
 
 def list_sections() -> dict[str, type[Section]]:

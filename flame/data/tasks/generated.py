@@ -32,10 +32,8 @@ INDEX_BITS = 16
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 
-class GeneratedKind(SourceKind):
-    """A task whose documents are generated. `validation.dataset` reads the held-out documents."""
-
-    has_tokenizer = True
+class ContentHeldOutKind(SourceKind):
+    """A task that holds out documents by their content. `validation.dataset` and `[held_out.NAME]` read those."""
 
     def find_conflicts(self, job: JobConfig) -> Iterator[str]:
         every = job.validation.holdout_every
@@ -49,6 +47,12 @@ class GeneratedKind(SourceKind):
     def is_held_out(self) -> bool:
         """Whether it generates the held-out documents, which are never trained on."""
         return self.section == "validation" or self.section.startswith(f"{HELD_OUT}.")
+
+
+class GeneratedKind(ContentHeldOutKind):
+    """A task whose documents are generated as ids of its own tokenizer."""
+
+    has_tokenizer = True
 
     @abstractmethod
     def open(self) -> GeneratedSource: ...

@@ -47,6 +47,9 @@ class MetricWriter:
         """Write the metrics of one step. Values may be infinite or NaN."""
         raise NotImplementedError
 
+    def log_texts(self, step: int, name: str, rows: list[dict[str, str]]) -> None:
+        """Write texts of one step, such as "completions": rows with the same columns. Only services that show texts define it."""
+
     def sync(self) -> None:
         """Make sure that all metrics are on the disk. Called before the checkpoint of the same step is committed."""
 

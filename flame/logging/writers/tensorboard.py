@@ -29,5 +29,11 @@ class TensorBoardWriter(MetricWriter):
         # Steps before a checkpoint are not repeated. If a crash lost them, the curve would have a gap.
         self._events.flush()
 
+    def log_texts(self, step: int, name: str, rows: list[dict[str, str]]) -> None:
+        for number, row in enumerate(rows):
+            text = "\n\n".join(f"**{column}**\n\n    " + value.replace("\n", "\n    ") for column, value in row.items())
+            self._events.add_text(f"evaluation/{name}/{number}", text, step)
+        self._events.flush()
+
     def close(self) -> None:
         self._events.close()

@@ -38,6 +38,13 @@ class WandbWriter(MetricWriter):
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **name_panels(values)})
 
+    def log_texts(self, step: int, name: str, rows: list[dict[str, str]]) -> None:
+        """Write a table."""
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({"step": step, f"evaluation/{name}": table})
+
     def close(self) -> None:
         """Finish writing. Waits for the upload if online."""
         self._run.finish()
