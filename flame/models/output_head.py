@@ -73,16 +73,27 @@ class OutputHead(NamedTuple):
 
     @torch.no_grad()
     def score_labels(self, hidden_states: Tensor, labels: Tensor) -> LabelScores:
-        """Cross entropy of each state [n, d] with its label, int64 [n], from logits that are computed chunk by chunk."""
-        size = count_chunk_rows(len(hidden_states), len(self.weight), hidden_states.dtype)
+        """Cross entropy of each state [n, d] with its label, int64 [n]. Logits are computed chunk by chunk. They are not
+        rounded to the dtype of the states: in half precision, too many of them would be equal."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
+        size = count_chunk_rows(len(hidden_states), len(self.weight), wide)
         scale = torch.full((), self.rule.scale, dtype=wide, device=self.weight.device)
         cap = None if self.rule.cap is None else self.rule.cap / self.rule.scale  # as in `linear_cross_entropy`
         chunks = [
-            softmax_rows_(F.linear(states, self.weight, self.bias), own, scale, cap=cap)
+            softmax_rows_(self._project_wide(states, wide), own, scale, cap=cap)
             for states, own in zip(hidden_states.split(size), labels.split(size), strict=True)
         ]
         return LabelScores(torch.cat([chunk.loss for chunk in chunks]), torch.cat([chunk.is_best for chunk in chunks]))
+
+    def _project_wide(self, hidden_states: Tensor, wide: torch.dtype) -> Tensor:
+        """The head's product [n, V] in a dtype that is not narrower than that of states and weights."""
+        if hidden_states.dtype == wide:
+            return F.linear(hidden_states, self.weight, self.bias)
+        if hidden_states.is_cuda:
+            product = torch.mm(hidden_states, self.weight.t(), out_dtype=wide)
+        else:
+            product = hidden_states.to(wide) @ self.weight.t().to(wide)
+        return product if self.bias is None else product + self.bias
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> [T, V], in the dtype of the states."""

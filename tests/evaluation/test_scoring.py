@@ -165,6 +165,16 @@ def test_labels_are_scored_as_by_the_logits(rule, monkeypatch):
     assert scored.is_best.bool().tolist() == (logits.argmax(-1) == labels).tolist()
 
 
+def test_half_precision_rounds_states_and_not_logits():
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((50, 8), (300, 8), (300,)))
+    labels = (states.double() @ weight.double().t() + bias.double()).argmax(-1)
+    scored = OutputHead(weight, bias).score_labels(states, labels)
+    expected = OutputHead(weight.double(), bias.double()).score_labels(states.double(), labels)
+    assert scored.is_best.bool().all() and scored.loss.dtype == torch.float32
+    torch.testing.assert_close(scored.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
+
+
 def score_sharded(_folder, num_texts: int) -> list[float]:
     config = JobConfig()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
