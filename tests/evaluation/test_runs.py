@@ -101,6 +101,7 @@ def test_a_resumed_run_neither_notices_nor_evaluates_twice(workspace, asked, tmp
 def test_a_stop_while_evaluating_leaves_the_evaluation_to_the_resumed_run(
     workspace, asked, tmp_path, monkeypatch, evaluated_run, plain_run
 ):
+    """Which is killed after it and before its next checkpoint, so the next one makes it again. It is logged once."""
     run, real, calls = tmp_path / "run", Evaluator.run, []
 
     def interrupted(self, *args):
@@ -109,10 +110,11 @@ def test_a_stop_while_evaluating_leaves_the_evaluation_to_the_resumed_run(
 
     monkeypatch.setattr(Evaluator, "run", interrupted)
     set_single_process_defaults()
-    changes = asked | {"checkpoint__export_hf": False}
+    changes = asked | {"checkpoint__export_hf": False, "checkpoint__interval": 100}
     assert not Trainer(read_options(options(workspace, run, **changes), 1), lambda: len(calls) == 2).train()
     assert [row["step"] for row in pick(read_metrics(run))] == [2]
     monkeypatch.undo()
+    cut_power_after(5, options(workspace, run, **changes))
     rows = run_here(workspace, run, **changes)
     assert pick(rows) == pick(read_metrics(evaluated_run)) and leave(rows) == leave(read_metrics(plain_run))
 
