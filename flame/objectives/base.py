@@ -57,7 +57,7 @@ class Setup:
     context_len: int
     """Longest chunk of a document, in tokens."""
     sequences_per_step: int
-    """Packed sequences of one optimizer step, over micro-steps and ranks."""
+    """Packed sequences of one optimizer step that have the loss, over micro-steps and ranks."""
 
     def get(self, kind: type[S]) -> S:
         """Return the section of this class from `companions`."""
