@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from flame.attention.backends import AttentionBackend
 from flame.data.batch import PackedBatch
+from flame.models.layer_states import read_layer
 from flame.models.output_head import OutputHead, read_head
 
 T = TypeVar("T")
@@ -43,6 +44,12 @@ class TrainingModel(nn.Module):
         """Causal forward: final hidden states [T, d]."""
         with record_function("causal forward"):
             return self._backend.encode_past(self.lm, batch)
+
+    def encode_past_and_layer(self, batch: PackedBatch, depth: int) -> tuple[Tensor, Tensor]:
+        """Causal forward: final hidden states [T, d], and those after decoder layer `depth` (from 1), [T, d] without gradient."""
+        with read_layer(self.lm, depth) as layer:
+            states = self.encode_past(batch)
+            return states, self._backend.flatten(layer.take(), batch)
 
     def encode_future(self, batch: PackedBatch, window_k: int = 0, network: PreTrainedModel | None = None) -> Tensor:
         """Anti-causal forward: summaries [T, d] of each position's future.

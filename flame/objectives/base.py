@@ -31,7 +31,17 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.options import ObjectiveOptions
 from flame.runtime.measures import Mean, Measures
 
-__all__ = ["AuxFlops", "AuxLoss", "FuturePass", "LayerStack", "Objective", "ObjectiveOptions", "ParameterGroup", "Setup"]
+__all__ = [
+    "AuxFlops",
+    "AuxLoss",
+    "FuturePass",
+    "LayerStack",
+    "Objective",
+    "ObjectiveOptions",
+    "ParameterGroup",
+    "Setup",
+    "WithLayer",
+]
 
 S = TypeVar("S", bound=Section)
 
@@ -106,6 +116,15 @@ class FuturePass(NamedTuple):
     """What runs it; None is the language model."""
 
 
+class WithLayer(NamedTuple):
+    """What `loss` gets as `prepared` if the objective reads an early layer (`find_layer_read`)."""
+
+    prepared: Any
+    """From `prepare`."""
+    states: Tensor
+    """[T, d], states after that layer of the causal forward, without gradient."""
+
+
 class LayerStack(NamedTuple):
     """Decoder layers that an objective owns."""
 
@@ -177,6 +196,10 @@ class Objective(nn.Module):
         """
         return FuturePass()
 
+    def find_layer_read(self) -> int | None:
+        """Number of decoder layers after which it reads the states of the causal forward. Its `loss` then gets `WithLayer`."""
+        return None
+
     # ---------------------------------------------------------------- in a step
 
     def count(self, batch: PackedBatch) -> int:
@@ -206,7 +229,7 @@ class Objective(nn.Module):
 
         Args:
             hidden_states: [T, d], final states of the causal forward, with gradient.
-            prepared: from `prepare`.
+            prepared: from `prepare`; in a `WithLayer` if the objective reads an early layer.
             with_sample: also return `AuxLoss.sample`, the input of `measure_sample`.
         """
         raise NotImplementedError
