@@ -114,6 +114,8 @@ class FuturePass(NamedTuple):
     """Keys at most this far ahead, in each layer; 0 is up to the end of the document."""
     network: PreTrainedModel | None = None
     """What runs it; None is the language model."""
+    layers: int = 0
+    """Decoder layers that run, from the first; 0 is all."""
 
 
 class WithLayer(NamedTuple):

@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, object]] = {
     "fsp_bow": {"objective__name": "fsp_bow", "fsp_bow__loss_weight": 0.01},
     "random": {"future_encoder__target": "random", "future_encoder__estimator_type": "bilinear", "optimizer__lr": 1e-3},
     "ema": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "future_encoder__estimator_type": "cosine"},
+    "shallow": {"future_encoder__layers": 1},
+    "shallow, ema": {"future_encoder__layers": 1, "future_encoder__target": "ema", "future_encoder__ema_decay": 0.5},
     "mean_embedding": {"future_encoder__target": "mean_embedding", "future_encoder__estimator_type": "smooth_l1"},
     "causal": {"future_encoder__target": "causal", "future_encoder__projection_dim": 16},
     "shuffled": {"future_encoder__target": "shuffled", "future_encoder__max_anchors": 20},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from flame.data.batch import PackedBatch
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
 from flame.models.causal_lm import build_on_meta, find_decoder_layers
 from flame.models.estimators import ESTIMATORS
+from flame.models.first_layers import keep_first_layers
 from flame.models.flops import ModelFlops, count_matrix_weights, measure_lengths, measure_suffixes
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
@@ -48,15 +50,18 @@ from flame.runtime.seeds import derive_seed
 
 CARD_OPTIONS = (
     "loss_weight",
+    "every",
+    "sequence_share",
     "target",
     "target_shift",
     "target_shift_max",
     "future_k",
+    "layers",
     "temperature",
     "learnable_temperature",
 )
 """Options that the model card shows."""
-TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "projection_dim", "estimator_type")
+TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "layers", "projection_dim", "estimator_type")
 """Options that decide what predictor and estimator learn."""
 KEPT_OF_TOKENS, KEPT_OF_ANCHORS, BFLOAT16_BYTES = 2, 8, 2
 """Vectors of the model's width that are kept, for the estimate of memory: measured, 10 in all (docs/performance.md)."""
@@ -87,7 +92,8 @@ class FutureObjective(Objective):
         config = setup.lm.config
         teacher = None
         if options.target in TAUGHT:
-            teacher = build_on_meta(config, setup.device_type, setup.attention).requires_grad_(False)
+            teacher = build_on_meta(deepcopy(config), setup.device_type, setup.attention).requires_grad_(False)
+            keep_first_layers(teacher, options.layers)
         self._fp8: Fp8Switch | None = None
         if options.uses_fp8:
             check_fp8(setup.device_type)
@@ -112,6 +118,11 @@ class FutureObjective(Objective):
             yield (
                 f"future_encoder.projection_dim = {options.projection_dim} is no less than the model's hidden_size = "
                 f"{config.hidden_size}: set it to 0 to compare in the model's width"
+            )
+        if options.pass_layers >= config.num_hidden_layers:
+            yield (
+                f"future_encoder.layers = {options.layers} is no less than the model's num_hidden_layers = "
+                f"{config.num_hidden_layers}: set it to 0 to run all layers"
             )
         if is_recurrent(config):
             what = f'model_type "{config.model_type}" reads reversed documents'
@@ -143,7 +154,11 @@ class FutureObjective(Objective):
     def find_future_pass(self) -> FuturePass | None:
         if self.options.target in ("mean_embedding", "causal"):
             return None
-        return FuturePass(self.options.future_k, self.teacher)
+        return FuturePass(self.options.future_k, self.teacher, self._count_run_layers())
+
+    def _count_run_layers(self) -> int:
+        """Layers of its network that the anti-causal pass runs; 0 is all, as of a teacher, which has no others."""
+        return self.options.pass_layers if self.teacher is None else 0
 
     # ---------------------------------------------------------------- in a step
 
@@ -206,7 +221,7 @@ class FutureObjective(Objective):
     def summarize(self, backbone: TrainingModel, batch: PackedBatch) -> Tensor:
         """Summaries [T, d], detached. Where only answers count, those in prompts may be anything."""
         with self._fp8.on() if self._fp8 is not None else nullcontext():
-            return summarize(backbone, batch, self.options, self.teacher).detach()
+            return summarize(backbone, batch, self.options, self.teacher, self._count_run_layers()).detach()
 
     def _collect_candidates(self, backbone: TrainingModel, batch: PackedBatch, anchors: Anchors) -> LocalCandidates:
         """Summaries that the anchors of a packed sequence predict, one row each. They are also the negatives of one another."""
@@ -228,8 +243,8 @@ class FutureObjective(Objective):
     def _move_average(self, backbone: TrainingModel, decay: float) -> None:
         """Update the running average of the weights: decay * average + (1 - decay) * language model."""
         if self.teacher is not None and self.options.target == "ema":
-            averages, weights = _list_local(self.teacher), _list_local(backbone.lm)
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            averages, weights = _name_local(self.teacher), _name_local(backbone.lm)
+            torch._foreach_lerp_([*averages.values()], [weights[name] for name in averages], 1 - decay)
 
     # ---------------------------------------------------------------- what is reported
 
@@ -249,7 +264,7 @@ class FutureObjective(Objective):
             return model.count_causal_forward(lengths)
         if batch.answers_only:
             lengths = measure_suffixes(batch)
-        return model.count_future_forward(lengths, self.options.future_k)
+        return model.count_future_forward(lengths, self.options.future_k, self.options.pass_layers)
 
     def _count_comparison(self, batch: PackedBatch) -> float:
         options, total = self.options, batch.input_ids.shape[1]
@@ -311,12 +326,13 @@ class FutureObjective(Objective):
         )
 
 
-def _list_local(network: PreTrainedModel) -> list[Tensor]:
-    """This rank's shards of all weights, and the saved buffers, such as the correction of a router's scores."""
-    saved = [
-        buffer
-        for module in network.modules()
+def _name_local(network: PreTrainedModel) -> dict[str, Tensor]:
+    """This rank's shards of all weights by name, and the saved buffers, such as the correction of a router's scores."""
+    saved = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in network.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
-    ]
-    return [each.to_local() if isinstance(each, DTensor) else each for each in (*network.parameters(), *saved)]
+    }
+    named = dict(network.named_parameters()) | saved
+    return {name: each.to_local() if isinstance(each, DTensor) else each for name, each in named.items()}
