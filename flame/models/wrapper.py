@@ -47,7 +47,7 @@ class TrainingModel(nn.Module):
             return self._backend.encode_past(self.lm, batch)
 
     def encode_past_and_layer(self, batch: PackedBatch, depth: int) -> tuple[Tensor, Tensor]:
-        """Causal forward: final hidden states [T, d], and those after decoder layer `depth` (from 1), [T, d] without gradient."""
+        """Causal forward: final hidden states [T, d], and those after decoder layer `depth` (from 1), [T, d], before any norm."""
         with read_layer(self.lm, depth) as layer:
             states = self.encode_past(batch)
             return states, self._backend.flatten(layer.take(), batch)

@@ -124,7 +124,7 @@ class WithLayer(NamedTuple):
     prepared: Any
     """From `prepare`."""
     states: Tensor
-    """[T, d], states after that layer of the causal forward, without gradient."""
+    """[T, d], states after that layer of the causal forward; with gradient if `trains_layer_read`."""
 
 
 class LayerStack(NamedTuple):
@@ -150,6 +150,8 @@ class Objective(nn.Module):
     """Name of the metric that logs the mean count of a step; None logs none."""
     modules_belong_together: ClassVar[bool] = False
     """Its exported modules are taken from initial weights together or not at all."""
+    trains_layer_read: ClassVar[bool] = False
+    """Whether the states of `find_layer_read` carry gradient. Those that serve as labels must not."""
 
     def __init__(self, setup: Setup):
         super().__init__()

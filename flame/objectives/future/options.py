@@ -47,6 +47,9 @@ class PredictorOptions(Section):
     """Architecture of the head."""
     input: Literal["hidden_states", "embedding"] = "hidden_states"
     """Input of the head: the hidden states or, as a control, only the current token's embedding, without gradient."""
+    layer: NonNegativeInt = option(0, applies=When("input", ("hidden_states",)))
+    """Decoder layer whose states are the input of the head; 0 is the last, after the network's last norm. The future loss then
+    trains this layer and those before it."""
     dropout: Probability = 0.0
     """Dropout before the last layer of the head."""
     lr_scale: PositiveFloat = 1.0
