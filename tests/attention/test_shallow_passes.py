@@ -16,6 +16,7 @@ from flame.models.flops import ModelFlops, measure_lengths
 from flame.models.wrapper import TrainingModel
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.future.summaries import find_horizon
+from flame.objectives.future.teacher import move_average
 from flame.trainer import setup
 from tests.support.families import TOYS, build_toy, list_paths
 from tests.support.models import build_unsharded, future_config, get_own, random_batch, tiny_llama
@@ -93,6 +94,15 @@ def test_a_teacher_has_no_further_layers(target):
     objective.after_step(model)
     moved = objective.teacher.model.layers[0].mlp.down_proj.weight - before
     torch.testing.assert_close(moved, torch.full_like(moved, 0.25 if target == "ema" else 0.0))
+
+
+def test_a_running_average_copies_what_has_no_mean():
+    model = build_unsharded(future_config(target="ema"))
+    teacher = get_own(model).teacher
+    for network, count in ((model.lm, 7), (teacher, 2)):
+        network.model.register_buffer("count", torch.tensor(count))
+    move_average(teacher, model.lm, 0.5)
+    assert teacher.model.count.item() == 7
 
 
 def test_too_many_layers_are_told(workspace, tmp_path, capsys):

@@ -29,7 +29,10 @@ def build_teacher(setup: Setup, layers: int) -> PreTrainedModel:
 def move_average(teacher: PreTrainedModel, lm: PreTrainedModel, decay: float) -> None:
     """Update a running average of the weights: decay * average + (1 - decay) * language model."""
     averages, weights = _name_local(teacher), _name_local(lm)
-    torch._foreach_lerp_([*averages.values()], [weights[name] for name in averages], 1 - decay)
+    means = [name for name, tensor in averages.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([averages[name] for name in means], [weights[name] for name in means], 1 - decay)
+    for name in averages.keys() - means:  # counts have no mean
+        averages[name].copy_(weights[name])
 
 
 def _name_local(network: PreTrainedModel) -> dict[str, Tensor]:
