@@ -8,7 +8,7 @@ import torch
 
 from flame.data.tokenizer import build_bytes_tokenizer
 from flame.evaluation.completions import Completer, read_prompts
-from tests.evaluation.test_scoring import build_toy, never
+from tests.support.evaluation import build_toy, never
 from tests.support.models import CPU
 from tests.support.ranks import run_on_ranks
 

@@ -21,20 +21,12 @@ from flame.evaluation.texts import ScoredText, cut_windows, encode_answers, enco
 from flame.models.output_head import LogitRule, OutputHead
 from flame.trainer.setup import build_modules
 from research.bits_per_byte import cut, measure
-from tests.support.evaluation import encode_plainly, make_questions, score_plainly
-from tests.support.models import CPU, build_unsharded, shard, tiny_llama
+from tests.support.evaluation import build_toy, encode_plainly, make_questions, never, score_plainly
+from tests.support.models import CPU, shard, tiny_llama
 from tests.support.ranks import run_on_ranks
 
 SEQ_LEN, CONTEXT_LEN = 160, 60
 TOKENIZER = build_bytes_tokenizer()
-
-
-def build_toy(seed: int = 1):
-    return build_unsharded(JobConfig(), tiny_llama(vocab_size=264, initializer_range=0.3), seed).eval()
-
-
-def never() -> bool:
-    return False
 
 
 def score_here(model, texts: list[ScoredText], seq_len: int = SEQ_LEN) -> Scores:

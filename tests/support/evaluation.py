@@ -10,9 +10,22 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flame.config.schema import JobConfig
 from flame.evaluation.tasks import Answer, Question
+from flame.models.wrapper import TrainingModel
+from tests.support.models import build_unsharded, tiny_llama
 
 WORDS = ["red", "green", "blue", "été", "a b", "x", "12", "zeta\nnu"]
+
+
+def build_toy(seed: int = 1) -> TrainingModel:
+    """A model of bytes that is not trained, and far from uniform."""
+    return build_unsharded(JobConfig(), tiny_llama(vocab_size=264, initializer_range=0.3), seed).eval()
+
+
+def never() -> bool:
+    """No request to stop."""
+    return False
 
 
 def make_questions(count: int, most_answers: int, seed: int = 0, longest: int = 8) -> list[Question]:
