@@ -122,6 +122,12 @@ def test_options_of_an_objective_are_used_by_it_alone(objective, section):
         ([FUTURE, "--future_encoder.target=causal", "--future_encoder.future_k=4"], ["future_encoder.future_k"]),
         (["--validation.dataset=stdlib", "--validation.num_sequences=8"], ["validation.dataset", "validation.num_sequences"]),
         ([*VALIDATED, "--validation.num_sequences=8"], []),
+        (
+            ["--held_out.web.dataset=text", "--held_out.web.data_files=m.json"],
+            ["held_out.web.data_files", "held_out.web.dataset"],
+        ),
+        (["--evaluation.interval=2", "--held_out.web.dataset=text", "--held_out.web.data_files=m.json"], []),
+        (["--evaluation.interval=2", "--held_out.web.dataset=stdlib", "--evaluation.seed=3"], ["evaluation.seed"]),
         ([*VALIDATED, "--validation.text_column=body"], ["validation.text_column"]),
         (["--validation.interval=3", "--validation.holdout_every=4", "--validation.streaming"], ["validation.streaming"]),
         (["--training.text_column=body"], ["training.text_column"]),

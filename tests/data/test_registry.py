@@ -14,13 +14,15 @@ from flame.errors import UserError
 from tests.support.paths import REPO
 from tests.support.sources import MODEL, list_unused_data_options, read_faults, read_job
 
+GENERATED = ("pathstar", "siblings", "reasoning_gym")
 WITHOUT_FILES = [*MODEL, "--training.dataset"]
 
 
 def test_each_name_is_its_kind():
-    assert list(BUILT_IN) == ["stdlib", "text", "json", "csv", "parquet", "arrow", "tokens", "pathstar", "siblings"]
+    assert list(BUILT_IN) == ["stdlib", "text", "json", "csv", "parquet", "arrow", "tokens", *GENERATED]
     for name, kind in BUILT_IN.items():
         assert find_kind(name, "training") is kind and not is_from_hub(name)
+    assert find_kind("reasoning_gym:maze", "training") is BUILT_IN["reasoning_gym"] and not is_from_hub("reasoning_gym:maze")
 
 
 @pytest.mark.parametrize("name", ["imdb", "HuggingFaceFW/fineweb-edu", "a/b.c_d-e", "owner/json", "owner/tokens"])

@@ -22,7 +22,7 @@ from flame.evaluation.held_out import read_held_out
 from flame.evaluation.measured import HeldOutSet
 from flame.evaluation.tasks import Question
 from flame.runtime.distributed import set_single_process_defaults
-from flame.train import Trainer
+from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from research.bits_per_byte import cut, measure
 from tests.support.evaluation import make_questions, write_requests
@@ -117,6 +117,14 @@ def test_a_stop_while_evaluating_leaves_the_evaluation_to_the_resumed_run(
     cut_power_after(5, options(workspace, run, **changes))
     rows = run_here(workspace, run, **changes)
     assert pick(rows) == pick(read_metrics(evaluated_run)) and leave(rows) == leave(read_metrics(plain_run))
+
+
+def test_a_dry_run_evaluates_one_question_of_each_task(workspace, asked, tmp_path, caplog):
+    main([*options(workspace, tmp_path / "run", **asked, training__steps=50), "--dry-run"])
+    lines = [line.strip() for line in caplog.messages]
+    assert any(line.startswith("choices: 1 questions") for line in lines)
+    assert any(line.startswith("short: 1 held-out documents") for line in lines)
+    assert sum("step 2/2 · answers" in line for line in lines) == 1
 
 
 def test_an_evaluation_that_is_asked_for_later_is_made_up_for(workspace, asked, tmp_path, plain_run, evaluated_run):
