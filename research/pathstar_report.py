@@ -18,7 +18,7 @@ import numpy as np
 import tomli
 from matplotlib.lines import Line2D
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.tables import format_table, show_range
 from flame.data.tasks.pathstar import parse_sizes
 from research.run_folder import CONFIG_FILE, Row, list_ended, read_progress, read_rows
 

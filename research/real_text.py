@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.tables import format_table, show_range
 from research.run_folder import Row, list_ended, read_progress, read_rows
 from research.run_queue import Run, never, run_command
 

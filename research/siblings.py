@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.tables import format_table, show_range
 from flame.data.tasks.siblings import NUM_TOKENS, SamplesJudged, SiblingsOptions, judge_samples
 from research.run_folder import CONFIG_FILE, list_ended, read_validations
 from research.run_queue import Run, never, run_command
