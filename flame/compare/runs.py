@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,35 +113,25 @@ def check_options(spec: Spec) -> None:
     one = {(run.task, run.arm): run for run in list_runs(spec) if run.seed == spec.seeds[0]}
     for task in spec.tasks:
         base = replace(one[task, spec.baseline], options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
-        of_task = _find_faults(base)
+        of_task = _find_faults(spec, base)
         faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
         for arm in spec.arms:
-            run = one[task, arm]
-            of_arm = [line for line in _find_faults(run) if line not in of_task]
+            of_arm = [line for line in _find_faults(spec, one[task, arm]) if line not in of_task]
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
-            if not of_task and not of_arm:
-                faults += _find_unmeasured(spec, run)
     if faults:
         raise UserError(*dict.fromkeys(faults))
 
 
-def _find_faults(run: Run) -> list[str]:
+def _find_faults(spec: Spec, run: Run) -> list[str]:
+    """What is wrong with the options of a run, or keeps it from being measured."""
     try:
-        read_options(run.spell_options(), run.processes)
+        config = read_options(run.spell_options(), run.processes)
     except UserError as error:
         return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines]
-    return []
-
-
-def _find_unmeasured(spec: Spec, run: Run) -> Iterator[str]:
-    """A line if no validation gives the metrics."""
-    config = read_options(run.spell_options(), run.processes)
     wanted = [metric.name for metric in spec.metrics if metric.name.startswith(VALIDATION)]
     if wanted and not config.validation.interval:
-        yield (
-            f"[arms.{run.arm}] of {spec.path}, task {run.task}: validation.interval = 0, and metrics.{wanted[0]} is compared: "
-            "set it in [tasks.NAME]"
-        )
+        return [f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"]
+    return []
 
 
 def check_folders(runs: list[Run]) -> None:
