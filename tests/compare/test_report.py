@@ -84,7 +84,7 @@ def test_a_run_that_failed_is_counted_and_named(spec: Spec):
         assert line in text
     assert "graphs: future, seed 3: unfinished" in text and "7 of 9 runs have ended" in text
     rows = read_tables(spec.out / "report.md")
-    assert [row[1] for row in rows if row[0] == "mtp"][0] == "2/3"
+    assert next(row[1] for row in rows if row[0] == "mtp") == "2/3"
     future = next(row for row in rows if row[0] == "future")
     assert future[1:9] == ["1/3", "0.9500", "+0.4500", "-", "+90.00", "1/1", "-", "-"]
     # The goal was reached once; all three count: 20,000, 20,000 and nothing of the one that never began.
