@@ -1,6 +1,6 @@
 """Path-star graphs: which objective learns to plan, after how many graphs, and which control explains it.
 
-    python -m research.pathstar run OUT --group objectives --per_gpu 7 --seconds 500
+    python -m research.pathstar run OUT --group objectives --per_gpu 7
     python -m research.pathstar report OUT research/experiments/objectives
 
 `run` makes the runs of a group that OUT does not hold yet; cut short, the same command goes on. A run is ended when a validation

@@ -12,6 +12,7 @@ from flame.compare.spec import Budget, read_spec
 from flame.errors import UserError
 from flame.trainer.options import read_options
 from tests.support.comparisons import write_spec
+from tests.support.paths import REPO
 from tests.support.refusals import expect_one_line
 
 
@@ -67,6 +68,14 @@ def test_all_mistakes_come_at_once_and_none_twice(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("]")[0] for line in lines] == ["[tasks.graphs", "[arms.mtp", "[arms.mtp", "[arms.future"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("configs/compare_*.toml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    spec = read_spec(str(path))
+    check_options(spec)
+    assert not spec.out.is_absolute() and len(spec.arms) > 2
 
 
 @pytest.mark.parametrize("content", [None, "[compare", "\x00"])
