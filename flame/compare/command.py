@@ -11,8 +11,8 @@ from flame.compare.outcomes import ENDED, FAILED, read_outcome
 from flame.compare.probe import Interrupted, set_steps
 from flame.compare.queue import RunQueue, say
 from flame.compare.report import CSV_FILE, CURVES_FILE, REPORT_FILE, write_report
-from flame.compare.runs import Run, check_folders, check_options, list_runs
-from flame.compare.spec import Spec, read_spec
+from flame.compare.runs import Run, check_folders, list_runs, read_spec
+from flame.compare.spec import Spec
 from flame.errors import UserError, end_on_user_error
 from flame.runtime.signals import PREEMPTED_EXIT_CODE
 
@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     only.add_argument("--element", type=int, metavar="K", help="make run K alone, from 0: one element of a Slurm array")
     arguments = parser.parse_args(argv)
     spec = read_spec(arguments.spec)
-    check_options(spec)
     runs = list_runs(spec)
     check_folders(runs)
     if arguments.count:

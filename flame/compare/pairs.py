@@ -9,14 +9,18 @@ from typing import Any
 from flame.compare.results import Result
 from flame.compare.runs import read_record
 from flame.config.data import Corpus
+from flame.data.sources.registry import list_sections
 
-ORDER_KEYS = (
-    *(f"training.{each.name}" for each in fields(Corpus)),
-    *(f"training.{name}" for name in ("num_streams", "seq_len", "context_len", "gradient_accumulation_steps", "seed")),
+CORPUS_KEYS = tuple(each.name for each in fields(Corpus))
+TRAINING_KEYS = (*CORPUS_KEYS, "num_streams", "seq_len", "context_len", "gradient_accumulation_steps", "seed")
+VALIDATION_KEYS = (*CORPUS_KEYS, "num_sequences", "holdout_every")
+DATA_KEYS = (
+    *(f"training.{name}" for name in TRAINING_KEYS),
+    *(f"validation.{name}" for name in VALIDATION_KEYS),
     "model.tokenizer_path",
-    "validation.holdout_every",
 )
-"""Options that decide which tokens a step holds. The first step's tokens alone could agree where later ones do not."""
+"""Options that decide which tokens a step holds and what is measured on. Tokens of the first step could agree where later ones do
+not."""
 
 
 def find_fault(one: Result, other: Result) -> str | None:
@@ -30,15 +34,17 @@ def find_fault(one: Result, other: Result) -> str | None:
         if name not in first or first[name] != second.get(name):
             return what
     records = [read_record(each.folder) or {} for each in (one, other)]
-    keys = [key for key in _list_order_keys(*records) if _find(records[0], key) != _find(records[1], key)]
+    keys = [key for key in _list_data_keys(*records) if _find(records[0], key) != _find(records[1], key)]
     if keys:
         return "; ".join(f"{key} = {_find(records[0], key)} and {_find(records[1], key)}" for key in keys)
     return None
 
 
-def _list_order_keys(*records: Mapping[str, Any]) -> list[str]:
-    sources = {key for record in records for key in record.get("options", {}) if key.startswith("sources.")}
-    return [*ORDER_KEYS, *sorted(sources)]
+def _list_data_keys(*records: Mapping[str, Any]) -> list[str]:
+    """Also those of mixtures and of generated data."""
+    sections = ("sources", *list_sections())
+    own = {key for record in records for key in record.get("options", {}) if key.partition(".")[0] in sections}
+    return [*DATA_KEYS, *sorted(own)]
 
 
 def _find(record: Mapping[str, Any], key: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.compare.metrics import VALIDATION, Metric
-from flame.compare.spec import CONFIG_KEY, Budget, Options, Spec, flatten
+from flame.compare.spec import CONFIG_KEY, Budget, Options, Spec, flatten, parse_spec
 from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
 from flame.config.training import LENGTHS
@@ -103,16 +103,17 @@ def resolve(run: Run) -> JobConfig:
     return config
 
 
-def check_options(spec: Spec) -> None:
-    """Read the options of each task and of each arm as the trainer does.
+def read_spec(path: str) -> Spec:
+    """Read a comparison and check it, also the options of each task and of each arm, as the trainer does.
 
     Raises:
-        UserError: one line for each mistake, which names task or arm.
+        UserError: one line for each mistake. Those in options name task or arm.
     """
-    faults: list[str] = []
+    spec, faults = parse_spec(path)
     one = {(run.task, run.arm): run for run in list_runs(spec) if run.seed == spec.seeds[0]}
-    for task in spec.tasks:
-        base = replace(one[task, spec.baseline], options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
+    for task in (name for name in spec.tasks if spec.arms and CONFIG_KEY in spec.tasks[name]):
+        first = one[task, next(iter(spec.arms))]
+        base = replace(first, options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
         of_task = _find_faults(spec, base)
         faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
         for arm in spec.arms:
@@ -120,6 +121,7 @@ def check_options(spec: Spec) -> None:
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
     if faults:
         raise UserError(*dict.fromkeys(faults))
+    return spec
 
 
 def _find_faults(spec: Spec, run: Run) -> list[str]:

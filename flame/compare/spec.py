@@ -66,11 +66,14 @@ class Spec:
     """Processes of a run, one a GPU."""
 
 
-def read_spec(path: str) -> Spec:
-    """Read and check a comparison, except for the trainer's options in it.
+def parse_spec(path: str) -> tuple[Spec, list[str]]:
+    """Read a comparison.
+
+    Returns:
+        what the file says, with stand-ins where it is wrong; and a line for each mistake, but for those in the trainer's options.
 
     Raises:
-        UserError: one line for each mistake.
+        UserError: it is no TOML file.
     """
     try:
         tree = tomli.loads(Path(path).read_text(encoding="utf-8"))
@@ -106,13 +109,12 @@ def read_spec(path: str) -> Spec:
         found = " and ".join(f"compare.{kind}" for kind in given) or "none"
         faults.append(f"{path}: give one budget, compare.tokens, flops or seconds; given is {found}")
     metrics = _read_metrics(tables["metrics"], path, faults)
-    if faults:
-        raise UserError(*faults)
-    return Spec(
+    budget = Budget(given[0], values[given[0]]) if given and given[0] in values else Budget("tokens", 1)
+    spec = Spec(
         path=path,
-        out=Path(values["out"]),
-        seeds=tuple(values["seeds"]),
-        budget=Budget(given[0], values[given[0]]),
+        out=Path(values.get("out", "exp/compare")),
+        seeds=tuple(values.get("seeds", (0,))),
+        budget=budget,
         tasks=tasks,
         arms=arms,
         baseline=baseline,
@@ -121,6 +123,7 @@ def read_spec(path: str) -> Spec:
         parallel=values.get("parallel", 1),
         gpus_per_run=values.get("gpus_per_run", 1),
     )
+    return spec, faults
 
 
 def suggest(name: object, known: Collection[str]) -> str:

@@ -55,9 +55,9 @@ def fingerprint_weights(lm: nn.Module) -> str:
     for parameter in lm.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         values = local.detach().flatten()
-        sample = values[:: max(1, len(values) // SAMPLED)].cpu().contiguous()
+        sample = values[:: max(1, len(values) // SAMPLED)].float().cpu().contiguous()
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from flame.compare.command import main
 from flame.compare.results import read_result
-from flame.compare.runs import list_runs
-from flame.compare.spec import read_spec
+from flame.compare.runs import list_runs, read_spec
 from tests.support.runs import SEQ_LEN
 
 SPEC = """

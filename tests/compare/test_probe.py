@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flame.compare import probe
 from flame.compare.devices import Slot
 from flame.compare.probe import FAR_AWAY, count_steps, set_steps
-from flame.compare.runs import Run, list_runs, resolve
-from flame.compare.spec import Options, read_spec
+from flame.compare.runs import Run, list_runs, read_spec, resolve
+from flame.compare.spec import Options
 from tests.support.comparisons import write_spec
 
 SLOTS = [Slot(("0",), 1), Slot(("1",), 1), Slot(("0",), 1), Slot(("1",), 1)]

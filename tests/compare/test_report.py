@@ -18,8 +18,8 @@ from flame.compare.metrics import Metric
 from flame.compare.outcomes import FAILED, STOPPED, Outcome
 from flame.compare.report import show_p, write_report
 from flame.compare.results import read_result
-from flame.compare.runs import Run, list_runs
-from flame.compare.spec import Spec, read_spec
+from flame.compare.runs import Run, list_runs, read_spec
+from flame.compare.spec import Spec
 from tests.support.comparisons import write_result, write_spec
 
 ENDS = {"next_token": [0.50, 0.60, 0.70], "mtp": [0.65, 0.70, 0.75], "future": [0.95, 0.92, 0.97]}
@@ -117,10 +117,18 @@ def test_runs_of_different_seeds_are_no_pair(spec: Spec):
     assert any("mtp and next_token are no pair with seed 1" in line for line in analyse(spec, read_results(runs)).uncounted)
 
 
-def test_an_option_that_decides_the_order_of_data_breaks_a_pair(tmp_path: Path):
-    spec = read_spec(write_spec(tmp_path, old='name = "mtp"', new='name = "mtp"\ntraining.num_streams = 2'))
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("training.num_streams = 2", "training.num_streams = 1 and 2"),
+        ("pathstar.graphs = 1000", "pathstar.graphs = 0 and 1000"),
+        ("validation.num_sequences = 9", "validation.num_sequences = 4 and 9"),
+    ],
+)
+def test_an_option_that_decides_the_data_breaks_a_pair(tmp_path: Path, option: str, told: str):
+    spec = read_spec(write_spec(tmp_path, old='name = "mtp"', new=f'name = "mtp"\n{option}'))
     found = analyse(spec, read_results(write_all(spec)))
-    assert len(found.uncounted) == 3 and "training.num_streams = 1 and 2" in found.uncounted[0]
+    assert len(found.uncounted) == 3 and told in found.uncounted[0]
     assert next(row for row in found.rows if row.arm == "mtp").paired is None
 
 
