@@ -14,6 +14,9 @@ from flame.compare.runs import Run
 from flame.compare.spec import Spec
 from flame.compare.statistics import Paired, adjust_holm, compare_pairs
 
+FEWEST_SEEDS = 5
+"""Of a claim."""
+
 Results = dict[tuple[str, str, int], Result]
 """By task, arm and seed."""
 
@@ -166,8 +169,9 @@ def _list_unended(spec: Spec, results: Results) -> list[str]:
 
 def _list_notes(spec: Spec, results: Results) -> list[str]:
     notes = []
-    if len(spec.seeds) < 5:
-        notes.append(f"{len(spec.seeds)} seeds are fewer than five: this report is no claim, it says where to look.")
+    if (seeds := len(spec.seeds)) < FEWEST_SEEDS:
+        few = f"{seeds} seed{'s are' if seeds > 1 else ' is'} fewer than five"
+        notes.append(f"{few}: this report is no claim, it says where to look.")
     began = [result for result in results.values() if result.first_step is not None]
     devices = sorted({result.device for result in began})
     if len(devices) > 1:

@@ -79,7 +79,7 @@ def _describe_work(runs: Sequence[Run], left: Sequence[Run], slots: Sequence[Slo
         if gpus
         else f"on the CPU, {slots[0].threads} thread{'s' * (slots[0].threads > 1)} each"
     )
-    return f"{len(runs)} runs, {len(left)} to make, {min(len(slots), len(left))} at a time {place}"
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(left)} to make, {min(len(slots), len(left))} at a time {place}"
 
 
 def _judge(runs: Sequence[Run]) -> int:

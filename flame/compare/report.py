@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flame.compare.analysis import Analysis, Results, Row, analyse, find_unit, read_results
@@ -38,7 +38,7 @@ def describe(spec: Spec, results: Results, analysis: Analysis) -> str:
     lines = [
         f"# {spec.path}",
         "",
-        f"{len(spec.arms)} arms, {len(spec.tasks)} task{'s' * (len(spec.tasks) > 1)}, {len(spec.seeds)} seeds "
+        f"{_count(spec.arms, 'arm')}, {_count(spec.tasks, 'task')}, {_count(spec.seeds, 'seed')} "
         f"({', '.join(map(str, spec.seeds))}); {spec.budget} a run. {ended} of {len(results)} runs have ended.",
         "",
     ]
@@ -54,6 +54,10 @@ def describe(spec: Spec, results: Results, analysis: Analysis) -> str:
         lines += ["### Cost", "", *_list_costs(spec, results, task), ""]
     lines += [f"![curves]({CURVES_FILE})", "", *_explain(spec)]
     return "\n".join(lines) + "\n"
+
+
+def _count(things: Collection[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _compare_arms(spec: Spec, metric: Metric, rows: Sequence[Row]) -> list[str]:
