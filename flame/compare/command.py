@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from flame.compare.devices import Slot, list_slots
 from flame.compare.outcomes import ENDED, FAILED, read_outcome
@@ -60,7 +61,7 @@ def _make(spec: Spec, runs: list[Run]) -> int:
     left = [run for run in runs if read_outcome(run.folder).state not in ENDED]
     if left:
         slots = list_slots(spec.parallel, spec.gpus_per_run)
-        spec.out.mkdir(parents=True, exist_ok=True)
+        _make_folders(run.folder for run in left)
         say(_describe_work(runs, left, slots))
         try:
             runs = set_steps(spec, runs, slots)
@@ -70,6 +71,14 @@ def _make(spec: Spec, runs: list[Run]) -> int:
         if not RunQueue(runs, slots).make():
             return PREEMPTED_EXIT_CODE
     return _judge(runs)
+
+
+def _make_folders(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'"{folder}" cannot be made ({error.strerror}): choose another compare.out') from error
 
 
 def _describe_work(runs: Sequence[Run], left: Sequence[Run], slots: Sequence[Slot]) -> str:
@@ -90,7 +99,7 @@ def _judge(runs: Sequence[Run]) -> int:
 
 
 def _report(spec: Spec, runs: Sequence[Run]) -> int:
-    spec.out.mkdir(parents=True, exist_ok=True)
+    _make_folders([spec.out])
     analysis = write_report(spec, runs)
     for line in (*analysis.notes, *analysis.uncounted):
         print(line, file=sys.stderr)

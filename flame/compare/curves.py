@@ -34,12 +34,12 @@ class Band(NamedTuple):
 
 
 def find_band(results: Sequence[Result], metric: str, unit: str) -> Band:
-    """Mean and standard deviation at each step at which all runs that reach it have a value.
+    """Mean and standard deviation over the runs that have ended, at each step at which all that reach it have a value.
 
     A run that ended early since it had reached `stop_at` counts with its last value from there on. Without it, the mean behind
     would be that of the slow runs alone.
     """
-    curves = [(result, dict(result.read_curve(metric))) for result in results]
+    curves = [(result, dict(result.read_curve(metric))) for result in results if result.has_ended]
     curves = [(result, curve) for result, curve in curves if curve]
     longest = max((result for result, _ in curves), key=lambda result: result.steps, default=None)
     at, means, deviations = [], [], []
@@ -72,13 +72,16 @@ def draw_curves(spec: Spec, results: Results, path: Path) -> None:
         for task, row in zip(spec.tasks, panels, strict=True):
             for metric, axes in zip(spec.metrics, row, strict=True):
                 for number, arm in enumerate(spec.arms):
-                    band = find_band([results[task, arm, seed] for seed in spec.seeds], metric.name, unit)
+                    own = [results[task, arm, seed] for seed in spec.seeds]
+                    ended = sum(result.has_ended for result in own)
+                    name = arm if ended == len(own) else f"{arm} ({ended} of {len(own)} runs)"
+                    band = find_band(own, metric.name, unit)
                     at = [value / scale for value in band.at]
                     low, high = (
                         [mean + sign * width for mean, width in zip(band.mean, band.deviation, strict=True)] for sign in (-1, 1)
                     )
                     color, marker = f"C{number % 10}", "o" if len(at) == 1 else None
-                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=arm)
+                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
                     axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
                 axes.set(title=task, xlabel=label, ylabel=metric.name)
                 axes.grid(alpha=0.3)

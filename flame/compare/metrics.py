@@ -36,7 +36,7 @@ class Metric:
         if wanted is None:
             return False
         return any(
-            all(self.is_reached(value, wanted) for name, value in row.items() if name.partition("/")[0] == self.name)
+            all(self.is_reached(value, wanted) for name, value in row.items() if f"{name}/".startswith(f"{self.name}/"))
             for row in rows
             if math.isfinite(row.get(self.name, math.nan))
         )

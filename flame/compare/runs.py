@@ -129,7 +129,8 @@ def _find_faults(spec: Spec, run: Run) -> list[str]:
     try:
         config = read_options(run.spell_options(), run.processes)
     except UserError as error:
-        return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines]
+        # Of a folder that cannot be made a line speaks later, once for all runs.
+        return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines if not line.startswith("job.dump_folder")]
     wanted = [metric.name for metric in spec.metrics if metric.name.startswith(VALIDATION)]
     if wanted and not config.validation.interval:
         return [f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"]

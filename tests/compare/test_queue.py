@@ -129,6 +129,7 @@ def test_all_parts_of_a_metric_must_be_reached():
     ]
     assert not metric.should_stop(rows) and metric.should_stop([*rows, dict.fromkeys(rows[0], 0.95)])
     assert Metric("validation_ce_loss", False, stop_at=1.0).should_stop([{"validation_ce_loss": 0.9}])
+    assert not Metric("future/top1", True, stop_at=0.5).should_stop([{"future/top1": 0.4, "future/top1_same_document": 0.9}])
     assert not Metric("validation_ce_loss", False, stop_at=1.0).should_stop([{"validation_ce_loss": float("nan")}])
 
 

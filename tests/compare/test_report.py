@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flame.cli.compare import main
 from flame.compare.analysis import analyse, read_results
-from flame.compare.command import main
 from flame.compare.curves import find_band
 from flame.compare.metrics import Metric
 from flame.compare.outcomes import FAILED, STOPPED, Outcome
@@ -155,9 +155,9 @@ def test_five_seeds_are_enough(tmp_path: Path):
 
 
 def test_a_band_is_mean_and_deviation_and_keeps_who_stopped(tmp_path: Path, spec: Spec):
-    runs = list_runs(spec)[:3]
-    curves = [[0.1, 0.5, 0.6], [0.3, 0.9], [0.2, 0.1, 0.3]]
-    for run, curve, state in zip(runs, curves, ("complete", STOPPED, "complete"), strict=True):
+    runs = list_runs(spec)[:4]
+    curves = [[0.1, 0.5, 0.6], [0.3, 0.9], [0.2, 0.1, 0.3], [0.9, 0.9]]
+    for run, curve, state in zip(runs, curves, ("complete", STOPPED, "complete", FAILED), strict=True):
         write_result(run, curve, outcome=Outcome(state))
     band = find_band([read_result(run.folder) for run in runs], "validation_exact_match", "tokens")
     full = np.array([[0.1, 0.5, 0.6], [0.3, 0.9, 0.9], [0.2, 0.1, 0.3]])
@@ -191,6 +191,15 @@ def test_the_command_reports_and_says_how_it_stands(tmp_path: Path, capsys: pyte
     assert main([path, "--element", "9"]) == 2
     assert capsys.readouterr().err == "--element 9: allowed is 0 to 8\n"
     assert main([path, "--element", "0"]) == 0  # it is done: nothing is started
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = write_spec(tmp_path)
+    (tmp_path / "out").write_text("a file")
+    for options in (["--report"], []):
+        assert main([path, *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f'"{tmp_path}/out') and line.endswith("choose another compare.out")
 
 
 def test_nothing_to_report_is_a_report(spec: Spec):
