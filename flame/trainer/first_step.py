@@ -55,7 +55,8 @@ def fingerprint_weights(lm: nn.Module) -> str:
     for parameter in lm.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         values = local.detach().flatten()
-        sample = values[:: max(1, len(values) // SAMPLED)].float().cpu().contiguous()
+        # A copy: FSDP resizes the storage of gathered parameters, which numpy would hold on to.
+        sample = values[:: max(1, len(values) // SAMPLED)].float().cpu().clone()
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
