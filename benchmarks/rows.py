@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.rows OUT
 
 Both passes and the backward of a Llama of two layers, in turns, medians of five with the range. The rule,
-`flame.attention.backends.is_cheaper_in_rows`, estimates arithmetic from the width; the table shows the estimate, and what is.
+`flame.attention.document_rows.is_cheaper_in_rows`, estimates arithmetic from the width; the table shows the estimate, and what
+is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.packs import pack_documents
 from flame.attention import backends as future_encoder
-from flame.attention.backends import DocumentRows, build_backend
+from flame.attention.backends import build_backend
+from flame.attention.document_rows import DocumentRows, estimate_work
 from flame.compare.tables import format_table, show_range
 from flame.data.batch import PackedBatch
 
@@ -81,7 +83,7 @@ def main() -> None:
     for (name, (total, draw_length)), width in product(LAYOUTS.items(), WIDTHS):
         batch = draw_pack(total, draw_length)
         rows = DocumentRows(batch.cu_seqlens, total)
-        rows_work, mask_work = future_encoder.estimate_work(rows, width)
+        rows_work, mask_work = estimate_work(rows, width)
         times = time_both(width, batch)
         ratios = [own / other for own, other in zip(times[True], times[False], strict=True)]
         shown = [show_range(values, "{:.2f}") for values in (times[True], times[False], ratios)]

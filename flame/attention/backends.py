@@ -12,7 +12,6 @@ In every case, summary t depends only on tokens t .. end of its document.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -22,18 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention import dense
 from flame.attention import flash as flash_kernels
+from flame.attention.document_rows import DocumentRows, is_cheaper_in_rows
 from flame.attention.families import find_family, find_limits, find_score_cap, tighten
 from flame.attention.fla_families import TAKES_ROWS
 from flame.attention.kernel_masks import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
 from flame.attention.sinks import IMPLEMENTATION as WITH_SINKS
 from flame.attention.varlen import IMPLEMENTATION, WIDEST_HEAD, DocumentLayout
 from flame.errors import UserError
-
-KEYS_PER_WIDTH = 6
-"""Attention over 6 d keys takes as much arithmetic as the matrix products of a token in a layer of width d. A typical layer has
-12 d^2 weights; scores and weighted sums over L keys take 2 d L products. Wide heads and experts change this by up to 2x."""
-MAX_POSITIONS_PER_TOKEN = 4
-"""Limit on positions in rows, padding included, per token. The memory that a layer keeps for the backward grows with them."""
 
 
 class PackedTokens(Protocol):
@@ -60,6 +54,11 @@ class AttentionBackend(Protocol):
         """Final hidden states [T, d] of the anti-causal forward; window_k is `future_encoder.future_k`."""
         ...
 
+    def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
+        """Lay the output of a module inside the causal pass (`ahead`: inside the anti-causal pass) out as the pass's result:
+        [rows, positions, d] -> [T, d]."""
+        ...
+
     def describe(self) -> str:
         """Name of the attention kernel, for the log."""
         ...
@@ -79,14 +78,19 @@ class VarlenBackend:
 
     def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
         layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
-        return self._run(model, _choose_inputs(batch.input_ids, embeddings), batch.position_ids, layout)
+        states = self._run(model, _choose_inputs(batch.input_ids, embeddings), batch.position_ids, layout)
+        return self.flatten(states, batch)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
         backwards = batch.input_ids.shape[1] - batch.cu_seqlens.flip(0)
         if len(backwards) == 2:  # torch.compile would specialize its graph to one document: put an empty one before it
             backwards = F.pad(backwards, (1, 0))
         layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
-        return self._run(model, {"input_ids": batch.input_ids.flip(1)}, batch.position_ids.flip(1), layout).flip(0)
+        states = self._run(model, {"input_ids": batch.input_ids.flip(1)}, batch.position_ids.flip(1), layout)
+        return self.flatten(states, batch, ahead=True)
+
+    def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
+        return states[0].flip(0) if ahead else states[0]
 
     def describe(self) -> str:
         return flash_kernels.describe(self._head_dim)
@@ -96,8 +100,7 @@ class VarlenBackend:
         return DocumentLayout(cu_seqlens, self._max_length, is_strict, window_k)
 
     def _run(self, model: PreTrainedModel, inputs: dict[str, Tensor], position_ids: Tensor, layout: DocumentLayout) -> Tensor:
-        outputs = model.base_model(**inputs, position_ids=position_ids, documents=layout, use_cache=False)
-        return outputs.last_hidden_state[0]
+        return model.base_model(**inputs, position_ids=position_ids, documents=layout, use_cache=False).last_hidden_state
 
 
 class MaskedBackend:
@@ -135,10 +138,13 @@ class MaskedBackend:
         inputs = {**inputs, "position_ids": batch.position_ids}
         rows = self._choose_rows(batch)
         masks = self._build_masks(batch.segment_ids[0], direction, window_k, rows)
-        if rows is None:
-            return model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state[0]
-        inputs = {name: rows.lay_out(values[0]) for name, values in inputs.items()}
-        return rows.collect(model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state)
+        if rows is not None:
+            inputs = {name: rows.lay_out(values[0]) for name, values in inputs.items()}
+        return self.flatten(model.base_model(**inputs, attention_mask=masks, use_cache=False).last_hidden_state, batch)
+
+    def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
+        rows = self._choose_rows(batch)
+        return states[0] if rows is None else rows.collect(states)
 
     def _choose_rows(self, batch: PackedTokens) -> DocumentRows | None:
         """One row per document, or None for a single row. On GPUs always None, since reading the lengths would synchronize."""
@@ -164,54 +170,6 @@ class MaskedBackend:
         return build(self._limits)
 
 
-class DocumentRows:
-    """A packed sequence of S documents as S rows, zero-padded on the right to the longest. Waits for the device.
-
-    Args:
-        cu_seqlens: int32 [S+1].
-        total: T.
-    """
-
-    def __init__(self, cu_seqlens: Tensor, total: int):
-        cu = cu_seqlens.long()
-        self.lengths = cu.diff()
-        """int64 [S]"""
-        self.longest = int(self.lengths.max())
-        self.total = total
-        self.num_places = len(self.lengths) * self.longest
-        """Positions in all rows, padding included."""
-        self._starts = cu[:-1]
-
-    def lay_out(self, values: Tensor) -> Tensor:
-        """[T, ...] -> [S, longest, ...]."""
-        flat = values.new_zeros(self.num_places, *values.shape[1:])
-        return flat.index_copy(0, self._positions, values).unflatten(0, (len(self.lengths), self.longest))
-
-    def collect(self, rows: Tensor) -> Tensor:
-        """[S, longest, ...] -> [T, ...]."""
-        return rows.flatten(0, 1).index_select(0, self._positions)
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        """int64 [T]: index of each token in the flattened rows."""
-        token = torch.arange(self.total, device=self.lengths.device)
-        row_starts = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
-        return token + torch.repeat_interleave(row_starts - self._starts, self.lengths, output_size=self.total)
-
-
-def is_cheaper_in_rows(rows: DocumentRows, width: int) -> bool:
-    """Whether one document per row likely takes less arithmetic than one T x T mask, within `MAX_POSITIONS_PER_TOKEN`."""
-    in_rows, as_one = estimate_work(rows, width)
-    return in_rows <= as_one and rows.num_places <= MAX_POSITIONS_PER_TOKEN * rows.total
-
-
-def estimate_work(rows: DocumentRows, width: int) -> tuple[int, int]:
-    """Arithmetic of a layer, in query-key pairs: with one document per row, padding included, and with one row of T tokens under
-    a T x T mask. CPUs compute masked pairs too."""
-    others = KEYS_PER_WIDTH * width
-    return rows.num_places * (others + rows.longest), rows.total * (others + rows.total)
-
-
 class RecurrentBackend:
     """Recurrent layers of flash-linear-attention. They reset their state at `cu_seqlens`, or get one document per row."""
 
@@ -220,19 +178,27 @@ class RecurrentBackend:
 
     def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
         assert embeddings is None, "objectives that run the model on embeddings are rejected for these families"
-        return self._run(model, batch.input_ids, batch.cu_seqlens)
+        return self._run(model, batch, batch.input_ids)
 
     def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
         assert not window_k, "a recurrence has no window"
         order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
-        return self._run(model, batch.input_ids[:, order], batch.cu_seqlens)[order]
+        return self._run(model, batch, batch.input_ids[:, order])[order]
 
-    def _run(self, model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
+        total = batch.input_ids.shape[1]
+        is_one_row = states.shape[:2] == (1, total)
+        flat = states[0] if is_one_row else DocumentRows(batch.cu_seqlens, total).collect(states)
+        return flat[reverse_documents(batch.cu_seqlens, total)] if ahead else flat
+
+    def _run(self, model: PreTrainedModel, batch: PackedTokens, input_ids: Tensor) -> Tensor:
+        cu_seqlens = batch.cu_seqlens
         if model.config.model_type in TAKES_ROWS:
             rows = DocumentRows(cu_seqlens, input_ids.shape[1])  # padding on the right cannot reach the tokens
             outputs = model.base_model(input_ids=rows.lay_out(input_ids[0]), use_cache=False)
-            return rows.collect(outputs.last_hidden_state)
-        return model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state[0]
+        else:
+            outputs = model.base_model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False)
+        return self.flatten(outputs.last_hidden_state, batch)
 
 
 def _choose_inputs(input_ids: Tensor, embeddings: Tensor | None) -> dict[str, Tensor]:

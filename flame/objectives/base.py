@@ -31,7 +31,17 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.options import ObjectiveOptions
 from flame.runtime.measures import Mean, Measures
 
-__all__ = ["AuxFlops", "AuxLoss", "FuturePass", "LayerStack", "Objective", "ObjectiveOptions", "ParameterGroup", "Setup"]
+__all__ = [
+    "AuxFlops",
+    "AuxLoss",
+    "FuturePass",
+    "LayerStack",
+    "Objective",
+    "ObjectiveOptions",
+    "ParameterGroup",
+    "Setup",
+    "WithLayer",
+]
 
 S = TypeVar("S", bound=Section)
 
@@ -57,7 +67,7 @@ class Setup:
     context_len: int
     """Longest chunk of a document, in tokens."""
     sequences_per_step: int
-    """Packed sequences of one optimizer step, over micro-steps and ranks."""
+    """Packed sequences of one optimizer step that have the loss, over micro-steps and ranks."""
 
     def get(self, kind: type[S]) -> S:
         """Return the section of this class from `companions`."""
@@ -104,6 +114,17 @@ class FuturePass(NamedTuple):
     """Keys at most this far ahead, in each layer; 0 is up to the end of the document."""
     network: PreTrainedModel | None = None
     """What runs it; None is the language model."""
+    layers: int = 0
+    """Decoder layers that run, from the first; 0 is all."""
+
+
+class WithLayer(NamedTuple):
+    """What `loss` gets as `prepared` if the objective reads an early layer (`find_layer_read`)."""
+
+    prepared: Any
+    """From `prepare`."""
+    states: Tensor
+    """[T, d], states after that layer of the causal forward; with gradient if `trains_layer_read`."""
 
 
 class LayerStack(NamedTuple):
@@ -129,6 +150,8 @@ class Objective(nn.Module):
     """Name of the metric that logs the mean count of a step; None logs none."""
     modules_belong_together: ClassVar[bool] = False
     """Its exported modules are taken from initial weights together or not at all."""
+    trains_layer_read: ClassVar[bool] = False
+    """Whether the states of `find_layer_read` carry gradient. Those that serve as labels must not."""
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -177,6 +200,10 @@ class Objective(nn.Module):
         """
         return FuturePass()
 
+    def find_layer_read(self) -> int | None:
+        """Number of decoder layers after which it reads the states of the causal forward. Its `loss` then gets `WithLayer`."""
+        return None
+
     # ---------------------------------------------------------------- in a step
 
     def count(self, batch: PackedBatch) -> int:
@@ -206,7 +233,7 @@ class Objective(nn.Module):
 
         Args:
             hidden_states: [T, d], final states of the causal forward, with gradient.
-            prepared: from `prepare`.
+            prepared: from `prepare`; in a `WithLayer` if the objective reads an early layer.
             with_sample: also return `AuxLoss.sample`, the input of `measure_sample`.
         """
         raise NotImplementedError

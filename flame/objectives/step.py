@@ -15,7 +15,7 @@ from flame.kernels.gradient_guard import guard_gradient
 from flame.kernels.softmax_rows import count_chunk_rows
 from flame.models.output_head import OutputHead
 from flame.models.wrapper import TrainingModel
-from flame.objectives.base import AuxLoss, Objective
+from flame.objectives.base import AuxLoss, Objective, WithLayer
 
 
 class Requested(NamedTuple):
@@ -60,7 +60,14 @@ def compute_losses(model: TrainingModel, batch: PackedBatch, requested: Requeste
             prepared = objective.prepare(model, batch, prepared)
 
     # 2. Causal forward: hidden states h [T, d] and their next-token cross entropy.
-    hidden_states = model.encode_past(batch)
+    depth = objective.find_layer_read() if objective is not None else None
+    if depth is None:
+        hidden_states = model.encode_past(batch)
+    else:
+        hidden_states, layer_states = model.encode_past_and_layer(batch, depth)
+        assert objective is not None
+        layer_states = guard_gradient(layer_states) if objective.trains_layer_read else layer_states.detach()
+        prepared = WithLayer(prepared, layer_states)
     positions = list_predicted(batch)
     ce_sum = None
     if requested.ce:

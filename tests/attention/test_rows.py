@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig, PreTrainedModel
 
 from flame.attention import backends as future_encoder
-from flame.attention.backends import AttentionBackend, DocumentRows, MaskedBackend, RecurrentBackend, build_backend
+from flame.attention.backends import AttentionBackend, MaskedBackend, RecurrentBackend, build_backend
+from flame.attention.document_rows import DocumentRows
 from flame.attention.families import FAMILIES, find_limits
 from flame.attention.fla_families import TAKES_ROWS
 from flame.attention.kernel_masks import build_row_mask
