@@ -178,7 +178,8 @@ def _list_notes(spec: Spec, results: Results) -> list[str]:
         notes.append(f"The runs were made on different devices ({'; '.join(devices)}): do not compare their wall clocks.")
     revisions = {revision for result in began for revision in result.revisions}
     if len(revisions) > 1:
-        notes.append(f"The runs were made with {len(revisions)} revisions of the code: {', '.join(sorted(revisions))}.")
+        shown = sorted(f"{revision[:8]}{'-dirty' * revision.endswith('-dirty')}" for revision in revisions)
+        notes.append(f"The runs were made with {len(revisions)} revisions of the code: {', '.join(shown)}.")
     if spec.parallel > 1:
         notes.append(f"{spec.parallel} runs shared a device: a run alone takes less wall clock than the tables say.")
     if any(metric.stop_at is not None for metric in spec.metrics):
