@@ -25,7 +25,6 @@ config = "{folder}/run.toml"
 [arms.next_token]
 [arms.mtp]
 objective.name = "mtp"
-{more}
 
 [metrics.ce_loss]
 """
