@@ -14,6 +14,7 @@ from flame.errors import UserError
 from flame.objectives.fsp_bow.options import BagOfWordsOptions
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.mtp.options import MultiTokenOptions
+from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.options import ObjectiveOptions
 from flame.objectives.top.options import TokenOrderOptions
 from flame.runtime.user_code import find_user_class
@@ -54,6 +55,7 @@ BUILT_IN = {
         _build_in("mtp", MultiTokenOptions, "MultiTokenPrediction"),
         _build_in("top", TokenOrderOptions, "TokenOrderPrediction"),
         _build_in("fsp_bow", BagOfWordsOptions, "BagOfWords"),
+        _build_in("nitp", ImplicitTokenOptions, "ImplicitTokenPrediction"),
     )
 }
 

@@ -14,7 +14,7 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.future.options import PredictorOptions
 from flame.objectives.probe import measure_step
 from flame.objectives.step import Requested, compute_losses
-from tests.support.answers import build_pack, pack_documents
+from tests.support.answers import build_pack, pack_documents, split_documents
 from tests.support.models import build_unsharded, count_flops, get_own, random_batch, random_cu_seqlens
 from tests.support.objectives import OPTIONS, build_objective, choose
 
@@ -57,9 +57,31 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     assert any(gradient is not None for key, gradient in gradients.items() if key.startswith("objective."))
 
 
+READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "nitp")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("future",)])
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_a_pack_is_the_sum_of_its_documents(name, answers_only):
+    """Loss and gradients: nothing crosses a boundary. The future loss alone compares documents."""
+    model = build_objective(name).double()
+    batch = pack_answers() if answers_only else random_batch(random_cu_seqlens(40, 6, seed=1))
+
+    def differentiate_all(batches: list[PackedBatch]) -> tuple[float, Tensor]:
+        model.zero_grad()
+        total = sum(model(compute_losses, each, Requested(aux=True, ce=False)).aux.loss_sum for each in batches)
+        total.backward()
+        found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in model.parameters()]
+        return total.item(), torch.cat([gradient.flatten() for gradient in found])
+
+    (whole, gradient), (parts, expected) = differentiate_all([batch]), differentiate_all(split_documents(batch))
+    assert whole == pytest.approx(parts, rel=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
+
+
 def test_the_anti_causal_pass_that_is_read_is_named():
     """A model of an unknown family is checked in it; where an objective of one's own says nothing, in the language model's."""
-    assert all(get_own(build_objective(name)).find_future_pass() is None for name in ("mtp", "top", "fsp_bow"))
+    assert all(get_own(build_objective(name)).find_future_pass() is None for name in READ_NO_FUTURE)
     assert get_own(build_objective("skip_token")).find_future_pass() == (0, None)
     assert get_own(build_objective("future", future_k=3)).find_future_pass() == (3, None)
     taught = get_own(build_objective("future", future_k=3, target="random"))
@@ -92,6 +114,7 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
         "mtp": 2 * (layer + 6 * TABLE * predicted),
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
+        "nitp": 6 * 12 * 32 * 32 * predicted,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
     for name, heads in expected.items():
@@ -146,6 +169,10 @@ def differentiate(model: TrainingModel, batch: PackedBatch) -> dict[str, Tensor]
     return {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
 
 
+MEASURE_A_SAMPLE = ("future", "nitp")
+"""Objectives with diagnostics of their own beside the gradients."""
+
+
 @every_objective
 def test_diagnostics_change_nothing_of_training(name, one_process):
     """Weights, buffers, waiting gradients, random numbers and modes; and the step after them is the same to the bit."""
@@ -170,7 +197,7 @@ def test_diagnostics_change_nothing_of_training(name, one_process):
     values = {key: (total / items).item() for key, (total, items) in found.items()}
     gradients = {f"{name}/grad_{what}" for what in ("norm_ce", "norm_aux", "cosine", "ratio")}
     assert gradients <= values.keys() and all(key.startswith(f"{name}/") for key in values)
-    assert (values.keys() > gradients) == (name == "future")  # which alone measures more of its own
+    assert (values.keys() > gradients) == (name in MEASURE_A_SAMPLE)
     ratio = 0.5 * values[f"{name}/grad_norm_aux"] / values[f"{name}/grad_norm_ce"]
     assert values[f"{name}/grad_ratio"] == pytest.approx(ratio) and ratio > 0
 

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mtp": {"tokens": 3},
     "top": {"window": 5},
     "fsp_bow": {"window": 5},
+    "nitp": {},
     "skip_token": {"distance": 2},
 }
 """Options of each built-in objective and of the documented example."""
