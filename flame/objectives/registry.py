@@ -14,6 +14,7 @@ from flame.errors import UserError
 from flame.objectives.fsp_bow.options import BagOfWordsOptions
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.mtp.options import MultiTokenOptions
+from flame.objectives.nextlat.options import NextLatentOptions
 from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.options import ObjectiveOptions
 from flame.objectives.top.options import TokenOrderOptions
@@ -56,6 +57,7 @@ BUILT_IN = {
         _build_in("top", TokenOrderOptions, "TokenOrderPrediction"),
         _build_in("fsp_bow", BagOfWordsOptions, "BagOfWords"),
         _build_in("nitp", ImplicitTokenOptions, "ImplicitTokenPrediction"),
+        _build_in("nextlat", NextLatentOptions, "NextLatentPrediction"),
     )
 }
 

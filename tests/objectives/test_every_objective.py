@@ -57,7 +57,7 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     assert any(gradient is not None for key, gradient in gradients.items() if key.startswith("objective."))
 
 
-READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "nitp")
+READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "nitp", "nextlat")
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("future",)])
@@ -114,6 +114,7 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
         "mtp": 2 * (layer + 6 * TABLE * predicted),
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
+        "nextlat": 2 * 6 * (2 * 32 * 32 + 32 * 32 + 32 * 32 + TABLE) * predicted,
         "nitp": 6 * 12 * 32 * 32 * predicted,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
@@ -169,7 +170,7 @@ def differentiate(model: TrainingModel, batch: PackedBatch) -> dict[str, Tensor]
     return {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
 
 
-MEASURE_A_SAMPLE = ("future", "nitp")
+MEASURE_A_SAMPLE = ("future", "nitp", "nextlat")
 """Objectives with diagnostics of their own beside the gradients."""
 
 

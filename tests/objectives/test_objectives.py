@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, object]] = {
     "top": {"objective__name": "top", "top__window": 8},
     "fsp_bow": {"objective__name": "fsp_bow", "fsp_bow__loss_weight": 0.01},
     "nitp": {"objective__name": "nitp"},
+    "nextlat": {"objective__name": "nextlat", "nextlat__horizon": 2},
     "random": {"future_encoder__target": "random", "future_encoder__estimator_type": "bilinear", "optimizer__lr": 1e-3},
     "ema": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "future_encoder__estimator_type": "cosine"},
     "mean_embedding": {"future_encoder__target": "mean_embedding", "future_encoder__estimator_type": "smooth_l1"},
@@ -76,7 +77,7 @@ CASES: dict[str, dict[str, object]] = {
     },
     "embedding": {"future_predictor__input": "embedding"},
 }
-BASELINES = ("mtp", "top", "fsp_bow", "nitp")
+BASELINES = ("mtp", "top", "fsp_bow", "nitp", "nextlat")
 MEASURES = {
     "infonce": {"mi_lower_bound", "infonce_accuracy", "positive_cosine", "negative_cosine"},
     "bilinear": {"mi_lower_bound", "infonce_accuracy"},

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top": {"window": 5},
     "fsp_bow": {"window": 5},
     "nitp": {},
+    "nextlat": {"horizon": 2},
     "skip_token": {"distance": 2},
 }
 """Options of each built-in objective and of the documented example."""
