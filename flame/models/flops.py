@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention.backends import find_head_dims, is_recurrent
 from flame.attention.families import list_layer_limits, tighten
+from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
 
 
@@ -47,6 +48,14 @@ class ModelFlops:
     def count_future_forward(self, lengths: Tensor, window_k: int) -> float:
         """FLOPs of the layers in an anti-causal forward; `lengths` as `count_causal_forward`."""
         pairs = {limit: _count_later_pairs(lengths, tighten(limit, window_k)) for limit in self.channels}
+        return 2 * self.body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in self.channels.items())
+
+    def count_privileged_forward(self, lengths: Tensor, view: Privileged) -> float:
+        """FLOPs of the layers in a forward of `TrainingModel.encode_privileged`; `lengths` as `count_causal_forward`."""
+        pairs, next_tokens = {}, float((lengths - 1).sum())
+        for limit in self.channels:
+            side = _count_later_pairs(lengths, limit)
+            pairs[limit] = float(lengths.sum()) + (2 * side - next_tokens if view == "all_but_next" else side + next_tokens)
         return 2 * self.body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in self.channels.items())
 
     def count_next_token(self, batch: PackedBatch, *, is_frozen: bool) -> float:

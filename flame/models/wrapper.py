@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from flame.attention.backends import AttentionBackend
+from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
 from flame.models.layer_states import read_layer
 from flame.models.output_head import OutputHead, read_head
@@ -60,6 +62,11 @@ class TrainingModel(nn.Module):
         """
         with record_function("anti-causal forward"):
             return self._backend.encode_future(self.lm if network is None else network, batch, window_k)
+
+    def encode_privileged(self, batch: PackedBatch, view: Privileged) -> Tensor:
+        """Forward in which tokens see what comes after them in their document: final hidden states [T, d], without gradient."""
+        with record_function("privileged forward"), torch.no_grad():
+            return self._backend.encode_privileged(self.lm, batch, view)
 
     def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""

@@ -36,6 +36,7 @@ def test_what_is_counted_before_is_what_the_loss_sums(name, answers_only):
     assert aux.loss_sum > 0 and aux.loss_sum.dtype == torch.float32 and aux.failed == 0
 
 
+WITHOUT_PARAMETERS = ("regret",)
 WITHOUT_ANY = {
     "single tokens": lambda: random_batch(torch.arange(9, dtype=torch.int32)),
     "no answers": lambda: pack_documents([[1, 2, 3, 4]], 24, 9, 1)[0],
@@ -54,7 +55,8 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     (losses.ce_sum + aux.loss_sum).backward()
     gradients = {key: weight.grad for key, weight in model.named_parameters() if weight.requires_grad}
     assert all(gradient is None or not gradient.any() for gradient in gradients.values())
-    assert any(gradient is not None for key, gradient in gradients.items() if key.startswith("objective."))
+    own = [gradient for key, gradient in gradients.items() if key.startswith("objective.")]
+    assert any(gradient is not None for gradient in own) == (name not in WITHOUT_PARAMETERS)
 
 
 READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "nitp", "nextlat")
@@ -103,6 +105,12 @@ def count_pairs(batch: PackedBatch, own: bool) -> int:
     return sum(n * (n - 1) // 2 + (n if own else 0) for n in lengths)
 
 
+def count_privileged_pairs(batch: PackedBatch) -> int:
+    """Pairs of two tokens of a document, in both orders, but those of a token and the next one."""
+    lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
+    return sum(n * n - (n - 1) for n in lengths)
+
+
 @pytest.mark.parametrize("answers_only", [False, True])
 def test_flops_of_objectives_of_labels_by_hand(answers_only):
     """A layer runs over all tokens, forward and backward, with attention; an output head only where something is predicted."""
@@ -115,13 +123,15 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
         "nextlat": 2 * 6 * (2 * 32 * 32 + 32 * 32 + 32 * 32 + TABLE) * predicted,
+        "regret": 8 * TABLE * predicted,
         "nitp": 6 * 12 * 32 * 32 * predicted,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
     for name, heads in expected.items():
         flops = count_flops(build_objective(name), batch)
-        assert (flops.aux_forward, flops.heads) == (0, heads), name
-        assert flops.total == flops.next_token + heads
+        forward = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_privileged_pairs(batch) if name == "regret" else 0
+        assert (flops.aux_forward, flops.heads) == (forward, heads), name
+        assert flops.total == flops.next_token + forward + heads
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fsp_bow": {"window": 5},
     "nitp": {},
     "nextlat": {"horizon": 2},
+    "regret": {},
     "skip_token": {"distance": 2},
 }
 """Options of each built-in objective and of the documented example."""

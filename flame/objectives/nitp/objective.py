@@ -28,7 +28,7 @@ from flame.objectives.base import AuxFlops, AuxLoss, Objective, Setup, WithLayer
 from flame.objectives.future.representations import ProbeSample, measure_representations
 from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.step import list_predicted, pick
-from flame.runtime.measures import Mean
+from flame.runtime.measures import Mean, Measures
 
 SHARE_OF_DEPTH = 0.2
 """Where the target layer is, by default."""
@@ -95,7 +95,7 @@ class ImplicitTokenPrediction(Objective):
         cosines = torch.where(is_counted, F.cosine_similarity(predictions.to(wide), targets.to(wide), dim=-1), 0.0)
         count = cosines.new_full((), batch.num_labels)
         total = cosines.sum()
-        measures = {"nitp_cosine": Mean(total.detach(), count)}
+        measures: Measures = {"nitp_cosine": Mean(total.detach(), count)}
         sample = None
         if with_sample:
             sample = ProbeSample(states.detach(), predictions.detach(), targets, here, is_counted)
