@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from flame.attention.backends import AttentionBackend
+from flame.attention.backends import AttentionBackend, reverse_documents
 from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
 from flame.models.layer_states import read_layer
@@ -67,6 +68,13 @@ class TrainingModel(nn.Module):
         """Forward in which tokens see what comes after them in their document: final hidden states [T, d], without gradient."""
         with record_function("privileged forward"), torch.no_grad():
             return self._backend.encode_privileged(self.lm, batch, view)
+
+    def encode_reversed(self, network: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        """Causal forward of a network of the same family that reads each document from its end: states [T, d], of which that of
+        a token has read it and those after it."""
+        with record_function("reversed forward"):
+            order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
+            return self._backend.encode_past(network, replace(batch, input_ids=batch.input_ids[:, order]))[order]
 
     def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""

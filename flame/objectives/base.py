@@ -130,8 +130,10 @@ class LayerStack(NamedTuple):
 
     layers: nn.ModuleList
     is_trained: bool
-    """False for a network that only makes labels: each of its layers is an FSDP group, like those of the language model. Trained
-    layers are gathered with the root."""
+    """False for a network that only makes labels. Trained layers are recomputed like the language model's."""
+    is_network: bool = False
+    """Whether they are those of a whole network, whose layers are an FSDP group each, like those of the language model. The
+    layers of a network that only makes labels are so too. Others are gathered with the root."""
 
 
 class Objective(nn.Module):

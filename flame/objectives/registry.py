@@ -12,6 +12,7 @@ from flame.config.table import find_section_fault
 from flame.config.types import Section
 from flame.errors import UserError
 from flame.objectives.fsp_bow.options import BagOfWordsOptions
+from flame.objectives.fsp_revlm.options import ReverseSummaryOptions
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.mtp.options import MultiTokenOptions
 from flame.objectives.nextlat.options import NextLatentOptions
@@ -57,6 +58,7 @@ BUILT_IN = {
         _build_in("mtp", MultiTokenOptions, "MultiTokenPrediction"),
         _build_in("top", TokenOrderOptions, "TokenOrderPrediction"),
         _build_in("fsp_bow", BagOfWordsOptions, "BagOfWords"),
+        _build_in("fsp_revlm", ReverseSummaryOptions, "ReverseSummary"),
         _build_in("nitp", ImplicitTokenOptions, "ImplicitTokenPrediction"),
         _build_in("nextlat", NextLatentOptions, "NextLatentPrediction"),
         _build_in("regret", RegretOptions, "Regret"),

@@ -59,7 +59,7 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     assert any(gradient is not None for gradient in own) == (name not in WITHOUT_PARAMETERS)
 
 
-READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "nitp", "nextlat")
+READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat")
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("future",)])
@@ -118,18 +118,22 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
     total = batch.input_ids.shape[1]
     predicted = batch.num_labels if answers_only else total
     layer = 6 * LAYER * total + 12 * 32 * count_pairs(batch, own=True)
+    network = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_pairs(batch, own=True)
+    seeing = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_privileged_pairs(batch)
+    forwards = {"regret": seeing, "fsp_revlm": network}
     expected = {
         "mtp": 2 * (layer + 6 * TABLE * predicted),
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
         "nextlat": 2 * 6 * (2 * 32 * 32 + 32 * 32 + 32 * 32 + TABLE) * predicted,
+        "fsp_revlm": layer + 2 * network + 6 * TABLE * predicted,
         "regret": 8 * TABLE * predicted,
         "nitp": 6 * 12 * 32 * 32 * predicted,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
     for name, heads in expected.items():
         flops = count_flops(build_objective(name), batch)
-        forward = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_privileged_pairs(batch) if name == "regret" else 0
+        forward = forwards.get(name, 0)
         assert (flops.aux_forward, flops.heads) == (forward, heads), name
         assert flops.total == flops.next_token + forward + heads
 
@@ -180,7 +184,7 @@ def differentiate(model: TrainingModel, batch: PackedBatch) -> dict[str, Tensor]
     return {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
 
 
-MEASURE_A_SAMPLE = ("future", "nitp", "nextlat")
+MEASURE_A_SAMPLE = ("future", "fsp_revlm", "nitp", "nextlat")
 """Objectives with diagnostics of their own beside the gradients."""
 
 

@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, object]] = {
     "mtp": {"objective__name": "mtp", "mtp__tokens": 3},
     "top": {"objective__name": "top", "top__window": 8},
     "fsp_bow": {"objective__name": "fsp_bow", "fsp_bow__loss_weight": 0.01},
+    "fsp_revlm": {"objective__name": "fsp_revlm", "fsp_revlm__loss_weight": 0.05},
     "nitp": {"objective__name": "nitp"},
     "nextlat": {"objective__name": "nextlat", "nextlat__horizon": 2},
     "regret": {"objective__name": "regret"},
@@ -78,10 +79,10 @@ CASES: dict[str, dict[str, object]] = {
     },
     "embedding": {"future_predictor__input": "embedding"},
 }
-BASELINES = ("mtp", "top", "fsp_bow", "nitp", "nextlat", "regret")
+BASELINES = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret")
 WITHOUT_PARAMETERS = ("regret",)
-DEFAULT_WEIGHTS = {"regret": 0.1}
-"""Of baselines, where it is not 1."""
+WEIGHTS = {"regret": 0.1, "fsp_bow": 0.01, "fsp_revlm": 0.05}
+"""Of the baselines, where it is not 1."""
 MEASURES = {
     "infonce": {"mi_lower_bound", "infonce_accuracy", "positive_cosine", "negative_cosine"},
     "bilinear": {"mi_lower_bound", "infonce_accuracy"},
@@ -119,8 +120,7 @@ def test_each_objective_trains(whole_runs, name):
     assert not is_baseline or name in WITHOUT_PARAMETERS or rows[-1]["aux_loss"] < rows[0]["aux_loss"]
     estimator = str(CASES[name].get("future_encoder__estimator_type", "infonce"))
     expected = set() if is_baseline else MEASURES[estimator]
-    default = DEFAULT_WEIGHTS.get(name, 1.0) if is_baseline else FutureOptions().loss_weight
-    weight = CASES[name].get("fsp_bow__loss_weight", default)
+    weight = WEIGHTS.get(name, 1.0) if is_baseline else FutureOptions().loss_weight
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce_loss"] + weight * row["aux_loss"], rel=1e-5)
         assert row.keys() & set().union(*MEASURES.values()) == expected and ("anchors" in row) == (not is_baseline)

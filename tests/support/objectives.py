@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mtp": {"tokens": 3},
     "top": {"window": 5},
     "fsp_bow": {"window": 5},
+    "fsp_revlm": {},
     "nitp": {},
     "nextlat": {"horizon": 2},
     "regret": {},
