@@ -19,6 +19,7 @@ from flame.objectives.nextlat.options import NextLatentOptions
 from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.options import ObjectiveOptions
 from flame.objectives.regret.options import RegretOptions
+from flame.objectives.stp.options import SemanticTubeOptions
 from flame.objectives.top.options import TokenOrderOptions
 from flame.runtime.user_code import find_user_class
 
@@ -62,6 +63,7 @@ BUILT_IN = {
         _build_in("nitp", ImplicitTokenOptions, "ImplicitTokenPrediction"),
         _build_in("nextlat", NextLatentOptions, "NextLatentPrediction"),
         _build_in("regret", RegretOptions, "Regret"),
+        _build_in("stp", SemanticTubeOptions, "SemanticTube"),
     )
 }
 

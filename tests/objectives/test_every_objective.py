@@ -36,7 +36,7 @@ def test_what_is_counted_before_is_what_the_loss_sums(name, answers_only):
     assert aux.loss_sum > 0 and aux.loss_sum.dtype == torch.float32 and aux.failed == 0
 
 
-WITHOUT_PARAMETERS = ("regret",)
+WITHOUT_PARAMETERS = ("regret", "stp")
 WITHOUT_ANY = {
     "single tokens": lambda: random_batch(torch.arange(9, dtype=torch.int32)),
     "no answers": lambda: pack_documents([[1, 2, 3, 4]], 24, 9, 1)[0],
@@ -59,13 +59,17 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     assert any(gradient is not None for gradient in own) == (name not in WITHOUT_PARAMETERS)
 
 
-READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat")
+READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "stp")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("future",)])
+COMPARE_DOCUMENTS = ("future", "stp")
+"""The future loss has negatives in other documents; STP draws for all documents of a sequence at once (test_stp.py)."""
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in COMPARE_DOCUMENTS])
 @pytest.mark.parametrize("answers_only", [False, True])
 def test_a_pack_is_the_sum_of_its_documents(name, answers_only):
-    """Loss and gradients: nothing crosses a boundary. The future loss alone compares documents."""
+    """Loss and gradients: nothing crosses a boundary."""
     model = build_objective(name).double()
     batch = pack_answers() if answers_only else random_batch(random_cu_seqlens(40, 6, seed=1))
 
@@ -129,6 +133,7 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
         "fsp_revlm": layer + 2 * network + 6 * TABLE * predicted,
         "regret": 8 * TABLE * predicted,
         "nitp": 6 * 12 * 32 * 32 * predicted,
+        "stp": 0,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
     for name, heads in expected.items():

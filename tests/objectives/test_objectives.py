@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, object]] = {
     "nitp": {"objective__name": "nitp"},
     "nextlat": {"objective__name": "nextlat", "nextlat__horizon": 2},
     "regret": {"objective__name": "regret"},
+    "stp": {"objective__name": "stp"},
     "random": {"future_encoder__target": "random", "future_encoder__estimator_type": "bilinear", "optimizer__lr": 1e-3},
     "ema": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "future_encoder__estimator_type": "cosine"},
     "mean_embedding": {"future_encoder__target": "mean_embedding", "future_encoder__estimator_type": "smooth_l1"},
@@ -79,9 +80,9 @@ CASES: dict[str, dict[str, object]] = {
     },
     "embedding": {"future_predictor__input": "embedding"},
 }
-BASELINES = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret")
-WITHOUT_PARAMETERS = ("regret",)
-WEIGHTS = {"regret": 0.1, "fsp_bow": 0.01, "fsp_revlm": 0.05}
+BASELINES = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret", "stp")
+WITHOUT_PARAMETERS = ("regret", "stp")
+WEIGHTS = {"regret": 0.1, "stp": 0.02, "fsp_bow": 0.01, "fsp_revlm": 0.05}
 """Of the baselines, where it is not 1."""
 MEASURES = {
     "infonce": {"mi_lower_bound", "infonce_accuracy", "positive_cosine", "negative_cosine"},

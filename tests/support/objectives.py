@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nitp": {},
     "nextlat": {"horizon": 2},
     "regret": {},
+    "stp": {},
     "skip_token": {"distance": 2},
 }
 """Options of each built-in objective and of the documented example."""
