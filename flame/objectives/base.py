@@ -2,6 +2,7 @@
 
 In each step the trainer calls, in this order and on all ranks:
 
+0. `begin_step`.
 1. `count`, for each packed sequence. The trainer sums the counts over micro-steps and ranks before any forward.
 2. `prepare_step`, once, with all packed sequences of this rank. It may communicate.
 3. For each packed sequence: `prepare` without gradient, then the causal forward, then `loss` from its hidden states. The trainer
@@ -203,6 +204,14 @@ class Objective(nn.Module):
         return None
 
     # ---------------------------------------------------------------- in a step
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called before each step, and before a validation that precedes the first one, for what depends on the step.
+
+        Args:
+            step: from 1.
+            total_steps: of the schedules: `lr_scheduler.total_steps`, or those of the run.
+        """
 
     def count(self, batch: PackedBatch) -> int:
         """Number of items that the loss is averaged over; by default the labels.

@@ -15,6 +15,7 @@ from flame.objectives.fsp_bow.options import BagOfWordsOptions
 from flame.objectives.fsp_revlm.options import ReverseSummaryOptions
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.mtp.options import MultiTokenOptions
+from flame.objectives.mtp_sequential.options import SequentialTokenOptions
 from flame.objectives.nextlat.options import NextLatentOptions
 from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.options import ObjectiveOptions
@@ -57,6 +58,7 @@ BUILT_IN = {
     for kind in (
         _build_in("future", FutureOptions, "FutureObjective"),
         _build_in("mtp", MultiTokenOptions, "MultiTokenPrediction"),
+        _build_in("mtp_sequential", SequentialTokenOptions, "SequentialModules"),
         _build_in("top", TokenOrderOptions, "TokenOrderPrediction"),
         _build_in("fsp_bow", BagOfWordsOptions, "BagOfWords"),
         _build_in("fsp_revlm", ReverseSummaryOptions, "ReverseSummary"),

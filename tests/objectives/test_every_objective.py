@@ -59,7 +59,7 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     assert any(gradient is not None for gradient in own) == (name not in WITHOUT_PARAMETERS)
 
 
-READ_NO_FUTURE = ("mtp", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "stp")
+READ_NO_FUTURE = ("mtp", "mtp_sequential", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "stp")
 
 
 COMPARE_DOCUMENTS = ("future", "stp")
@@ -127,6 +127,7 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
     forwards = {"regret": seeing, "fsp_revlm": network}
     expected = {
         "mtp": 2 * (layer + 6 * TABLE * predicted),
+        "mtp_sequential": 2 * (layer + 6 * 2 * 32 * 32 * total + 6 * TABLE * predicted),
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
         "nextlat": 2 * 6 * (2 * 32 * 32 + 32 * 32 + 32 * 32 + TABLE) * predicted,
