@@ -6,20 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flame.attention.backends import MaskedBackend
 from flame.attention.families import find_limits
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.errors import UserError
+from flame.models.parallelize import parallelize
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.options import read_options
+from flame.trainer.setup import build_modules
 from flame.weights.export import name_objective_file
 from flame.weights.tensors import read_model_tensors
 from tests.support.answers import build_pack, split_documents
-from tests.support.models import get_own, random_batch, random_cu_seqlens, tiny_llama
-from tests.support.objectives import build_objective
+from tests.support.models import count_flops, get_own, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.objectives import build_objective, choose
 from tests.support.runs import read_metrics, run_here
 
 FROZEN = {"train_reverse": False}
@@ -81,12 +87,20 @@ def test_its_own_embeddings_stay_tied():
 
 
 def test_frozen_flops_are_a_forward():
-    from tests.support.models import count_flops
-
     batch = random_batch(random_cu_seqlens(40, 6, seed=1))
     trained, frozen = (count_flops(build_objective("fsp_revlm", **changes), batch) for changes in ({}, FROZEN))
     assert trained.aux_forward == frozen.aux_forward
     assert trained.heads - frozen.heads == 2 * frozen.aux_forward + 6 * 61 * 32 * 40
+
+
+@pytest.mark.parametrize("changes", [{}, FROZEN], ids=str)
+def test_each_layer_of_both_networks_is_a_group(leave_no_trace, changes):
+    """The auxiliary layer is gathered with the root, which has the heads."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    config = choose("fsp_revlm", **changes)
+    model = build_modules(config, tiny_llama(), "cpu")
+    parallelize(model, get_own(model).list_layer_stacks(), [], config.training, "full", init_device_mesh("cpu", (2,)))
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 2 + 2 + 1
 
 
 def test_a_frozen_model_without_weights_is_refused():
