@@ -3,6 +3,7 @@
     python -m benchmarks.step OUT [--tokens 65536] [--steps 8] [--gpus 1] [--layouts 0]
 
 Three runs: next token alone, with the future loss, and with it in fp8; each on documents of mean length 1,024, AdamW included.
+--variants takes other settings of `benchmarks.settings`. Where not all steps have the loss, the mean is the cost.
 
 Phases are taken between CUDA events on the compute stream, medians over the steps after the first four. Then a profile of four
 steps gives the share of time in which no kernel runs (what the GPU waits for: launches, data, the verdict on the step) and in
@@ -33,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import flame.train
 from benchmarks.packs import write_corpus
+from benchmarks.settings import MEASURED, SETTINGS
 from benchmarks.timing import Report
 from flame.models import output_head
 from flame.runtime.distributed import end_processes, get_world_size, set_single_process_defaults
@@ -40,11 +42,6 @@ from flame.train import Trainer
 from flame.trainer.options import read_options
 
 REPO = Path(__file__).parent.parent
-VARIANTS = {
-    "next token": ["--objective.name", "next_token"],
-    "future": ["--objective.name", "future"],
-    "future, fp8": ["--objective.name", "future", "--future_encoder.precision", "fp8"],
-}
 PHASES = ["anti-causal forward", "causal forward", "cross entropy", "predictor and InfoNCE", "backward", "clipping", "optimizer"]
 WARMUP = 4
 PROFILED = 4
@@ -135,7 +132,7 @@ def run_worker(arguments: argparse.Namespace) -> None:
             *("--model.tokenizer_path", "bytes", "--training.dataset", "json", "--training.data_files", str(arguments.corpus)),
             *("--training.seq_len", str(arguments.tokens), "--training.context_len", "4096", "--training.compile", "true"),
             *("--training.steps", "100000", "--training.num_streams", "8"),
-            *("--checkpoint.enable_checkpoint", "false", "--metrics.log_freq", "1000000", *VARIANTS[arguments.variant]),
+            *("--checkpoint.enable_checkpoint", "false", "--metrics.log_freq", "1000000", *SETTINGS[arguments.variant]),
         ],
         get_world_size(),
     )
@@ -157,6 +154,7 @@ def run_worker(arguments: argparse.Namespace) -> None:
     steps = [a.elapsed_time(b) for a, b in pairwise(starts)]
     result: dict[str, Any] = {
         "step_ms": [statistics.median(steps), min(steps), max(steps)],
+        "mean_ms": statistics.mean(steps),
         "parts_ms": parts,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
@@ -172,7 +170,7 @@ def run_worker(arguments: argparse.Namespace) -> None:
 
 
 def start_worker(variant: str, arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
-    name = variant.replace(", ", "_").replace(" ", "_")
+    name = variant.replace(", ", "_").replace(",", "").replace(" ", "_")
     result = arguments.out / f"{name}.json"
     worker = ["-m", "benchmarks.step", str(arguments.out / name), "--worker", "--variant", variant, "--result", str(result)]
     worker += ["--corpus", str(corpus), "--tokens", str(arguments.tokens), "--steps", str(arguments.steps)]
@@ -209,7 +207,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each run")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--layouts", type=int, default=0, help="steps over which compilations are counted")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=SETTINGS, default=list(MEASURED))
     for hidden in ("--variant", "--result", "--corpus"):
         parser.add_argument(hidden, type=str if hidden == "--variant" else Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -229,6 +227,7 @@ def main(argv: list[str]) -> None:
     title = f"{arguments.tokens:,} tokens on each of {arguments.gpus} x {torch.cuda.get_device_name()}, ms a step"
     report = Report(arguments.out / "step.md")
     rows = [["whole step, median [lowest, highest]", *(show_range(r["step_ms"]) for r in results.values())]]
+    rows.append(["whole step, mean", *(f"{r['mean_ms']:,.1f}" for r in results.values())])
     rows += [[phase, *(f"{r['parts_ms'].get(phase, 0):,.1f}" for r in results.values())] for phase in [*PHASES, "rest"]]
     rows += [[f"{name}, %", *(f"{100 * r[name]:.2f}" for r in results.values())] for name in ("idle", "exposed communication")]
     rows.append(["peak memory, GiB", *(f"{r['peak_gib']:.1f}" for r in results.values())])

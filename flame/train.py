@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from flame.errors import UserError
 from flame.launch import report_mistake
 from flame.logging.console import init_logging
 from flame.logging.counters import Counters
+from flame.objectives.cadence import LossPlan
 from flame.objectives.probe import is_probe_step, measure_step
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 from flame.optimizers.build import read_rates, seek_schedule
@@ -76,6 +78,7 @@ from flame.trainer.run_record import record_run
 from flame.trainer.sameness import describe_inputs, describe_program
 from flame.trainer.saved import describe_saved
 from flame.trainer.setup import (
+    build_cadence,
     build_model,
     build_run_optimizer,
     build_run_schedule,
@@ -143,7 +146,7 @@ class Trainer:
         self.objective = get_objective(self.model)
         self.optimizer = build_run_optimizer(config, self.model)
         self.schedule = build_run_schedule(config, self.model, self.optimizer)
-        self.aux_schedule = build_weight_schedule(config)
+        self.loss_plan = LossPlan(build_weight_schedule(config), build_cadence(config))
 
         self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))
         self.data_state = DataState(config.training.num_streams, config.training.seed)
@@ -227,23 +230,23 @@ class Trainer:
         """
         batches = self._next_batches()
         self._tell_objective(self.step + 1)
+        weight, marked = self.loss_plan.decide(self.step + 1)
         with record_function("counting over ranks"):
-            counts = self._count_over_ranks(batches)
+            counts = self._count_over_ranks(batches, marked)
         self.data_state.advance(batches, self.world_size)
         self.state.step += 1
-        weight = self.aux_schedule.find_weight(self.step)
 
         self.meters.throughput.begin_launch()
         self.optimizer.zero_grad()
         on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
-        prepared = self._prepare_objective(on_device, weight)
+        prepared = self._prepare_objective(on_device, weight, marked)
         step_loss = torch.zeros((), device=self.device)
         outcomes = []
-        requested = Requested(aux=weight > 0, ce=not self.config.experimental.freeze_lm_for_infonce)
-        for batch, own in zip(on_device, prepared, strict=True):
+        with_ce = not self.config.experimental.freeze_lm_for_infonce
+        for batch, has_aux, own in zip(on_device, marked, prepared, strict=True):
             # Dropout depends on the sequence's index alone: it is the same on any number of ranks, and after a resume.
             torch.manual_seed(derive_seed(self.config.training.seed, batch.sequence_index))
-            losses = self.model(compute_losses, batch, requested, own)
+            losses = self.model(compute_losses, batch, Requested(aux=has_aux, ce=with_ce), own)
             loss = self._average(losses, weight, counts)
             with record_function("backward"):
                 loss.backward()
@@ -264,26 +267,30 @@ class Trainer:
                 self.objective.after_step(self.model)
             rates = read_rates(self.optimizer)
             self.meters.record_step(outcomes, batches, step_loss, grad_norm, rates, weight, counts)
-        self.meters.count_step(self.step, batches, weight, counts, trained=is_usable)
+        self.meters.count_step(self.step, batches, marked, counts, trained=is_usable)
         self.schedule.step()
 
     def _tell_objective(self, step: int) -> None:
         if self.objective is not None:
             self.objective.begin_step(step, self.config.schedule_steps)
 
-    def _prepare_objective(self, batches: list[PackedBatch], weight: float) -> Sequence[Any]:
+    def _prepare_objective(self, batches: list[PackedBatch], weight: float, marked: list[bool]) -> Sequence[Any]:
         """Run the objective's `prepare_step`, and measure its diagnostics if they are due.
+
+        Args:
+            marked: for each packed sequence, whether it has the objective's loss.
 
         Returns:
             what `compute_losses` needs for each packed sequence.
         """
-        if self.objective is None or weight == 0:
+        if self.objective is None or not any(marked):
             return [None] * len(batches)
-        prepared = self.objective.prepare_step(self.model, batches)
-        interval, start_step = self.config.metrics.diagnostics_interval, self.config.objective.start_step
-        if is_probe_step(self.step, interval, start_step):
-            self.meters.record(measure_step(self.model, batches[0], self.config.training.seed, weight, prepared[0]))
-        return prepared
+        chosen = list(compress(batches, marked))
+        prepared = self.objective.prepare_step(self.model, chosen)
+        if is_probe_step(self.step, self.config.metrics.diagnostics_interval, self.loss_plan.cadence):
+            self.meters.record(measure_step(self.model, chosen[0], self.config.training.seed, weight, prepared[0]))
+        own = iter(prepared)
+        return [next(own) if has_aux else None for has_aux in marked]
 
     def _next_batches(self) -> list[PackedBatch]:
         """This rank's packed sequences of the step; empty if it is asked to stop while waiting for them, or if they are wrong."""
@@ -298,14 +305,14 @@ class Trainer:
             logger.info("the first packed sequence:\n%s", render_sequence(batches[0], self.tokenizer, PREVIEW_CHARS))
         return batches
 
-    def _count_over_ranks(self, batches: list[PackedBatch]) -> StepCounts:
+    def _count_over_ranks(self, batches: list[PackedBatch], marked: list[bool]) -> StepCounts:
         """Count labels, the objective's items and tokens of the step over all ranks, and add them to the run's totals.
 
         Raises:
             Preempted, DataMistake: as in `train_step`.
         """
         has_mistake = self.data_mistake is not None
-        counts = count_over_ranks(batches, self.objective, self.source_names, self.is_stop_requested(), has_mistake)
+        counts = count_over_ranks(batches, self.objective, marked, self.source_names, self.is_stop_requested(), has_mistake)
         if counts.mistakes:
             raise DataMistake
         if counts.stop_votes:
@@ -340,7 +347,7 @@ class Trainer:
         if self.validator is None or self.state.validated_step == self.step or not (self.step % interval == 0 or is_last):
             return
         with self.meters.throughput.not_counted():
-            with_aux = self.aux_schedule.find_weight(self.step) > 0
+            with_aux = self.loss_plan.schedule.find_weight(self.step) > 0
             values = self.validator.run(self.model, with_aux, self.is_stop_requested)
         if values is None:
             raise Preempted

@@ -17,6 +17,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -52,10 +53,12 @@ class When:
 
     Args:
         key: of the other option: "section.name", or the name alone for one of the same section.
+        above: the other option is a number, and must be above this one.
     """
 
     key: str
     values: tuple[Any, ...] = ()
+    above: int | None = None
 
     def resolve(self, section: str) -> str:
         """The key with its section."""
@@ -63,11 +66,15 @@ class When:
 
     def holds(self, value: Any) -> bool:
         """Whether the other option's value lets this one have an effect."""
+        if self.above is not None:
+            return value > self.above
         return value in self.values if self.values else bool(value)
 
     def describe(self, section: str) -> str:
         """Such as `training.loss_on = "answer"`."""
         key = self.resolve(section)
+        if self.above is not None:
+            return f"{key} above {self.above}"
         if not self.values:
             return f"{key} set"
         return f"{key} = " + " or ".join(f'"{value}"' if isinstance(value, str) else str(value).lower() for value in self.values)

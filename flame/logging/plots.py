@@ -29,6 +29,8 @@ from flame.runtime.json_lines import parse_line
 CURVES_FILE = "curves.png"
 Rows = list[dict[str, float | None]]
 LN_N = "ln N"
+DATA_WAIT = "data wait"
+"""Derived numbers: the chance level of the future loss, and the seconds of a step in which data are waited for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Panel:
     curves: tuple[Curve, ...]
 
 
-PANELS = (
+LEARNING = (
     Panel(
         "Next-token loss",
         "cross entropy (nats per token)",
@@ -81,6 +83,15 @@ PANELS = (
             Curve("validation_first_branch", "first branch", ":", "C1"),
         ),
     ),
+)
+RESOURCES = (
+    Panel(
+        "Time of a step",
+        "seconds",
+        (Curve("step_seconds", "whole step"), Curve(DATA_WAIT, "waiting for data", ":", "C3")),
+    ),
+    Panel("Speed", "tokens per second", (Curve("tokens_per_second", "all GPUs"),)),
+    Panel("Memory", "peak, GiB, of the rank with most", (Curve("peak_memory_gib", "peak"),)),
 )
 
 
@@ -128,18 +139,25 @@ def read_metrics(folder: Path) -> Rows:
 
 
 def draw(runs: dict[str, Rows]) -> Figure:
-    """Draw the curves of runs, by label, in one row of panels. Panels without numbers are left out.
+    """Draw the curves of runs, by label: a row of panels on what is learned, and below it one on time and memory. Panels without
+    numbers are left out.
 
     Raises:
         UserError: no panel has numbers.
     """
-    panels = [panel for panel in PANELS if any(_has_numbers(rows, panel) for rows in runs.values())]
-    if not panels:
+    rows_of_panels = [
+        [panel for panel in group if any(_has_numbers(rows, panel) for rows in runs.values())] for group in (LEARNING, RESOURCES)
+    ]
+    if not rows_of_panels[0]:
         raise UserError(f"{', '.join(runs)}: {METRICS_FILE} has no finite loss or accuracy to draw")
     with mpl.rc_context({"font.size": 9, "legend.fontsize": 8.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(max(12, 4 * len(panels)), 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_panel(axes, panel, runs)
+        shown, columns = [row for row in rows_of_panels if row], max(map(len, rows_of_panels))
+        layout = ConstrainedLayoutEngine(w_pad=0.1, hspace=0.1)
+        figure = Figure(figsize=(max(12, 4 * columns), 4 * len(shown)), layout=layout)
+        grid = figure.add_gridspec(len(shown), columns)
+        for index, panels in enumerate(shown):
+            for place, panel in enumerate(panels):
+                _draw_panel(figure.add_subplot(grid[index, place]), panel, runs)
         if len(runs) == 1:
             figure.suptitle(next(iter(runs)), fontsize=11)
         else:
@@ -188,6 +206,8 @@ def _get_number(row: dict[str, float | None], metric: str) -> float:
     """The row's number, or NaN if there is none, which leaves a gap in the curve."""
     if metric == LN_N:
         return _get_number(row, "mi_lower_bound") + _get_number(row, "aux_loss")
+    if metric == DATA_WAIT:
+        return _get_number(row, "data_wait_fraction") * _get_number(row, "step_seconds")
     value = row.get(metric)
     return math.nan if value is None else value
 

@@ -22,6 +22,7 @@ from flame.attention.backends import find_head_dims, is_recurrent
 from flame.attention.families import list_layer_limits, tighten
 from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
+from flame.models.causal_lm import find_decoder_layers
 
 
 class ModelFlops:
@@ -33,9 +34,11 @@ class ModelFlops:
     """
 
     def __init__(self, lm: PreTrainedModel):
-        self.body = count_weights_used(lm)
+        self.body = count_weights_used(lm, lm.config)
+        self._by_layer = [count_weights_used(layer, lm.config) for layer in find_decoder_layers(lm)]
         self.head = lm.get_output_embeddings().weight.numel()
         self.channels = count_attention_channels(lm.config)
+        self._config = lm.config
 
     def count_causal_forward(self, lengths: Tensor) -> float:
         """FLOPs of the layers in a causal forward, without the output head.
@@ -45,10 +48,18 @@ class ModelFlops:
         """
         return 2 * self.body * float(lengths.sum()) + 4 * count_causal_attention(lengths, self.channels)
 
-    def count_future_forward(self, lengths: Tensor, window_k: int) -> float:
-        """FLOPs of the layers in an anti-causal forward; `lengths` as `count_causal_forward`."""
-        pairs = {limit: _count_later_pairs(lengths, tighten(limit, window_k)) for limit in self.channels}
-        return 2 * self.body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in self.channels.items())
+    def count_future_forward(self, lengths: Tensor, window_k: int, layers: int = 0) -> float:
+        """FLOPs of the layers in an anti-causal forward; `lengths` as `count_causal_forward`.
+
+        Args:
+            layers: decoder layers that run, from the first; 0 is all.
+        """
+        body, channels = self.body, self.channels
+        if layers:
+            body -= sum(self._by_layer[layers:])
+            channels = count_attention_channels(self._config, layers)
+        pairs = {limit: _count_later_pairs(lengths, tighten(limit, window_k)) for limit in channels}
+        return 2 * body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in channels.items())
 
     def count_privileged_forward(self, lengths: Tensor, view: Privileged) -> float:
         """FLOPs of the layers in a forward of `TrainingModel.encode_privileged`; `lengths` as `count_causal_forward`."""
@@ -80,17 +91,17 @@ def count_predicted(batch: PackedBatch) -> float:
     return float(batch.num_labels if batch.answers_only else batch.input_ids.shape[1])
 
 
-def count_weights_used(model: PreTrainedModel) -> float:
-    """Weights of the layers' matrices that one token is multiplied by. Of experts, only those that it is routed to count.
-    Embeddings and the output head do not count."""
-    head = model.get_output_embeddings()
+def count_weights_used(model: nn.Module, config: PretrainedConfig) -> float:
+    """Weights of the layers' matrices that one token is multiplied by, of a model or of a part of it. Of experts, only those that
+    it is routed to count. Embeddings and the output head do not count."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables |= set() if head is None else {id(head.weight)}
     used = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in tables and not name.endswith("bias"):
             is_of_experts = parameter.ndim == 3 and ".experts." in name
-            share = model.config.num_experts_per_tok / len(parameter) if is_of_experts else 1
+            share = config.num_experts_per_tok / len(parameter) if is_of_experts else 1
             used += parameter.numel() * share
     return used
 
@@ -100,11 +111,12 @@ def count_matrix_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
-def count_attention_channels(config: PretrainedConfig) -> dict[int, float]:
-    """Total width of the heads of all layers, the mean of queries and values, by window of the layer (0 is no limit)."""
+def count_attention_channels(config: PretrainedConfig, layers: int = 0) -> dict[int, float]:
+    """Total width of the heads of all layers, or of the first `layers`, the mean of queries and values, by window of the layer (0
+    is no limit)."""
     width = 0 if is_recurrent(config) else config.num_attention_heads * sum(find_head_dims(config)) / 2
     channels: dict[int, float] = defaultdict(float)
-    for limit in list_layer_limits(config):
+    for limit in list_layer_limits(config)[: layers or None]:
         channels[limit] += width
     return channels
 

@@ -30,7 +30,7 @@ class LayerOutput:
         self._states: Tensor | None = None
 
     def take(self) -> Tensor:
-        """States [rows, positions, d] after the layer, detached, in the layout of the pass. They are no longer kept here.
+        """States [rows, positions, d] after the layer, in the layout of the pass. They are no longer kept here.
 
         Raises:
             RuntimeError: the layer has not run since the reading began.
@@ -44,7 +44,7 @@ class LayerOutput:
     def keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         """The layer's forward hook."""
         if self.is_read:
-            self._states = (output[0] if isinstance(output, tuple) else output).detach()
+            self._states = output[0] if isinstance(output, tuple) else output
 
 
 _OUTPUTS: WeakKeyDictionary[nn.Module, LayerOutput] = WeakKeyDictionary()
@@ -52,7 +52,7 @@ _OUTPUTS: WeakKeyDictionary[nn.Module, LayerOutput] = WeakKeyDictionary()
 
 @contextmanager
 def read_layer(network: PreTrainedModel, depth: int) -> Iterator[LayerOutput]:
-    """Read the states after decoder layer `depth` of passes that run inside. Without gradient: they are targets.
+    """Read the states after decoder layer `depth` of passes that run inside.
 
     Call it after the layers have been wrapped (`flame.models.parallelize`).
 

@@ -24,6 +24,7 @@ from flame.data.batch import PackedBatch, build_batch
 from flame.data.document_streams import Cursor
 from flame.data.packing import PackedSequence
 from flame.errors import UserError
+from flame.models.first_layers import watch_next_layer
 from flame.models.wrapper import TrainingModel
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ def check_no_leak(
     with_future: bool,
     window_k: int = 0,
     network: PreTrainedModel | None = None,
+    layers: int = 0,
 ) -> None:
     """Change single tokens of a small random packed sequence and see which hidden states change.
 
@@ -106,16 +108,22 @@ def check_no_leak(
         with_future: also check the anti-causal pass.
         window_k: window of the anti-causal pass.
         network: what runs it; None is the language model.
+        layers: decoder layers that run, from the first; 0 is all.
 
     Raises:
         UserError: the model leaks, or computes other states than its own.
     """
     packs = build_packs(model.lm.config.vocab_size)
+    too_many: list[str] = []
 
     def run(root: TrainingModel) -> tuple[dict[str, tuple[Tensor, ...]], Tensor | None, torch.dtype]:
         def encode(batch: PackedBatch, direction: str) -> Tensor:
             batch = batch.to(device)
-            states = root.encode_past(batch) if direction == "causal" else root.encode_future(batch, window_k, network)
+            if direction == "causal":
+                return root.encode_past(batch).float().cpu()
+            with watch_next_layer(network or root.lm, layers) as ran:
+                states = root.encode_future(batch, window_k, network, layers)
+            too_many.extend(ran)
             return states.float().cpu()
 
         directions = ("causal", "future") if with_future else ("causal",)
@@ -141,6 +149,11 @@ def check_no_leak(
         faults.append(
             "is not supported: in a packed sequence, under the mask of its documents, it gives a document other states than its "
             "own attention (eager) gives to the document alone"
+        )
+    if too_many:
+        faults.append(
+            f"runs more than the first {layers} of its decoder layers, since it does not run the list that it keeps them in: set "
+            "future_encoder.layers to 0"
         )
     if faults:
         raise UserError(*(f"{name} {fault}; it cannot be trained here" for fault in faults))

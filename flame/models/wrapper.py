@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from flame.attention.backends import AttentionBackend, reverse_documents
 from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
+from flame.models.first_layers import run_first_layers
 from flame.models.layer_states import read_layer
 from flame.models.output_head import OutputHead, read_head
 
@@ -49,20 +50,24 @@ class TrainingModel(nn.Module):
             return self._backend.encode_past(self.lm, batch)
 
     def encode_past_and_layer(self, batch: PackedBatch, depth: int) -> tuple[Tensor, Tensor]:
-        """Causal forward: final hidden states [T, d], and those after decoder layer `depth` (from 1), [T, d] without gradient."""
+        """Causal forward: final hidden states [T, d], and those after decoder layer `depth` (from 1), [T, d], before any norm."""
         with read_layer(self.lm, depth) as layer:
             states = self.encode_past(batch)
             return states, self._backend.flatten(layer.take(), batch)
 
-    def encode_future(self, batch: PackedBatch, window_k: int = 0, network: PreTrainedModel | None = None) -> Tensor:
+    def encode_future(
+        self, batch: PackedBatch, window_k: int = 0, network: PreTrainedModel | None = None, layers: int = 0
+    ) -> Tensor:
         """Anti-causal forward: summaries [T, d] of each position's future.
 
         Args:
             window_k: tokens that each layer attends ahead; 0 is up to the end of the document.
             network: network of the same family that runs the pass; None is the language model.
+            layers: decoder layers that run, from the first; 0 is all.
         """
-        with record_function("anti-causal forward"):
-            return self._backend.encode_future(self.lm if network is None else network, batch, window_k)
+        network = self.lm if network is None else network
+        with record_function("anti-causal forward"), run_first_layers(network, layers):
+            return self._backend.encode_future(network, batch, window_k)
 
     def encode_privileged(self, batch: PackedBatch, view: Privileged) -> Tensor:
         """Forward in which tokens see what comes after them in their document: final hidden states [T, d], without gradient."""

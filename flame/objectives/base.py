@@ -68,7 +68,7 @@ class Setup:
     context_len: int
     """Longest chunk of a document, in tokens."""
     sequences_per_step: int
-    """Packed sequences of one optimizer step, over micro-steps and ranks."""
+    """Packed sequences of one optimizer step that have the loss, over micro-steps and ranks."""
 
     def get(self, kind: type[S]) -> S:
         """Return the section of this class from `companions`."""
@@ -115,6 +115,8 @@ class FuturePass(NamedTuple):
     """Keys at most this far ahead, in each layer; 0 is up to the end of the document."""
     network: PreTrainedModel | None = None
     """What runs it; None is the language model."""
+    layers: int = 0
+    """Decoder layers that run, from the first; 0 is all."""
 
 
 class WithLayer(NamedTuple):
@@ -123,7 +125,7 @@ class WithLayer(NamedTuple):
     prepared: Any
     """From `prepare`."""
     states: Tensor
-    """[T, d], states after that layer of the causal forward, without gradient."""
+    """[T, d], states after that layer of the causal forward; with gradient if `trains_layer_read`."""
 
 
 class LayerStack(NamedTuple):
@@ -151,6 +153,8 @@ class Objective(nn.Module):
     """Name of the metric that logs the mean count of a step; None logs none."""
     modules_belong_together: ClassVar[bool] = False
     """Its exported modules are taken from initial weights together or not at all."""
+    trains_layer_read: ClassVar[bool] = False
+    """Whether the states of `find_layer_read` carry gradient. Those that serve as labels must not."""
 
     def __init__(self, setup: Setup):
         super().__init__()

@@ -110,7 +110,7 @@ class LabelObjective(Objective):
     def count_flops(self, batch: PackedBatch, model: ModelFlops) -> AuxFlops:
         lengths = measure_lengths(batch)
         layers = self.list_counted_layers()
-        by_token = sum(map(count_weights_used, layers))
+        by_token = sum(count_weights_used(layer, layer.config) for layer in layers)
         attention = sum(count_causal_attention(lengths, count_attention_channels(layer.config)) for layer in layers)
         heads = self.count_head_weights() * count_predicted(batch)
         return AuxFlops(heads=6 * (by_token * float(lengths.sum()) + heads) + 12 * attention)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flame.data.batch import PackedBatch
 from flame.models.wrapper import TrainingModel
+from flame.objectives.cadence import Cadence
 from flame.objectives.gradients import compare_gradients, name_gradients, reshard_weights
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 from flame.runtime.distributed import get_gpu
@@ -20,10 +21,13 @@ from flame.runtime.measures import Measures
 from flame.runtime.seeds import derive_seed
 
 
-def is_probe_step(step: int, interval: int, start_step: int) -> bool:
-    """Whether to measure a step, counted from 1: every `interval` steps (0 is never) and the objective's first step. Measuring
-    the first step shows at once if the diagnostics do not fit in memory."""
-    return interval > 0 and (step == max(start_step, 1) or step % interval == 0)
+def is_probe_step(step: int, interval: int, cadence: Cadence) -> bool:
+    """Whether to measure a step that has the objective's loss: the first one, and the first one after each `interval` steps (0 is
+    never). Measuring the first one shows at once if the diagnostics do not fit in memory."""
+    if interval == 0 or not cadence.has_loss(step):
+        return False
+    previous = cadence.find_previous(step)
+    return previous is None or previous // interval < step // interval
 
 
 def measure_step(model: TrainingModel, batch: PackedBatch, run_seed: int, loss_weight: float, prepared: Any) -> Measures:

@@ -65,6 +65,8 @@ def compute_losses(model: TrainingModel, batch: PackedBatch, requested: Requeste
         hidden_states = model.encode_past(batch)
     else:
         hidden_states, layer_states = model.encode_past_and_layer(batch, depth)
+        assert objective is not None
+        layer_states = guard_gradient(layer_states) if objective.trains_layer_read else layer_states.detach()
         prepared = WithLayer(prepared, layer_states)
     positions = list_predicted(batch)
     ce_sum = None

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistError, DistNetworkError, TCPStore
 
@@ -83,9 +84,11 @@ class Machines:
         self._open(deadline)
         self._store.delete_key(f"{ENDING}/{self.place.number}")  # of a machine that this one replaces
         own = {"host": socket.gethostname(), "process": os.getpid(), "reached": self._reached}
-        found = self._store.compare_set(f"flame/here/{self.place.number}", "", json.dumps(own)).decode()
-        if json.loads(found) != own and not self.place.is_elastic:
-            other = json.loads(found)
+        key = f"flame/here/{self.place.number}"
+        other = json.loads(self._store.compare_set(key, "", json.dumps(own)).decode())
+        if other != own and (self.place.is_elastic or _has_ended(other)):
+            self._store.set(key, json.dumps(own))
+        elif other != own:
             if self._store.check(["flame/begun"]):
                 where = f"{self.place.host}:{self.place.port}"
                 line = f"the run at {where} has begun with {other['host']} as machine {self.place.number}"
@@ -212,6 +215,7 @@ class Watch:
         self._changed = threading.Condition()
         self._own: Ending | None = None
         self.others: dict[int, Ending] = {}
+        """The last word of each machine that has ended, and has not come back."""
         self.is_store_lost = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="machines", daemon=True)
@@ -259,11 +263,10 @@ class Watch:
                 if own is not None:
                     self._machines._put(own)
                     self._machines.read_hosts()
-                new = {}
-                if self._machines._store.check([ENDING]):
-                    new = {number: each for number, each in self._machines._read_endings().items() if number not in self.others}
+                found = self._machines._read_endings() if self._machines._store.check([ENDING]) else {}
                 with self._changed:
-                    self.others.update(new)
+                    new = {number: each for number, each in found.items() if self.others.get(number) != each}
+                    self.others = found
                     self._changed.notify_all()
                 for ending in new.values():
                     self._act(ending)
@@ -310,6 +313,19 @@ def retell(ending: Ending) -> Ending:
 
 def _shorten(error: Exception) -> str:
     return "in use" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
+
+
+def _has_ended(other: dict[str, Any]) -> bool:
+    """Whether the process that came with this machine's number was one of this host and is gone: it was started again."""
+    if other["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(other["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _is_of_earlier_start(client: TCPStore) -> bool:

@@ -22,7 +22,7 @@ from flame.models.flops import ModelFlops
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
-from flame.trainer.setup import build_weight_schedule
+from flame.trainer.setup import build_cadence, build_weight_schedule
 
 MOST_STEPS = 10**9
 """A budget of more is a slip."""
@@ -115,6 +115,7 @@ def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, do
     is_frozen = config.experimental.freeze_lm_for_infonce
     plain = sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches) / len(batches)
     aux = sum(sum(objective.count_flops(batch, flops)) for batch in batches) / len(batches) if objective is not None else 0.0
+    aux *= build_cadence(config).share
     per_step = config.training.gradient_accumulation_steps * config.world_size
     without = max(schedule.start_step - 1, 0) * per_step
     """Sequences before the objective's first step."""

@@ -19,6 +19,7 @@ from flame.config.profiling import Profiling
 from flame.config.run import Checkpoint, Metrics
 from flame.config.schema import JobConfig
 from flame.logging.writers.json_lines import METRICS_FILE
+from flame.objectives.registry import choose_objective
 from flame.runtime.distributed import get_rank
 from flame.runtime.json_lines import parse_line
 
@@ -38,6 +39,8 @@ def shorten(config: JobConfig) -> JobConfig:
     short.training.steps = STEPS
     short.training.audit = False
     short.objective.start_step = short.objective.warmup_steps = short.objective.decay_steps = 0
+    if (kind := choose_objective(short)) is not None:
+        short.get(kind.options).every = 1
     short.checkpoint = Checkpoint(
         enable_checkpoint=False,
         initial_load_path=config.checkpoint.branch_from or config.checkpoint.initial_load_path,

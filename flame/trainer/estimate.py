@@ -14,7 +14,7 @@ from flame.models.memory_estimate import Memory, estimate_memory
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
 from flame.trainer.budget import pack_first, resolve_steps
-from flame.trainer.setup import build_modules, build_weight_schedule, find_share, open_inputs
+from flame.trainer.setup import build_cadence, build_modules, build_weight_schedule, find_share, open_inputs
 
 GIB = 2**30
 MFU = 0.5
@@ -72,15 +72,15 @@ def estimate_run(config: JobConfig) -> Estimate:
     is_frozen = config.experimental.freeze_lm_for_infonce
     plain = per_step * sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches)
     aux = per_step * sum(sum(objective.count_flops(batch, flops)) for batch in batches) if objective is not None else 0.0
-    steps = config.training.steps
+    cadence, steps = build_cadence(config), config.training.steps
     aux_steps = max(steps - max(schedule.start_step - 1, 0), 0)
     return Estimate(
         model_weights=sum(weight.numel() for weight in model.lm.parameters()),
         objective_weights=sum(weight.numel() for weight in objective.parameters()) if objective is not None else 0,
         memory=memory,
         peak=peak,
-        step_flops=plain + aux,
-        run_flops=plain * steps + aux * aux_steps,
+        step_flops=plain + aux * cadence.num_chosen / cadence.num_sequences,
+        run_flops=plain * steps + aux * cadence.share * aux_steps,
         steps=steps,
     )
 

@@ -128,19 +128,22 @@ class RunMeters:
         for name, measure in measures.items():
             self.metrics.record(name, measure)
 
-    def count_step(self, step: int, batches: Sequence[PackedBatch], weight: float, counts: StepCounts, *, trained: bool) -> None:
+    def count_step(
+        self, step: int, batches: Sequence[PackedBatch], marked: Sequence[bool], counts: StepCounts, *, trained: bool
+    ) -> None:
         """Count the tokens and FLOPs of a step, and write its documents to the data audit.
 
         Args:
+            marked: for each micro-step, whether it has the objective's loss.
             trained: whether the step has changed the weights.
         """
         if self._audit is not None:
             self._audit.record(step, list(batches), trained=trained)
         self.throughput.count_step(counts.tokens)
-        for batch in batches:
+        for batch, has_loss in zip(batches, marked, strict=True):
             next_token = self._model_flops.count_next_token(batch, is_frozen=self._is_frozen)
             aux = AuxFlops()
-            if weight > 0 and self._objective is not None:
+            if has_loss and self._objective is not None:
                 aux = self._objective.count_flops(batch, self._model_flops)
             self.throughput.count_flops(Flops(next_token, *aux))
 

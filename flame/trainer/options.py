@@ -19,6 +19,7 @@ from flame.config.types import Section
 from flame.data.sources.registry import find_data_conflicts, list_sections, list_used, load_user_sections
 from flame.errors import UserError
 from flame.logging.run_log import choose_writers
+from flame.objectives.options import find_cadence_conflicts
 from flame.objectives.registry import BUILT_IN, choose_kind, choose_objective, load_user_objective
 
 HELP = ("--help", "-h")
@@ -148,6 +149,8 @@ def find_all_conflicts(job: JobConfig) -> Iterator[str]:
         return
     for name, section in (kind.sections if kind else {}).items():
         yield from call_rules(job.get(section).find_conflicts, job, name)
+    if kind is not None:
+        yield from find_cadence_conflicts(job, job.get(kind.options))
     if job.experimental.freeze_lm_for_infonce and not (kind and kind.options.trains_without_lm):
         yield (
             "experimental.freeze_lm_for_infonce = true leaves nothing to train: it needs an objective that trains modules of its "

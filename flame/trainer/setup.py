@@ -31,6 +31,7 @@ from flame.models.memory import Share, check_memory, find_moment_bytes
 from flame.models.parallelize import parallelize, place_buffers
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import FuturePass, Objective, Setup
+from flame.objectives.cadence import Cadence
 from flame.objectives.registry import choose_objective
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import get_objective
@@ -123,7 +124,7 @@ def build_modules(config: JobConfig, model_config: PretrainedConfig, device_type
             seed=training.seed,
             seq_len=training.seq_len,
             context_len=training.context_len,
-            sequences_per_step=training.gradient_accumulation_steps * config.world_size,
+            sequences_per_step=build_cadence(config).num_chosen,
         )
         with torch.device("meta"):
             objective = kind.load()(setup)
@@ -213,6 +214,26 @@ def build_weight_schedule(config: JobConfig) -> WeightSchedule:
     kind, choice = choose_objective(config), config.objective
     weight = config.get(kind.options).loss_weight if kind is not None else 0.0
     return WeightSchedule(weight, choice.start_step, choice.warmup_steps, choice.decay_steps, config.schedule_steps)
+
+
+def build_cadence(config: JobConfig) -> Cadence:
+    """Which steps and packed sequences have the objective's loss."""
+    kind, training = choose_objective(config), config.training
+    total = training.gradient_accumulation_steps * config.world_size
+    if kind is None:
+        return Cadence(num_sequences=total, num_chosen=total, ranks=config.world_size)
+    options = config.get(kind.options)
+    chosen = round(options.sequence_share * total)
+    return Cadence(
+        options.every,
+        options.draw_step,
+        training.seed,
+        total,
+        chosen,
+        config.world_size,
+        config.objective.start_step,
+        options.keep_mean_weight,
+    )
 
 
 def open_validator(

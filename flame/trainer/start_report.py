@@ -15,7 +15,7 @@ from flame.objectives.step import get_objective
 from flame.runtime.distributed import get_world_size
 from flame.trainer.estimate import find_shortage
 from flame.trainer.options import list_idle_options
-from flame.trainer.setup import build_weight_schedule
+from flame.trainer.setup import build_cadence, build_weight_schedule
 from flame.trainer.validation import Validator
 
 logger = logging.getLogger("flame")
@@ -42,7 +42,8 @@ def report_start(
         logger.info("objective: next_token alone")
     else:
         first = max(schedule.start_step, 1)
-        logger.info("objective: %s, loss_weight %s from step %d on", objective.name, schedule.loss_weight, first)
+        cadence = build_cadence(config).describe()
+        logger.info("objective: %s, loss_weight %s from step %d on%s", objective.name, schedule.loss_weight, first, cadence)
     logger.info("%d tokens a step, from", training.seq_len * training.gradient_accumulation_steps * world_size)
     for line in mixture.describe():
         logger.info("  %s", line)

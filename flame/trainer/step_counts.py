@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from flame.data.batch import PackedBatch
@@ -40,17 +41,22 @@ class StepCounts(NamedTuple):
 def count_over_ranks(
     batches: Sequence[PackedBatch],
     objective: Objective | None,
+    marked: Sequence[bool],
     source_names: Sequence[str],
     is_stop_requested: bool,
     has_mistake: bool,
 ) -> StepCounts:
-    """Count the packed sequences of one step, in one collective on the CPU, which does not wait for the GPU."""
+    """Count the packed sequences of one step, in one collective on the CPU, which does not wait for the GPU.
+
+    Args:
+        marked: for each micro-step, whether it has the objective's loss.
+    """
     by_source = [sum(batch.input_ids.numel() for batch in batches if batch.source == name) for name in source_names]
     stop_votes, mistakes, labels, aux, bad_rows, *tokens = sum_over_ranks(
         is_stop_requested,
         has_mistake,
         sum(batch.num_labels for batch in batches),
-        sum(objective.count(batch) for batch in batches) if objective is not None else 0,
+        sum(map(objective.count, compress(batches, marked))) if objective is not None else 0,
         sum(batch.bad_rows for batch in batches),
         *by_source,
     )

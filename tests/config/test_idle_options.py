@@ -48,7 +48,9 @@ def set_value(job: JobConfig, key: str, value: object) -> None:
 
 def fulfil(job: JobConfig, when: When, section: str) -> None:
     key = when.resolve(section)
-    if when.values:
+    if when.above is not None:
+        set_value(job, key, when.above + 1)
+    elif when.values:
         set_value(job, key, when.values[0])
     else:
         set_value(job, key, True if TABLE.schemas[key]["type"] == "boolean" else choose_other(key))
@@ -98,11 +100,12 @@ NEEDS = {"fsp_revlm.train_reverse": ["--checkpoint.initial_load_path=first/hf"]}
 def test_options_of_an_objective_are_used_by_it_alone(objective, section):
     """Those without conditions of their own."""
     free = [each.name for each in fields(TABLE.sections[section]) if not get_declaration(each).applies]
+    with_shares = [*MODEL, "--training.gradient_accumulation_steps=2"]
     for name in free:
         key = f"{section}.{name}"
         word = f"--{key}={str(choose_other(key)).lower()}"
         for other in BUILT_IN:
-            argv = [*MODEL, f"--objective.name={other}", word, *NEEDS.get(key, [])]
+            argv = [*with_shares, f"--objective.name={other}", word, *NEEDS.get(key, [])]
             listed = list_idle_options(read_options(argv, 1))
             assert listed == ([] if other == objective else [key]), other
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from flame.objectives.options import ObjectiveOptions
 from flame.objectives.registry import choose_objective
 from flame.trainer.options import list_idle_options, read_options
 from tests.support.options import MODEL, read_mistakes
@@ -68,7 +70,8 @@ def test_its_options_may_stand_in_the_file_that_names_it(file, tmp_path):
     write(file, OWN)
     (tmp_path / "run.toml").write_text(f'[objective]\npath = "{file.name}"\n[mine]\nwidth = 5\n')
     job = read_options([*MODEL, "--job.config_file=run.toml"], 1)
-    assert job.to_dict()["mine"] == {"loss_weight": 1.0, "width": 5}
+    shared = {each.name: each.default for each in fields(ObjectiveOptions)}
+    assert job.to_dict()["mine"] == shared | {"width": 5}
 
 
 @pytest.mark.parametrize("name", ["next_token", "mtp"])

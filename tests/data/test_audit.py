@@ -75,15 +75,16 @@ def read_metrics_so_far(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_every_token_once_over_kills_and_changed_ranks(workspace, tmp_path, capsys):
-    """World sizes 1 -> 4 -> 2 -> 3, each start but the last killed between two checkpoints, until epoch 0 is over everywhere."""
+@pytest.mark.parametrize("ranks", [(1, 2), pytest.param((1, 4, 2, 3), marks=pytest.mark.long)], ids=str)
+def test_every_token_once_over_kills_and_changed_ranks(workspace, tmp_path, capsys, ranks):
+    """Each start but the last is killed between two checkpoints. The last goes on until epoch 0 is over everywhere."""
     run = tmp_path / "run"
-    kill_after_step(1, workspace, run, 3, **CHANGES, training__steps=1000)
-    kill_after_step(4, workspace, run, 9, **CHANGES, training__steps=1000)
-    kill_after_step(2, workspace, run, 17, **CHANGES, training__steps=1000)
+    *killed, last = ranks
+    for number, count in enumerate(killed):
+        kill_after_step(count, workspace, run, 3 + 7 * number, **CHANGES, training__steps=1000)
     resumed = json.loads((list_checkpoints(run / "checkpoint")[-1] / TRAINER_FILE).read_text())["step"]
-    assert resumed >= 16
-    run_ranks(3, workspace, run, **CHANGES, training__steps=resumed + 80)
+    assert resumed >= 2 + 7 * (len(killed) - 1)
+    run_ranks(last, workspace, run, **CHANGES, training__steps=resumed + 240 // last)
 
     documents = [json.loads(line)["text"] for line in (workspace / "corpus.jsonl").read_text().splitlines()]
     lengths = {document: len(text.encode()) + 1 for document, text in enumerate(documents)}

@@ -144,3 +144,14 @@ def test_validation_is_a_curve_of_its_own() -> None:
     (axes,) = draw({"run": rows}).axes
     curves = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     assert curves == {"cross entropy": ([1, 2, 3], [3.0, 2.0, 1.5]), "validation": ([2, 4], [2.5, 1.75])}
+
+
+def test_time_and_memory_have_a_row_below(tmp_path):
+    speed = {"step_seconds": 0.5, "data_wait_fraction": 0.2, "tokens_per_second": 128.0, "peak_memory_gib": 2.5}
+    rows = read_metrics(write_run(tmp_path / "a", CE | FUTURE | speed, CE | FUTURE | speed | {"step_seconds": 0.25}))
+    figure = draw({"a": rows})
+    assert read_titles(figure)[3:] == ["Time of a step", "Speed", "Memory"]
+    time, speed_panel, memory = get_panels(figure)[3:]
+    assert read_curves(time) == {"whole step": [0.5, 0.25], "waiting for data": [0.1, 0.05]}
+    assert read_curves(speed_panel) == {"all GPUs": [128.0, 128.0]} and read_curves(memory) == {"peak": [2.5, 2.5]}
+    assert [axes.get_subplotspec().rowspan.start for axes in get_panels(figure)] == [0, 0, 0, 1, 1, 1]

@@ -251,6 +251,36 @@ def test_a_leak_behind_a_teacher_s_zero_weights_is_found():
     assert not any(layer.attention.o_proj.weight.any() for layer in model.objective.teacher.model.layers)
 
 
+def test_passes_of_the_first_layers_alone_are_checked():
+    for changes in ({}, {"target": "random"}):
+        model = build_unsharded(future_config(layers=1, **changes), load_model_config(str(EXAMPLE)))
+        future = get_own(model).find_future_pass()
+        assert future.layers == (0 if changes else 1)
+        check_no_leak(model, CPU, True, *future)
+
+
+def test_a_model_that_runs_another_list_is_rejected():
+    model = build_example()
+    layers = list(model.lm.model.layers)
+    model.lm.model.forward = _run_from_a_list_of_its_own(model.lm.model, layers)
+    check_no_leak(model, CPU, True)
+    with pytest.raises(UserError, match=r"runs more than the first 1 of its decoder layers.*future_encoder.layers to 0"):
+        check_no_leak(model, CPU, True, layers=1)
+
+
+def _run_from_a_list_of_its_own(base: torch.nn.Module, layers: list[torch.nn.Module]):
+    forward = type(base).forward
+
+    def run(*args, **kwargs):
+        kept, base.layers = base.layers, torch.nn.ModuleList(layers)
+        try:
+            return forward(base, *args, **kwargs)
+        finally:
+            base.layers = kept
+
+    return run
+
+
 def test_a_forward_that_refuses_what_it_is_given_is_one_line():
     def refuse(_):
         raise TypeError("unexpected keyword argument")
@@ -297,14 +327,14 @@ def test_which_families_are_checked(tmp_path):
 
 
 def test_a_run_begins_with_the_check(workspace, tmp_path, monkeypatch, capsys):
-    def refuse(model, device, with_future, window_k, network):
-        raise UserError(f"checked with {with_future}, {window_k}, {network}")
+    def refuse(model, device, with_future, window_k, network, layers):
+        raise UserError(f"checked with {with_future}, {window_k}, {network}, {layers}")
 
     monkeypatch.setattr("flame.trainer.setup.check_no_leak", refuse)
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json"}
     with pytest.raises(SystemExit):
-        run_here(workspace, tmp_path / "run", future_encoder__future_k=5, **changes)
-    assert "checked with True, 5, None" in capsys.readouterr().err
+        run_here(workspace, tmp_path / "run", future_encoder__future_k=5, future_encoder__layers=1, **changes)
+    assert "checked with True, 5, None, 1" in capsys.readouterr().err
 
 
 def test_every_run_compares_its_logits_with_the_models_own(workspace, tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ def test_it_is_what_the_library_says_document_by_document(in_rows, depth):
     with patch.object(backends, "is_cheaper_in_rows", return_value=in_rows), read_layer(model, depth) as layer:
         backend.encode_past(model, batch)
         states = backend.flatten(layer.take(), batch)
-    assert not states.requires_grad
+    assert states.requires_grad, "whoever takes labels from it detaches them"
     torch.testing.assert_close(states, torch.cat(encode_alone(model, batch, depth)), rtol=1e-5, atol=1e-6)
 
 
@@ -74,6 +74,23 @@ def test_a_recomputed_layer_is_read_once_and_nothing_is_kept():
     backend.encode_past(again, batch)
     with read_layer(again, 1) as layer, pytest.raises(RuntimeError):  # the pass before was not read
         layer.take()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradients_of_an_early_layer_s_states_are_those_without_recomputation(mode):
+    batch, gradients = random_batch(random_cu_seqlens(30, 5, seed=3)), []
+    backend = MaskedBackend("sdpa", find_limits(tiny_llama()))
+    for recompute in ("none", mode):
+        model = build()
+        if recompute != "none":
+            _checkpoint_activations(find_decoder_layers(model), recompute)
+        with read_layer(model, 1) as layer:
+            final = backend.encode_past(model, batch)
+            states = layer.take()
+        (final.square().sum() + states.sin().sum()).backward()
+        gradients.append([parameter.grad for parameter in model.base_model.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

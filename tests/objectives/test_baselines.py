@@ -415,7 +415,7 @@ def test_the_flash_attention_of_gpus_gives_the_same(name):
 
 def count_weights(objective: LabelObjective) -> tuple[float, float]:
     """Weights that a token meets in the layers, and behind them where something is predicted."""
-    return sum(map(count_weights_used, objective.layers)), objective.count_head_weights()
+    return sum(count_weights_used(each, each.config) for each in objective.layers), objective.count_head_weights()
 
 
 def test_weights_that_are_counted():

@@ -20,6 +20,7 @@ from flame.attention.masks import draw_anchors, find_anchors
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
 from flame.models.wrapper import TrainingModel
+from flame.objectives.cadence import Cadence
 from flame.objectives.future import representations
 from flame.objectives.future.objective import FutureObjective
 from flame.objectives.future.options import PredictorOptions
@@ -370,7 +371,8 @@ def test_training_is_the_same_with_and_without_diagnostics(workspace, tmp_path, 
     ("start_step", "interval", "expected"), [(0, 0, []), (0, 1, [*range(1, 10)]), (0, 4, [1, 4, 8]), (0, 20, [1]), (5, 4, [5, 8])]
 )
 def test_the_first_step_and_each_so_many_th_are_measured(start_step, interval, expected):
-    assert [step for step in range(max(start_step, 1), 10) if is_probe_step(step, interval, start_step)] == expected
+    cadence = Cadence(start_step=start_step)
+    assert [step for step in range(1, 10) if is_probe_step(step, interval, cadence)] == expected
 
 
 def test_diagnostics_compare_with_the_negatives_of_the_step(workspace, tmp_path, monkeypatch):

@@ -88,10 +88,10 @@ def test_a_pack_is_the_sum_of_its_documents(name, answers_only):
 def test_the_anti_causal_pass_that_is_read_is_named():
     """A model of an unknown family is checked in it; where an objective of one's own says nothing, in the language model's."""
     assert all(get_own(build_objective(name)).find_future_pass() is None for name in READ_NO_FUTURE)
-    assert get_own(build_objective("skip_token")).find_future_pass() == (0, None)
-    assert get_own(build_objective("future", future_k=3)).find_future_pass() == (3, None)
+    assert get_own(build_objective("skip_token")).find_future_pass() == (0, None, 0)
+    assert get_own(build_objective("future", future_k=3)).find_future_pass() == (3, None, 0)
     taught = get_own(build_objective("future", future_k=3, target="random"))
-    assert taught.find_future_pass() == (3, taught.teacher) and taught.teacher is not None
+    assert taught.find_future_pass() == (3, taught.teacher, 0) and taught.teacher is not None
     assert all(get_own(build_objective("future", target=t)).find_future_pass() is None for t in ("causal", "mean_embedding"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -41,7 +42,7 @@ from flame.trainer.options import read_options
 from flame.trainer.setup import build_weight_schedule
 from flame.weights.export import name_objective_file
 from flame.weights.tensors import read_model_tensors
-from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens
+from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.models import pack as pack_tokens
 from tests.support.objectives import OPTIONS, choose
 from tests.support.ranks import PROCESSES
@@ -71,6 +72,8 @@ CASES: dict[str, dict[str, object]] = {
     "stp": {"objective__name": "stp"},
     "random": {"future_encoder__target": "random", "future_encoder__estimator_type": "bilinear", "optimizer__lr": 1e-3},
     "ema": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "future_encoder__estimator_type": "cosine"},
+    "shallow": {"future_encoder__layers": 1},
+    "shallow, ema": {"future_encoder__layers": 1, "future_encoder__target": "ema", "future_encoder__ema_decay": 0.5},
     "mean_embedding": {"future_encoder__target": "mean_embedding", "future_encoder__estimator_type": "smooth_l1"},
     "causal": {"future_encoder__target": "causal", "future_encoder__projection_dim": 16},
     "shuffled": {"future_encoder__target": "shuffled", "future_encoder__max_anchors": 20},
@@ -81,6 +84,7 @@ CASES: dict[str, dict[str, object]] = {
         "future_encoder__learnable_temperature": True,
     },
     "embedding": {"future_predictor__input": "embedding"},
+    "early guess": {"future_predictor__layer": 1},
 }
 BASELINES = ("mtp", "mtp_forward", "mtp_sequential", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret", "stp")
 WITHOUT_PARAMETERS = ("regret", "stp")
@@ -456,6 +460,32 @@ def test_the_mean_embedding_as_target(window):
     losses = model(compute_losses, batch, Requested(aux=True))
     assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(average_ahead(embeddings, batch.segment_ids[0], window), means, rtol=1e-9, atol=1e-12)
+
+
+def test_a_guess_from_an_early_layer():
+    """Its input is that layer's states, of each document alone, and its loss trains that layer and those before it."""
+    config = future_config(PredictorOptions(layer=1))
+    model = build_unsharded(config, tiny_llama(num_hidden_layers=3)).double()
+    batch = random_batch(random_cu_seqlens(30, 4, seed=7))
+    states = []
+    with torch.no_grad():
+        for a, b in itertools.pairwise(batch.cu_seqlens.tolist()):
+            outputs = model.lm.model(batch.input_ids[:, a:b], output_hidden_states=True, use_cache=False)
+            states.append(outputs.hidden_states[1][0])
+        expected = contrast_by_loop(model, [batch], [model.encode_future(batch, 0)], [torch.cat(states)])
+    losses = model(compute_losses, batch, Requested(aux=True))
+    assert losses.aux.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+    losses.aux.loss_sum.backward()
+    trained = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in model.lm.model.layers]
+    assert trained == [True, False, False]
+
+
+def test_the_layer_of_a_guess_must_exist(workspace, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, tmp_path / "run", future_predictor__layer=2)
+    line = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in line
+    assert line.startswith("future_predictor.layer = 2 is no less than the model's num_hidden_layers = 2: set it to 0")
 
 
 def test_a_mean_embedding_is_the_same_to_the_bit_wherever_its_document_is():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +94,20 @@ def test_two_machines_with_one_number_are_refused(threads: ThreadPoolExecutor, p
     assert len(read_lines(first)) == len(read_lines(second)) == 1
 
 
+def test_a_machine_that_was_started_again_before_the_run_began_takes_its_place(threads: ThreadPoolExecutor, port: int) -> None:
+    first = threads.submit(meet, place(0, port, 3, 3))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    again = Machines(place(1, port, 3, 3), TIMEOUT)
+    again._open(time.monotonic() + TIMEOUT)
+    earlier = {"host": socket.gethostname(), "process": gone.pid, "reached": "127.0.0.1"}
+    again._store.set("flame/here/1", json.dumps(earlier))
+    second, third = threads.submit(again.meet), threads.submit(meet, place(2, port, 3, 3))
+    assert first.result(TIMEOUT).hosts.keys() == {0, 1, 2}
+    second.result(TIMEOUT)
+    third.result(TIMEOUT)
+
+
 def test_a_port_in_use_is_one_line(port: int) -> None:
     with (
         socket.create_server(("", port)),
@@ -141,6 +157,20 @@ def test_endings_reach_the_others(threads: ThreadPoolExecutor, port: int) -> Non
     first.tell(Ending(Kind.CAUSE, 137, ["killed"]))
     second.wait_for(lambda watch: bool(watch.causes))
     assert [each.lines for each in second.causes] == [["killed"]]
+    assert first.close() and second.close()
+
+
+def test_a_machine_that_comes_back_may_end_again(threads: ThreadPoolExecutor, port: int) -> None:
+    seen: list[list[str]] = []
+    _, first, again, second = watch_two(threads, port, lambda ending: seen.append(ending.lines))
+    for text in ("killed", "killed", "out of memory"):
+        second.tell(Ending(Kind.CAUSE, 137, [text]))
+        first.wait_for(lambda watch: not watch.missing)
+        assert first.causes[0].lines == [text]
+        again._store.delete_key(f"{module.ENDING}/1")  # as `meet` does
+        first.wait_for(lambda watch: watch.missing == [1])
+        assert first.missing == [1] and not first.causes
+    assert seen == [["killed"], ["killed"], ["out of memory"]]
     assert first.close() and second.close()
 
 

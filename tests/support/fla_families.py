@@ -66,9 +66,9 @@ def take_first_kernel_config() -> None:
     patch.object(Autotuner, "_bench", lambda *args, **options: [0.0, 0.0, 0.0]).start()
 
 
-def build_model(name: str, device: torch.device) -> TrainingModel:
+def build_model(name: str, device: torch.device, **changes: object) -> TrainingModel:
     """With weights jittered; bfloat16 on GPUs."""
-    toy = build_toy(name, **({"hidden_size": 64} if device.type == "cpu" else {}))
+    toy = build_toy(name, **({"hidden_size": 64} if device.type == "cpu" else {}), **changes)
     model = build_modules(future_config(), toy, "cuda")  # these families are built alike for all devices
     materialize(model, device, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -126,6 +126,19 @@ def check_packed_equals_one_by_one(name: str, device: torch.device) -> None:
             assert error < TOLERANCE[device.type], (direction, start, error.item())
 
 
+def check_first_layers(name: str, device: torch.device) -> None:
+    """The anti-causal pass of the first two layers is that of a model of two layers."""
+    whole, short = (build_model(name, device, num_hidden_layers=layers) for layers in (3, 2))
+    assert not short.load_state_dict(whole.state_dict(), strict=False).missing_keys
+    cu, tokens = _boundaries(device)
+    batch = pack(tokens, cu).to(device)
+    with torch.no_grad():
+        found, expected, other = whole.encode_future(batch, layers=2), short.encode_future(batch), whole.encode_future(batch)
+    for states, is_equal in ((found, True), (other, False)):
+        error = ((states - expected).float().norm() / expected.float().norm()).item()
+        assert (error < TOLERANCE[device.type]) == is_equal, (is_equal, error)
+
+
 def check_loss_is_the_familys_own(name: str, device: torch.device) -> None:
     """One document: our cross entropy is what the family's own forward returns for labels."""
     model = build_model(name, device)
@@ -149,7 +162,7 @@ def check_loaded_class(name: str) -> None:
         assert type(load_model_config(folder)).__module__.startswith("fla.")
 
 
-CHECKS = (check_loss_is_the_familys_own, check_no_leak, check_packed_equals_one_by_one)
+CHECKS = (check_loss_is_the_familys_own, check_no_leak, check_packed_equals_one_by_one, check_first_layers)
 
 if __name__ == "__main__":
     take_first_kernel_config()

@@ -121,7 +121,7 @@ def test_without_checkpoints_a_stopped_run_says_so(workspace, tmp_path, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.long)])
 def test_a_signal_to_the_launcher_stops_both_ranks_and_the_same_command_goes_on(workspace, tmp_path, plain_run, name):
     """Through train.sh: code 75, no report of a failure, a checkpoint of the last logged step."""
     run = tmp_path / "run"

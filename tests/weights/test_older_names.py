@@ -102,7 +102,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_4_computes_the_same(exported, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "older"), *OLDER]
     if subprocess.run(command, capture_output=True).returncode:

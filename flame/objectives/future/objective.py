@@ -17,19 +17,19 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from flame.attention.backends import is_recurrent
 from flame.data.batch import PackedBatch
+from flame.errors import UserError
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
-from flame.models.causal_lm import build_on_meta, find_decoder_layers
+from flame.models.causal_lm import find_decoder_layers
 from flame.models.estimators import ESTIMATORS
 from flame.models.flops import ModelFlops, count_matrix_weights, measure_lengths, measure_suffixes
 from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
 from flame.models.wrapper import TrainingModel
-from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup, Task
+from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup, Task, WithLayer
 from flame.objectives.future.anchors import (
     Anchors,
     choose_shift,
@@ -43,20 +43,24 @@ from flame.objectives.future.negatives import GlobalCandidates, LocalCandidates,
 from flame.objectives.future.options import TAUGHT, FutureOptions, PredictorOptions
 from flame.objectives.future.representations import ProbeSample, measure_representations
 from flame.objectives.future.summaries import find_horizon, shuffle_valid, summarize
+from flame.objectives.future.teacher import build_teacher, move_average
 from flame.runtime.measures import Last, Mean, Measures
 from flame.runtime.seeds import derive_seed
 
 CARD_OPTIONS = (
     "loss_weight",
+    "every",
+    "sequence_share",
     "target",
     "target_shift",
     "target_shift_max",
     "future_k",
+    "layers",
     "temperature",
     "learnable_temperature",
 )
 """Options that the model card shows."""
-TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "projection_dim", "estimator_type")
+TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "layers", "projection_dim", "estimator_type")
 """Options that decide what predictor and estimator learn."""
 KEPT_OF_TOKENS, KEPT_OF_ANCHORS, BFLOAT16_BYTES = 2, 8, 2
 """Vectors of the model's width that are kept, for the estimate of memory: measured, 10 in all (docs/performance.md)."""
@@ -78,6 +82,7 @@ class FutureObjective(Objective):
     Options: ClassVar[type[FutureOptions]] = FutureOptions
     count_metric: ClassVar[str | None] = "anchors"
     modules_belong_together: ClassVar[bool] = True
+    trains_layer_read: ClassVar[bool] = True
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -85,9 +90,12 @@ class FutureObjective(Objective):
         self.options = options = setup.options
         self.predictor_options = head = setup.get(PredictorOptions)
         config = setup.lm.config
-        teacher = None
-        if options.target in TAUGHT:
-            teacher = build_on_meta(config, setup.device_type, setup.attention).requires_grad_(False)
+        if head.layer >= config.num_hidden_layers:
+            raise UserError(
+                f"future_predictor.layer = {head.layer} is no less than the model's num_hidden_layers = "
+                f"{config.num_hidden_layers}: set it to 0 to read the last hidden states"
+            )
+        teacher = build_teacher(setup, options.layers) if options.target in TAUGHT else None
         self._fp8: Fp8Switch | None = None
         if options.uses_fp8:
             check_fp8(setup.device_type)
@@ -112,6 +120,11 @@ class FutureObjective(Objective):
             yield (
                 f"future_encoder.projection_dim = {options.projection_dim} is no less than the model's hidden_size = "
                 f"{config.hidden_size}: set it to 0 to compare in the model's width"
+            )
+        if options.pass_layers >= config.num_hidden_layers:
+            yield (
+                f"future_encoder.layers = {options.layers} is no less than the model's num_hidden_layers = "
+                f"{config.num_hidden_layers}: set it to 0 to run all layers"
             )
         if is_recurrent(config):
             what = f'model_type "{config.model_type}" reads reversed documents'
@@ -143,7 +156,14 @@ class FutureObjective(Objective):
     def find_future_pass(self) -> FuturePass | None:
         if self.options.target in ("mean_embedding", "causal"):
             return None
-        return FuturePass(self.options.future_k, self.teacher)
+        return FuturePass(self.options.future_k, self.teacher, self._count_run_layers())
+
+    def find_layer_read(self) -> int | None:
+        return (self.predictor_options.layer or None) if self.predictor_options.input == "hidden_states" else None
+
+    def _count_run_layers(self) -> int:
+        """Layers of its network that the anti-causal pass runs; 0 is all, as of a teacher, which has no others."""
+        return self.options.pass_layers if self.teacher is None else 0
 
     # ---------------------------------------------------------------- in a step
 
@@ -171,10 +191,13 @@ class FutureObjective(Objective):
         backbone: TrainingModel,
         hidden_states: Tensor,
         batch: PackedBatch,
-        prepared: Prepared,
+        prepared: Prepared | WithLayer,
         *,
         with_sample: bool = False,
     ) -> AuxLoss:
+        if isinstance(prepared, WithLayer):
+            prepared, hidden_states = prepared
+        assert isinstance(prepared, Prepared)
         anchors = prepared.anchors
         if self.predictor_options.input == "embedding":
             hidden_states = backbone.embed_tokens(batch).detach()
@@ -206,7 +229,7 @@ class FutureObjective(Objective):
     def summarize(self, backbone: TrainingModel, batch: PackedBatch) -> Tensor:
         """Summaries [T, d], detached. Where only answers count, those in prompts may be anything."""
         with self._fp8.on() if self._fp8 is not None else nullcontext():
-            return summarize(backbone, batch, self.options, self.teacher).detach()
+            return summarize(backbone, batch, self.options, self.teacher, self._count_run_layers()).detach()
 
     def _collect_candidates(self, backbone: TrainingModel, batch: PackedBatch, anchors: Anchors) -> LocalCandidates:
         """Summaries that the anchors of a packed sequence predict, one row each. They are also the negatives of one another."""
@@ -224,12 +247,9 @@ class FutureObjective(Objective):
                 targets, keys = targets[order], None if keys is None else keys[order]
             return LocalCandidates(self.estimator.encode_targets(targets), anchors.is_valid, keys)
 
-    @torch.no_grad()
     def _move_average(self, backbone: TrainingModel, decay: float) -> None:
-        """Update the running average of the weights: decay * average + (1 - decay) * language model."""
         if self.teacher is not None and self.options.target == "ema":
-            averages, weights = _list_local(self.teacher), _list_local(backbone.lm)
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            move_average(self.teacher, backbone.lm, decay)
 
     # ---------------------------------------------------------------- what is reported
 
@@ -249,7 +269,7 @@ class FutureObjective(Objective):
             return model.count_causal_forward(lengths)
         if batch.answers_only:
             lengths = measure_suffixes(batch)
-        return model.count_future_forward(lengths, self.options.future_k)
+        return model.count_future_forward(lengths, self.options.future_k, self.options.pass_layers)
 
     def _count_comparison(self, batch: PackedBatch) -> float:
         options, total = self.options, batch.input_ids.shape[1]
@@ -285,7 +305,8 @@ class FutureObjective(Objective):
         options, seed = self.options, self.setup.seed
         teacher = f"a random network of training.seed = {seed}" if options.target == "random" else "no random network"
         named = {f"{options.section}.{name}": getattr(options, name) for name in TASK_OPTIONS}
-        return Task({"teacher": teacher}, named | {f"{PredictorOptions.section}.input": self.predictor_options.input})
+        head = {f"{PredictorOptions.section}.{name}": getattr(self.predictor_options, name) for name in ("input", "layer")}
+        return Task({"teacher": teacher}, named | head)
 
     def describe_training(self) -> str:
         options = self.options
@@ -309,14 +330,3 @@ class FutureObjective(Objective):
             f"future_encoder.{self.options.describe_shift()} more tokens of its document (or answer): lower it, or check why "
             "documents are so short"
         )
-
-
-def _list_local(network: PreTrainedModel) -> list[Tensor]:
-    """This rank's shards of all weights, and the saved buffers, such as the correction of a router's scores."""
-    saved = [
-        buffer
-        for module in network.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
-    return [each.to_local() if isinstance(each, DTensor) else each for each in (*network.parameters(), *saved)]

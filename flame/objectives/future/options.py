@@ -47,6 +47,9 @@ class PredictorOptions(Section):
     """Architecture of the head."""
     input: Literal["hidden_states", "embedding"] = "hidden_states"
     """Input of the head: the hidden states or, as a control, only the current token's embedding, without gradient."""
+    layer: NonNegativeInt = option(0, applies=When("input", ("hidden_states",)))
+    """Decoder layer whose states are the input of the head; 0 is the last, after the network's last norm. The future loss then
+    trains this layer and those before it."""
     dropout: Probability = 0.0
     """Dropout before the last layer of the head."""
     lr_scale: PositiveFloat = 1.0
@@ -68,12 +71,14 @@ class FutureOptions(ObjectiveOptions):
 
     future_k: NonNegativeInt = option(0, applies=When("target", ("self", "random", "ema", "mean_embedding", "shuffled")))
     """Window of the anti-causal attention, in tokens; 0 means up to the end of the document. The window is per layer: with L
-    layers a summary covers L x future_k tokens ahead."""
+    layers, or future_encoder.layers = L, a summary covers L x future_k tokens ahead."""
     target: Literal["self", "random", "ema", "mean_embedding", "causal", "shuffled"] = option("self", fixed=True)
     """Where summaries come from. "self" is the anti-causal pass of the network itself. "random" is that of a frozen network of
     the same shape with other random weights; docs/experiments.md says when to use it. The others are controls: "ema", the pass
     of a running average of the weights; "mean_embedding", the mean embedding of the tokens ahead; "causal", the causal pass,
     which has not seen the future; "shuffled", the network's own summaries, assigned to other anchors at random."""
+    layers: NonNegativeInt = option(0, fixed=lambda options: options.target in TAUGHT, applies=_HAS_PASS)
+    """Decoder layers that the anti-causal pass runs, from the first. The network's last norm follows them. 0 is all."""
     ema_decay: Probability = option(0.999, applies=When("target", ("ema",)))
     """Share of the running average that one step keeps."""
     target_shift: NonNegativeInt = option(1, applies=When("target_shift_max", (0,)))
@@ -123,6 +128,11 @@ class FutureOptions(ObjectiveOptions):
     def describe_shift(self) -> str:
         """The option that decides the shift, and its value."""
         return f"target_shift_max = {self.target_shift_max}" if self.target_shift_max else f"target_shift = {self.target_shift}"
+
+    @property
+    def pass_layers(self) -> int:
+        """Decoder layers of the anti-causal pass, from the first; 0 is all."""
+        return self.layers if _HAS_PASS.holds(self.target) else 0
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
         if (self.target_shift_max or self.target_shift) >= job.training.context_len:

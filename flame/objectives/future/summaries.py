@@ -22,12 +22,17 @@ FIXED_POINT = 2.0**40
 
 @torch.no_grad()
 def summarize(
-    backbone: TrainingModel, batch: PackedBatch, options: FutureOptions, network: PreTrainedModel | None = None
+    backbone: TrainingModel,
+    batch: PackedBatch,
+    options: FutureOptions,
+    network: PreTrainedModel | None = None,
+    layers: int = 0,
 ) -> Tensor:
     """Summaries [T, d] of a packed sequence. If only answers count, those in prompts are arbitrary.
 
     Args:
         network: runs the anti-causal pass; None is the language model.
+        layers: decoder layers of it that run, from the first; 0 is all.
     """
     if options.target == "causal":
         return backbone.encode_past(batch)
@@ -35,8 +40,9 @@ def summarize(
         return average_ahead(backbone.embed_tokens(batch), batch.segment_ids[0], options.future_k)
     suffixes = cut_suffixes(batch) if batch.answers_only else None
     if suffixes is None:
-        return backbone.encode_future(batch, options.future_k, network)
-    return suffixes.spread(backbone.encode_future(suffixes.batch, options.future_k, network), batch.input_ids.shape[1])
+        return backbone.encode_future(batch, options.future_k, network, layers)
+    summaries = backbone.encode_future(suffixes.batch, options.future_k, network, layers)
+    return suffixes.spread(summaries, batch.input_ids.shape[1])
 
 
 def find_horizon(options: FutureOptions, config: PretrainedConfig) -> int:
@@ -48,7 +54,7 @@ def find_horizon(options: FutureOptions, config: PretrainedConfig) -> int:
     """
     if options.target == "causal":
         return 0
-    own = [0] if options.target == "mean_embedding" else list_layer_limits(config)
+    own = [0] if options.target == "mean_embedding" else list_layer_limits(config)[: options.pass_layers or None]
     limits = [tighten(limit, options.future_k) for limit in own]
     return sum(limits) + 1 if all(limits) else 0
 
