@@ -5,7 +5,7 @@ The final states of a document are to lie on a line. Of each document three posi
     L = 1 - cos(h_t - h_r, h_r - h_s).
 
 The gradient reaches all three states: the predictor is the identity, and no stop-gradient is taken. The paper adds L with a
-factor of 0.01 to 0.08, mostly 0.02, when it fine-tunes on one document a sequence.
+factor of 0.01 to 0.08, 0.02 on its first data set, when it fine-tunes on one document a sequence.
 
 Here each document of a packed sequence has a triple of its own, all of which are equally likely, and L is the mean over
 documents. Those of fewer than three tokens have none. If only some tokens count (`training.loss_on`), a document needs one that
