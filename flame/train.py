@@ -70,6 +70,7 @@ from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
 from flame.trainer.failures import explain_failure
 from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
+from flame.trainer.first_step import record_first_step
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
 from flame.trainer.options import read_options
@@ -163,6 +164,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, self.tokenizer, self.mixture)
         self.exporter = Exporter(config.checkpoint, self.folder, config.training.steps, self.checkpointer)
         self.previewed = False
+        self.recorded_first_step = False
         self.data_mistake: UserError | None = None
 
     @property
@@ -235,6 +237,9 @@ class Trainer:
             counts = self._count_over_ranks(batches, marked)
         self.data_state.advance(batches, self.world_size)
         self.state.step += 1
+        if not self.recorded_first_step:
+            self.recorded_first_step = True
+            record_first_step(self.folder, self.step, self.model.lm, batches, self.device)
 
         self.meters.throughput.begin_launch()
         self.optimizer.zero_grad()

@@ -19,6 +19,8 @@ BYTES_TOKENIZER = "bytes"
 CHECKPOINT_FOLDER = "checkpoint"
 STARTS_FILE = "starts.jsonl"
 """In a run's folder: a line for each start."""
+FIRST_STEP_FILE = "first_step.jsonl"
+"""In a run's folder: what each start begins with."""
 
 
 @dataclass(kw_only=True)
