@@ -194,6 +194,7 @@ class Trainer:
             return True
         self._open_run()
         is_complete = False
+        self._tell_objective(max(self.step, 1))
         try:
             self._validate_when_due()  # the run may have been stopped before it validated this step
             self.exporter.catch_up(self.checkpoints.saved_step)  # or before it exported it
@@ -230,6 +231,7 @@ class Trainer:
             Preempted, DataMistake: a rank is asked to stop, or its data are wrong. Nothing has been changed.
         """
         batches = self._next_batches()
+        self._tell_objective(self.step + 1)
         weight, marked = self.loss_plan.decide(self.step + 1)
         with record_function("counting over ranks"):
             counts = self._count_over_ranks(batches, marked)
@@ -272,6 +274,10 @@ class Trainer:
             self.meters.record_step(outcomes, batches, step_loss, grad_norm, rates, weight, counts)
         self.meters.count_step(self.step, batches, marked, counts, trained=is_usable)
         self.schedule.step()
+
+    def _tell_objective(self, step: int) -> None:
+        if self.objective is not None:
+            self.objective.begin_step(step, self.config.schedule_steps)
 
     def _prepare_objective(self, batches: list[PackedBatch], weight: float, marked: list[bool]) -> Sequence[Any]:
         """Run the objective's `prepare_step`, and measure its diagnostics if they are due.
