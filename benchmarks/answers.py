@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.tables import format_table, show_range
 from flame.data.batch import PackedBatch
 from flame.errors import UserError
 from flame.objectives.future import summaries

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.packs import LONGEST, draw_batch
 from benchmarks.settings import SETTINGS
-from benchmarks.tables import format_table
+from flame.compare.tables import format_table
 from flame.models.causal_lm import load_model_config
 from flame.models.flops import ModelFlops
 from flame.objectives.step import get_objective

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.tables import format_table
+from flame.compare.tables import format_table
 from flame.models.causal_lm import build_on_meta, find_decoder_layers, load_model_config
 
 REPO = Path(__file__).parent.parent

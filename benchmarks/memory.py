@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.faults import REPO
-from benchmarks.tables import format_table
+from flame.compare.tables import format_table
 from flame.runtime.json_lines import parse_line
 from flame.trainer.estimate import GIB, SPARE, estimate_run
 from flame.trainer.options import read_options

@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.packs import pack_documents
-from benchmarks.tables import format_table, show_range
 from flame.attention import backends as future_encoder
 from flame.attention.backends import build_backend
 from flame.attention.document_rows import DocumentRows, estimate_work
+from flame.compare.tables import format_table, show_range
 from flame.data.batch import PackedBatch
 
 ROUNDS = 5

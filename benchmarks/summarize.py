@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.tables import format_table
+from flame.compare.tables import format_table
 from flame.errors import UserError
 from flame.logging.console import find_row_kind
 from flame.logging.plots import read_metrics

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.tables import format_table
+from flame.compare.tables import format_table
 
 Function = Callable[[], object]
 

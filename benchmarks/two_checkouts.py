@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.packs import write_corpus
-from benchmarks.tables import format_table, show_range
+from flame.compare.tables import format_table, show_range
 
 REPO = Path(__file__).parent.parent
 WARMUP = 10

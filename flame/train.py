@@ -70,6 +70,7 @@ from flame.trainer import dry_run
 from flame.trainer.budget import resolve_budget
 from flame.trainer.failures import explain_failure
 from flame.trainer.finish import finish_run, is_finished, reopen_run, report_outcome
+from flame.trainer.first_step import record_first_step
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
 from flame.trainer.options import read_options
@@ -164,6 +165,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config, self.checkpointer, self.state, self.tokenizer, self.mixture)
         self.exporter = Exporter(config.checkpoint, self.folder, config.training.steps, self.checkpointer)
         self.previewed = False
+        self.recorded_first_step = False
         self.data_mistake: UserError | None = None
 
     @property
@@ -193,6 +195,7 @@ class Trainer:
             return True
         self._open_run()
         is_complete = False
+        self._tell_objective(max(self.step, 1))
         try:
             self._validate_when_due()  # the run may have been stopped before it validated this step
             self._evaluate_when_due()
@@ -231,11 +234,15 @@ class Trainer:
             Preempted, DataMistake: a rank is asked to stop, or its data are wrong. Nothing has been changed.
         """
         batches = self._next_batches()
+        self._tell_objective(self.step + 1)
         weight, marked = self.loss_plan.decide(self.step + 1)
         with record_function("counting over ranks"):
             counts = self._count_over_ranks(batches, marked)
         self.data_state.advance(batches, self.world_size)
         self.state.step += 1
+        if not self.recorded_first_step:
+            self.recorded_first_step = True
+            record_first_step(self.folder, self.step, self.model.lm, batches, self.device)
 
         self.meters.throughput.begin_launch()
         self.optimizer.zero_grad()
@@ -270,6 +277,10 @@ class Trainer:
             self.meters.record_step(outcomes, batches, step_loss, grad_norm, rates, weight, counts)
         self.meters.count_step(self.step, batches, marked, counts, trained=is_usable)
         self.schedule.step()
+
+    def _tell_objective(self, step: int) -> None:
+        if self.objective is not None:
+            self.objective.begin_step(step, self.config.schedule_steps)
 
     def _prepare_objective(self, batches: list[PackedBatch], weight: float, marked: list[bool]) -> Sequence[Any]:
         """Run the objective's `prepare_step`, and measure its diagnostics if they are due.

@@ -4,7 +4,7 @@
     python -m research.continued_corpora TEXT
     python -m research.continued run OUT --model MODEL --text TEXT --variants "predictor alone"
     python -m research.continued run OUT --model MODEL --text TEXT
-    python -m research.bits_per_byte TEXT/*_held_out.jsonl --models MODEL OUT/*/seed*/hf
+    python -m research.bits_per_byte TEXT/*_held_out.jsonl --models MODEL OUT/*/*/seed*/hf
     python -m research.continued report OUT research/experiments/continued
 
 Runs of a seed see the same tokens in the same order. "predictor first" starts with the predictor that "predictor alone" has
@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.results import read_progress, read_rows
+from flame.compare.tables import format_table, show_range
 from research.bits_per_byte import RESULT_FILE
-from research.run_folder import list_ended, read_progress, read_rows
-from research.run_queue import Run, never, run_command
+from research.command import SEED, Planned, list_ended, run_command
 
+TASK = "python"
 STEPS = 320
 PREDICTOR_STEPS = 64
 BASELINE = "next token"
@@ -62,22 +63,21 @@ BASE: dict[str, object] = {
 }
 
 
-def list_runs(arguments: argparse.Namespace) -> list[Run]:
+def list_runs(arguments: argparse.Namespace) -> list[Planned]:
     """One seed of the variants before the next."""
 
-    def build_run(name: str, seed: int) -> Run:
+    def build_run(name: str, seed: int) -> Planned:
         steps = PREDICTOR_STEPS if name == PREDICTOR else arguments.steps
-        start = arguments.out / PREDICTOR / f"seed {seed}" / "hf" if name == PREDICTOR_FIRST else arguments.model
+        start = arguments.out / TASK / PREDICTOR / f"{SEED}{seed}" / "hf" if name == PREDICTOR_FIRST else arguments.model
         options: dict[str, object] = {
             "checkpoint.initial_load_path": start.resolve(),
             "training.data_files": arguments.text.resolve() / "python.jsonl",
             "validation.data_files": arguments.text.resolve() / "python_held_out.jsonl",
-            "training.seed": seed,
             "training.steps": steps,
             "checkpoint.interval": steps,
             "optimizer.lr": arguments.lr,
         }
-        return Run(f"{name}/seed {seed}", BASE | options | VARIANTS[name], never)
+        return Planned(TASK, name, seed, BASE | options | VARIANTS[name])
 
     return [build_run(name, seed) for seed in arguments.seeds for name in arguments.variants]
 
@@ -93,9 +93,10 @@ class End(NamedTuple):
 
 
 def _read(folder: Path) -> End:
-    row = {name: value for row in read_rows(folder) for name, value in row.items()}
+    rows = read_rows(folder)
+    row = {name: value for each in rows for name, value in each.items()}
     bits = json.loads((folder / "hf" / RESULT_FILE).read_text())
-    return End(bits, read_progress(folder).tflops[-1], row.get("validation_mi_lower_bound"))
+    return End(bits, read_progress(rows).tflops[-1], row.get("validation_mi_lower_bound"))
 
 
 def write_report(runs: Path, out: Path) -> None:
@@ -105,9 +106,9 @@ def write_report(runs: Path, out: Path) -> None:
         columns += [f"{title}, bits per byte", "change on the same seed, %: mean ± deviation", "each seed"]
     columns.append("ln N - loss, nats")
     rows = []
-    baseline = {folder.name: _read(folder) for folder in list_ended(runs, f"{BASELINE}/*")}
+    baseline = {folder.name: _read(folder) for folder in list_ended(runs, TASK, BASELINE)}
     for name in (each for each in VARIANTS if each != PREDICTOR):
-        found = {folder.name: _read(folder) for folder in list_ended(runs, f"{name}/*")}
+        found = {folder.name: _read(folder) for folder in list_ended(runs, TASK, name)}
         pairs = [(found[seed], baseline[seed]) for seed in sorted(found) if seed in baseline]
         if pairs:
             row = [name, str(len(pairs)), f"{statistics.mean(own.tflops / other.tflops for own, other in pairs):.2f}"]
@@ -137,4 +138,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report, f"{BASELINE}/*", add_options)
+    run_command(__doc__, list_runs, write_report, add_options)

@@ -1,27 +1,29 @@
 """Path-star graphs: which objective learns to plan, after how many graphs, and which control explains it.
 
-    python -m research.pathstar run OUT --group objectives --per_gpu 7 --seconds 500
+    python -m research.pathstar run OUT --group objectives --per_gpu 7
     python -m research.pathstar report OUT research/experiments/objectives
 
 `run` makes the runs of a group that OUT does not hold yet; cut short, the same command goes on. A run is ended when a validation
-shows an exact match of 99.5 % on each size. `report` writes tables and plots from the run folders alone. Every run is
+shows an exact match of 99.5 % on each size. `report` writes those of flame-compare, one for each size and length. Every run is
 `configs/pathstar.toml` (in the laptop groups `configs/pathstar_cpu.toml`) with the options that its folder's config.toml shows.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import product
+from pathlib import Path
 
+from flame.compare.metrics import Metric
+from flame.compare.results import read_rows
 from flame.data.tasks.pathstar import parse_sizes
-from research.pathstar_report import RUN_FOLDERS, list_matches, write_report
-from research.run_folder import Row
-from research.run_queue import Run, run_command
+from research.command import Planned, compare_runs, list_folders, run_command
 
-STOP_AT = 0.995
-"""Exact match on held-out graphs, of each size where there are several, at which a run is over. What counts as solved,
-`pathstar_report.SOLVED`, is less."""
+SOLVED = Metric("validation_exact_match", is_higher_better=True, goal=0.99, stop_at=0.995)
+"""Exact match on held-out graphs. A run is over at `stop_at`, of each size where there are several; `goal` counts as solved."""
+DIAGNOSTICS = ("validation_ce_loss", "validation_first_branch")
 GRAPHS_A_STEP = 1024
 STEPS = {"3x3": 600, "3x5": 1000, "5x3": 400, "5x5": 1500, "2x10": 2000, "7x7": 2000, "10x10": 5000}
 """Longest run on each size."""
@@ -212,23 +214,22 @@ LAPTOP_GROUPS: dict[str, dict[str, Options]] = {
 """Those that run on CPUs, with `--per_gpu 2` on two cores: `configs/pathstar_cpu.toml` under a variant."""
 
 
-def list_runs(group: str, seed: int) -> list[Run]:
+def list_runs(group: str, seed: int) -> list[Planned]:
     """The runs of a group."""
     if group in LAPTOP_GROUPS:
         return [build_laptop_run(name, options, seed) for name, options in LAPTOP_GROUPS[group].items()]
     return [build_run(size, name, options, seed) for size, name, options in GROUPS[group]]
 
 
-def build_laptop_run(name: str, options: Options, seed: int) -> Run:
+def build_laptop_run(name: str, options: Options, seed: int) -> Planned:
     base: Options = {
         "job.config_file": "configs/pathstar_cpu.toml",
-        "training.seed": seed,
         "checkpoint.enable_checkpoint": False,
     }
-    return Run(f"2x3/{name}/seed {seed}", base | options, is_enough)
+    return Planned("2x3", name, seed, base | options, (SOLVED,))
 
 
-def build_run(size: str, name: str, options: Options, seed: int) -> Run:
+def build_run(size: str, name: str, options: Options, seed: int) -> Planned:
     """A run on graphs of one size, or of several in one pack, under one variant."""
     base: Options = {
         "job.config_file": "configs/pathstar.toml",
@@ -237,7 +238,6 @@ def build_run(size: str, name: str, options: Options, seed: int) -> Run:
         "validation.dataset_name": size,
         "training.seq_len": GRAPHS_A_STEP * find_mean_tokens(size),
         "training.steps": max(STEPS[each] for each in size.split(",")),
-        "training.seed": seed,
         "pathstar.seed": seed,
         "training.num_workers": 0,
         "validation.interval": 25,
@@ -245,14 +245,18 @@ def build_run(size: str, name: str, options: Options, seed: int) -> Run:
         "checkpoint.enable_checkpoint": False,
         "metrics.diagnostics_interval": 100,
     }
-    return Run(f"{size.replace(',', '+')}/{name}/seed {seed}", base | options, is_enough)
+    return Planned(size.replace(",", "+"), name, seed, base | options, (SOLVED,))
 
 
-def is_enough(validations: list[Row]) -> bool:
-    return any(all(match >= STOP_AT for match in list_matches(row).values()) for row in validations)
+def write_report(runs: Path, out: Path) -> None:
+    """Also of each size by itself, where a run has told several apart."""
+    logged = {name for folder in list_folders(runs) for row in read_rows(folder) for name in row}
+    parts = [replace(SOLVED, name=name) for name in sorted(logged) if name.startswith(f"{SOLVED.name}/")]
+    metrics = (SOLVED, *parts, *(Metric(name, name.endswith("branch")) for name in DIAGNOSTICS))
+    compare_runs(runs, out, metrics, baseline="next_token", by_length=True)
 
 
-def list_all(arguments: argparse.Namespace) -> list[Run]:
+def list_all(arguments: argparse.Namespace) -> list[Planned]:
     """One seed of all groups before the next: cut short, each variant has about as many. What two groups share is made once."""
     runs = {run.name: run for seed in arguments.seeds for group in arguments.group for run in list_runs(group, seed)}
     return [run for name, run in runs.items() if any(fnmatchcase(name, f"*{text}*") for text in arguments.only)]
@@ -267,4 +271,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_all, write_report, RUN_FOLDERS, add_options)
+    run_command(__doc__, list_all, write_report, add_options)

@@ -11,28 +11,23 @@ differ there by more than the harm in question. With `--start` all go on from on
 seed also decides which tokens come:
 
     python -m research.real_text run OUT --seeds 6 --variants "next token, more steps"
-    python -m research.real_text run OUT3 --per_gpu 4 --start "OUT/next token, more steps/seed 6/hf"
+    python -m research.real_text run OUT3 --per_gpu 4 --start "OUT/text/next token, more steps/seed-6/hf"
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks.tables import format_table, show_range
-from research.run_folder import Row, list_ended, read_progress, read_rows
-from research.run_queue import Run, never, run_command
+from flame.compare.metrics import Metric
+from research.command import Planned, compare_runs, run_command
 
+TASK = "text"
 STEPS = 1600
 LAPTOP_STEPS = 600
 MORE_STEPS = 1.35
 """Times the steps: what the future loss takes of the arithmetic of next-token training. The report shows the exact ratio."""
-HARM = 0.5
-"""Rise of cross entropy, in percent, that counts as harm."""
 BASELINE = "next token"
 MORE = "next token, more steps"
 ALIKE = "next token, weight decay 0.101"
@@ -71,12 +66,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "future_encoder.target_shift": 0,
     },
 }
-DIAGNOSTICS = {
-    "validation_mi_lower_bound": "ln N - loss on held-out files, nats",
-    "future/rank_targets": "rank of targets",
-    "future/grad_cosine": "cosine of the gradients",
-}
-"""Shown as they are at the end of a run."""
+DIAGNOSTICS = ("validation_mi_lower_bound",)
 SIZE: dict[str, object] = {
     "model.config": "configs/models/llama_15M.json",
     "training.seq_len": 16_384,
@@ -104,7 +94,7 @@ LAPTOP_SIZE: dict[str, object] = {
 }
 
 
-def list_runs(arguments: argparse.Namespace) -> list[Run]:
+def list_runs(arguments: argparse.Namespace) -> list[Planned]:
     """One seed of the variants before the next."""
     steps = LAPTOP_STEPS if arguments.laptop else STEPS
     start: dict[str, object] = {}
@@ -121,73 +111,17 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
         **start,
     }
 
-    def build_run(name: str, seed: int) -> Run:
+    def build_run(name: str, seed: int) -> Planned:
         more = round(steps * MORE_STEPS) if name == MORE else steps
-        sized = {"training.seed": seed, "training.steps": more, "checkpoint.interval": more}
-        return Run(f"{name}/seed {seed}", base | sized | VARIANTS[name], never)
+        sized = {"training.steps": more, "checkpoint.interval": more}
+        return Planned(TASK, name, seed, base | sized | VARIANTS[name])
 
     return [build_run(name, seed) for seed in arguments.seeds for name in arguments.variants]
 
 
 def write_report(runs: Path, out: Path) -> None:
-    """Write `real_text.md`, of the runs that have ended, into a folder. A seed counts where the baseline has ended too."""
-    columns = ["objective", "seeds", "tokens, millions", "FLOPs / baseline"]
-    columns += [
-        "held-out cross entropy, nats a byte",
-        "the baseline's on the same seeds",
-        "change on the same seed, %",
-        f"worse by more than {HARM} %",
-    ]
-    columns += list(DIAGNOSTICS.values())
-    baseline = {folder.name: _read(folder) for folder in list_ended(runs, f"{BASELINE}/*")}
-    rows = []
-    for name in VARIANTS:
-        found = {folder.name: _read(folder) for folder in list_ended(runs, f"{name}/*")}
-        pairs = [(found[seed], baseline[seed]) for seed in found if seed in baseline]
-        if pairs:
-            losses = [show_range([run.loss for run in runs], "{:.4f}") for runs in zip(*pairs, strict=True)]
-            changes = [100 * (own.loss / other.loss - 1) for own, other in pairs]
-            harmed = f"{sum(change > HARM for change in changes)}/{len(pairs)}"
-            work = statistics.mean(own.tflops / other.tflops for own, other in pairs)
-            diagnostics = [_show_last(name, [own for own, _ in pairs]) for name in DIAGNOSTICS]
-            rows.append(
-                [
-                    name,
-                    str(len(pairs)),
-                    f"{pairs[0][0].tokens / 1e6:.1f}",
-                    f"{work:.2f}",
-                    *losses,
-                    show_range(changes, "{:+.2f}"),
-                    harmed,
-                    *diagnostics,
-                ]
-            )
-    table = "\n".join(format_table(columns, rows))
-    (out / "real_text.md").write_text(table + "\n")
-    print(table)
-
-
-class End(NamedTuple):
-    """What a run came to."""
-
-    loss: float
-    """Held-out cross entropy."""
-    tokens: float
-    """Trained on."""
-    tflops: float
-    """Spent."""
-    row: Row
-    """The last value of everything logged."""
-
-
-def _read(folder: Path) -> End:
-    progress, row = read_progress(folder), {name: value for row in read_rows(folder) for name, value in row.items()}
-    return End(row["validation_ce_loss"], progress.tokens[-1], progress.tflops[-1], row)
-
-
-def _show_last(name: str, ends: Sequence[End]) -> str:
-    values = [end.row[name] for end in ends if name in end.row]
-    return show_range(values, "{:.2f}") if values else "-"
+    metrics = (Metric("validation_ce_loss", is_higher_better=False), *(Metric(name, True) for name in DIAGNOSTICS))
+    compare_runs(runs, out, metrics, BASELINE, by_length=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -207,4 +141,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report, f"{BASELINE}/*", add_options)
+    run_command(__doc__, list_runs, write_report, add_options)

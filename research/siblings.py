@@ -21,11 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.tables import format_table, show_range
+from flame.compare.results import read_rows
+from flame.compare.tables import format_table, show_range
 from flame.data.tasks.siblings import NUM_TOKENS, SamplesJudged, SiblingsOptions, judge_samples
-from research.run_folder import CONFIG_FILE, list_ended, read_validations
-from research.run_queue import Run, never, run_command
+from flame.logging.console import find_row_kind
+from flame.trainer.run_record import CONFIG_FILE
+from research.command import Planned, list_ended, run_command
 
+TASK = "siblings"
 NUM_SAMPLES = 4096
 JUDGED_FILE = "judged.json"
 OBJECTIVES: dict[str, dict[str, object]] = {
@@ -51,12 +54,12 @@ LAPTOP_SIZE: dict[str, object] = {
 }
 
 
-def list_runs(arguments: argparse.Namespace) -> list[Run]:
+def list_runs(arguments: argparse.Namespace) -> list[Planned]:
     """One seed of all objectives before the next."""
     size = LAPTOP_SIZE if arguments.laptop else {}
     base: dict[str, object] = {"job.config_file": "configs/siblings.toml", "training.num_workers": 0} | size
     return [
-        Run(f"{name}/seed {seed}", base | {"training.seed": seed, "siblings.seed": seed} | options, never)
+        Planned(TASK, name, seed, base | {"siblings.seed": seed} | options)
         for seed in arguments.seeds
         for name, options in OBJECTIVES.items()
     ]
@@ -82,12 +85,12 @@ def write_report(runs: Path, out: Path) -> None:
     columns += ["cross entropy of held-out pairs, nats a token, at the end", "at its lowest", "at step"]
     rows = []
     for name in OBJECTIVES:
-        folders = list_ended(runs, f"{name}/*")
+        folders = list_ended(runs, TASK, name)
         if not folders:
             continue
         judged = [_judge(folder) for folder in folders]
         shares = [show_range([100 * getattr(one, field) for one in judged], "{:.2f}") for field in SamplesJudged._fields]
-        validations = [list(read_validations(folder)) for folder in folders]
+        validations = [[row for row in read_rows(folder) if find_row_kind(row) == "validation"] for folder in folders]
         lowest = [min(rows, key=lambda row: row["validation_ce_loss"]) for rows in validations]
         losses = [
             show_range([rows[-1]["validation_ce_loss"] for rows in validations], "{:.3f}"),
@@ -115,4 +118,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_command(__doc__, list_runs, write_report, "*/*", add_options)
+    run_command(__doc__, list_runs, write_report, add_options)

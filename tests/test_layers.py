@@ -13,6 +13,7 @@ from tests.support.paths import REPO
 LAYERS = (
     ("train", "launch"),
     ("cli",),
+    ("compare",),
     ("trainer",),
     ("evaluation",),
     ("library",),

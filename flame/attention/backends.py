@@ -12,6 +12,8 @@ In every case, summary t depends only on tokens t .. end of its document.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -24,7 +26,14 @@ from flame.attention import flash as flash_kernels
 from flame.attention.document_rows import DocumentRows, is_cheaper_in_rows
 from flame.attention.families import find_family, find_limits, find_score_cap, tighten
 from flame.attention.fla_families import TAKES_ROWS
-from flame.attention.kernel_masks import AttentionMask, Direction, build_block_mask, build_boolean_mask, build_row_mask
+from flame.attention.kernel_masks import (
+    AttentionMask,
+    Direction,
+    Privileged,
+    build_block_mask,
+    build_boolean_mask,
+    build_row_mask,
+)
 from flame.attention.sinks import IMPLEMENTATION as WITH_SINKS
 from flame.attention.varlen import IMPLEMENTATION, WIDEST_HEAD, DocumentLayout
 from flame.errors import UserError
@@ -54,6 +63,10 @@ class AttentionBackend(Protocol):
         """Final hidden states [T, d] of the anti-causal forward; window_k is `future_encoder.future_k`."""
         ...
 
+    def encode_privileged(self, model: PreTrainedModel, batch: PackedTokens, view: Privileged) -> Tensor:
+        """Final hidden states [T, d] of a forward in which tokens see what comes after them. It need not have a gradient."""
+        ...
+
     def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
         """Lay the output of a module inside the causal pass (`ahead`: inside the anti-causal pass) out as the pass's result:
         [rows, positions, d] -> [T, d]."""
@@ -70,11 +83,13 @@ class VarlenBackend:
     Args:
         max_length: upper bound of the document lengths in all batches.
         head_dim: largest width of the heads.
+        masked: runs what the flash kernels have no mask for.
     """
 
-    def __init__(self, max_length: int, head_dim: int):
+    def __init__(self, max_length: int, head_dim: int, masked: MaskedBackend | None = None):
         self._max_length = max_length
         self._head_dim = head_dim
+        self._masked = masked
 
     def encode_past(self, model: PreTrainedModel, batch: PackedTokens, embeddings: Tensor | None = None) -> Tensor:
         layout = self._lay_out(batch.cu_seqlens, is_strict=False, window_k=0)
@@ -88,6 +103,10 @@ class VarlenBackend:
         layout = self._lay_out(backwards, is_strict=True, window_k=window_k)
         states = self._run(model, {"input_ids": batch.input_ids.flip(1)}, batch.position_ids.flip(1), layout)
         return self.flatten(states, batch, ahead=True)
+
+    def encode_privileged(self, model: PreTrainedModel, batch: PackedTokens, view: Privileged) -> Tensor:
+        assert self._masked is not None
+        return self._masked.encode_privileged(model, batch, view)
 
     def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
         return states[0].flip(0) if ahead else states[0]
@@ -132,6 +151,10 @@ class MaskedBackend:
     def encode_future(self, model: PreTrainedModel, batch: PackedTokens, window_k: int) -> Tensor:
         return self._run(model, {"input_ids": batch.input_ids}, batch, "future", window_k)
 
+    def encode_privileged(self, model: PreTrainedModel, batch: PackedTokens, view: Privileged) -> Tensor:
+        with _attend_by(model, self._attention):
+            return self._run(model, {"input_ids": batch.input_ids}, batch, view, window_k=0)
+
     def _run(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], batch: PackedTokens, direction: Direction, window_k: int
     ) -> Tensor:
@@ -170,6 +193,17 @@ class MaskedBackend:
         return build(self._limits)
 
 
+@contextmanager
+def _attend_by(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+    """Inside, the model's layers attend by a kernel that takes masks. The layers look the kernel up in each forward."""
+    config, before = model.config, model.config._attn_implementation
+    config._attn_implementation = name_implementation(attention, config)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 class RecurrentBackend:
     """Recurrent layers of flash-linear-attention. They reset their state at `cu_seqlens`, or get one document per row."""
 
@@ -184,6 +218,9 @@ class RecurrentBackend:
         assert not window_k, "a recurrence has no window"
         order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
         return self._run(model, batch, batch.input_ids[:, order])[order]
+
+    def encode_privileged(self, model: PreTrainedModel, batch: PackedTokens, view: Privileged) -> Tensor:
+        raise NotImplementedError("objectives that need it are rejected for these families")
 
     def flatten(self, states: Tensor, batch: PackedTokens, *, ahead: bool = False) -> Tensor:
         total = batch.input_ids.shape[1]
@@ -233,15 +270,21 @@ def choose_attention(config: PretrainedConfig, device_type: str, dtype: torch.dt
     if is_recurrent(config):
         return "none"
     is_capped = find_score_cap(config) is not None
-    by_mask: Attention = "dense" if is_capped else "sdpa"
     if device_type != "cuda":
-        return by_mask
+        return "dense" if is_capped else "sdpa"
     widths, family = find_head_dims(config), find_family(config)
     fits = dtype == torch.bfloat16 and max(widths) <= WIDEST_HEAD and max(widths) % 8 == 0 and not is_capped
     if family is not None and fits and flash_kernels.is_supported():
         return "varlen"
+    return _choose_masked(config, dtype)
+
+
+def _choose_masked(config: PretrainedConfig, dtype: torch.dtype) -> Attention:
+    """The kernel for GPUs that takes masks."""
+    family = find_family(config)
     takes_flex = family is None or (family.takes_flex and (dtype == torch.float32 or not family.has_sinks))
-    return "flex" if takes_flex and min(widths) >= NARROWEST_FLEX_HEAD else by_mask
+    by_mask: Attention = "sdpa" if find_score_cap(config) is None else "dense"
+    return "flex" if takes_flex and min(find_head_dims(config)) >= NARROWEST_FLEX_HEAD else by_mask
 
 
 def name_implementation(attention: Attention, config: PretrainedConfig) -> str:
@@ -286,7 +329,8 @@ def find_head_dims(config: PretrainedConfig) -> tuple[int, int]:
 def build_backend(attention: Attention, config: PretrainedConfig, max_length: int, is_compiled: bool = False) -> AttentionBackend:
     """Build the backend for a result of `choose_attention`. See the backends for `max_length` and `is_compiled`."""
     if attention == "varlen":
-        return VarlenBackend(max_length, max(find_head_dims(config)))
+        masked = MaskedBackend(_choose_masked(config, torch.bfloat16), find_limits(config))
+        return VarlenBackend(max_length, max(find_head_dims(config)), masked)
     if attention == "none":
         return RecurrentBackend()
     row_width = config.hidden_size if find_family(config) else None

@@ -1,5 +1,7 @@
 """The attention masks that the model runs on, for one packed batch in both directions.
 
+Two more, for a forward without gradient, show a token what comes after it (`Privileged`).
+
 In the anti-causal pass, the last token of each document has no allowed key. Attention must return exactly zero for it.
 Boolean masks in SDPA and FlexAttention's BlockMask do so. An additive mask does not.
 """
@@ -15,7 +17,10 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK_SIZE = 128
 
 AttentionMask = Tensor | BlockMask
-Direction = Literal["causal", "future"]
+Privileged = Literal["all_but_next", "one_ahead"]
+"""Masks that let a query see more than its past, inside its document. "all_but_next": every key but the next token. "one_ahead":
+the past, itself and the next token."""
+Direction = Literal["causal", "future"] | Privileged
 
 
 def build_boolean_mask(segment_ids: Tensor, direction: Direction, window_k: int = 0) -> Tensor:
@@ -23,7 +28,8 @@ def build_boolean_mask(segment_ids: Tensor, direction: Direction, window_k: int 
 
     Args:
         segment_ids: int [T], document number of each token, non-decreasing.
-        direction: "causal" allows kv <= q, "future" allows kv > q, both inside one document.
+        direction: "causal" allows kv <= q, "future" allows kv > q, "all_but_next" all but kv = q + 1, and "one_ahead"
+            kv <= q + 1, each inside one document.
         window_k: largest distance of a key, in tokens; 0 means no window.
 
     Returns:
@@ -39,7 +45,7 @@ def build_row_mask(lengths: Tensor, longest: int, direction: Direction, window_k
 
     No token of a document sees the padding, and no result at a padding position is used. In the "causal" direction, padding
     sees the document before it: all rows can share one mask, and every query has a key in the backward. In the "future"
-    direction, padding sees nothing.
+    direction, padding sees nothing. In the others, it may see the document.
 
     Args:
         lengths: int64 [S], length of each document in tokens.
@@ -47,11 +53,11 @@ def build_row_mask(lengths: Tensor, longest: int, direction: Direction, window_k
         direction, window_k: as in `build_boolean_mask`.
 
     Returns:
-        bool [1, 1, L, L] ("causal", the same for all documents) or [S, 1, L, L] ("future"), true where attention is allowed.
+        bool [1, 1, L, L] ("causal", the same for all documents) or [S, 1, L, L], true where attention is allowed.
     """
     index = torch.arange(longest, device=lengths.device)
     ahead = index[None, :] - index[:, None]
-    allowed = ahead <= 0 if direction == "causal" else ahead > 0
+    allowed = {"causal": ahead <= 0, "future": ahead > 0, "all_but_next": ahead != 1, "one_ahead": ahead <= 1}[direction]
     if window_k:
         allowed &= ahead.abs() <= window_k
     if direction == "causal":
@@ -74,6 +80,13 @@ def _mask_mod(segment_ids: Tensor, direction: Direction, window_k: int):
     def windowed_future(batch, head, q, kv):
         return future(batch, head, q, kv) & (kv - q <= window_k)
 
+    def privileged(batch, head, q, kv):
+        is_seen = kv != q + 1 if direction == "all_but_next" else kv <= q + 1
+        is_near = (kv - q).abs() <= window_k if window_k else kv == kv
+        return (segment_ids[q] == segment_ids[kv]) & is_seen & is_near
+
+    if direction in ("all_but_next", "one_ahead"):
+        return privileged
     if direction == "causal":
         return windowed_causal if window_k else causal
     return windowed_future if window_k else future
@@ -90,9 +103,12 @@ def build_block_mask(segment_ids: Tensor, direction: Direction, window_k: int = 
     """
     total = segment_ids.numel()
     window = min(window_k, total) if window_k else total
-    list_blocks = _list_blocks_compiled if segment_ids.is_cuda else _list_blocks
-    behind, ahead = list_blocks(segment_ids, window)
-    keys, queries = (behind, ahead) if direction == "causal" else (ahead, behind)
+    if direction == "all_but_next" or direction == "one_ahead":
+        keys, queries = _list_blocks_around(segment_ids, window, direction)
+    else:
+        list_blocks = _list_blocks_compiled if segment_ids.is_cuda else _list_blocks
+        behind, ahead = list_blocks(segment_ids, window)
+        keys, queries = (behind, ahead) if direction == "causal" else (ahead, behind)
     return BlockMask(
         seq_lengths=(total, total),
         kv_num_blocks=keys.partial_counts,
@@ -122,11 +138,8 @@ class _BlockLists(NamedTuple):
 
 def _list_blocks(segment_ids: Tensor, window: int) -> tuple[_BlockLists, _BlockLists]:
     """The blocks that each block attends to, behind it and ahead of it, within `window` tokens. Both include the block itself."""
-    total = segment_ids.numel()
-    block = torch.arange(-(-total // BLOCK_SIZE), dtype=torch.int32, device=segment_ids.device)
-    first = segment_ids[block * BLOCK_SIZE]
-    last = segment_ids[(block * BLOCK_SIZE + BLOCK_SIZE - 1).clamp(max=total - 1)]
-    if total % BLOCK_SIZE:
+    block, first, last = _find_edges(segment_ids)
+    if segment_ids.numel() % BLOCK_SIZE:
         last[-1] += 1  # an incomplete block must never count as full: pretend that it ends in another document
 
     touched = (window + BLOCK_SIZE - 1) // BLOCK_SIZE  # number of further blocks with at least one pair within the window
@@ -146,6 +159,27 @@ def _list_blocks(segment_ids: Tensor, window: int) -> tuple[_BlockLists, _BlockL
         torch.minimum(torch.searchsorted(last, first, out_int32=True, right=True), block + 1 + covered),
     )
     return behind, ahead
+
+
+def _find_edges(segment_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, first and last document of each of B blocks: int32 [B] each."""
+    total = segment_ids.numel()
+    block = torch.arange(-(-total // BLOCK_SIZE), dtype=torch.int32, device=segment_ids.device)
+    first = segment_ids[block * BLOCK_SIZE]
+    return block, first, segment_ids[(block * BLOCK_SIZE + BLOCK_SIZE - 1).clamp(max=total - 1)]
+
+
+def _list_blocks_around(segment_ids: Tensor, window: int, direction: Privileged) -> tuple[_BlockLists, _BlockLists]:
+    """Key blocks of each query block, and query blocks of each key block. All are partial: in each the rule is evaluated."""
+    block, first, last = _find_edges(segment_ids)
+    touched = (window + BLOCK_SIZE - 1) // BLOCK_SIZE
+    begin = torch.maximum(torch.searchsorted(last, first, out_int32=True), block - touched)
+    end = torch.minimum(torch.searchsorted(first, last, out_int32=True, right=True), block + 1 + touched)
+    if direction == "all_but_next":
+        around = _list_ranges(begin, end, end, end)
+        return around, around
+    keys, queries = torch.minimum(end, block + 2), torch.maximum(begin, block - 1)
+    return _list_ranges(begin, keys, keys, keys), _list_ranges(queries, end, end, end)
 
 
 def _list_ranges(begin: Tensor, end: Tensor, full_begin: Tensor, full_end: Tensor) -> _BlockLists:

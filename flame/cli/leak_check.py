@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flame.errors import UserError, end_on_user_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LONGEST_REASON = 300
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,37 +74,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-    from flame.attention.fla_families import register_fla_family
-    from flame.models.custom_model import import_custom_model
+    from flame.library.loading import load_model
 
-    import_custom_model(arguments.custom_model_path)
-    path = Path(arguments.model).expanduser()
-    is_config = path.is_file() or (path.is_dir() and not any(file for kind in WEIGHTS for file in path.glob(kind)))
-    source = str(path) if path.exists() else arguments.model
-    settings = {"attn_implementation": arguments.attn} if arguments.attn else {}
-    trust = arguments.trust_remote_code
-    try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, arguments.dtype)
-        written, _ = PretrainedConfig.get_config_dict(source)
-        if "auto_map" not in written:
-            register_fla_family(written.get("model_type"))
-        if is_config or arguments.random_weights:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            torch.manual_seed(0)
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **settings)
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust, **settings)
-        return lm.to(device).eval()
-    except Exception as error:  # a missing file, no network, a bad value, code of the model's own: no common type
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        if "trust_remote_code" in str(error) and not trust:
-            reason = "it comes with Python code of its own: give --trust_remote_code to run it, if you trust it"
-        elif "does not recognize this architecture" in reason:  # the library advises to upgrade it
-            reason = "neither transformers nor flash-linear-attention has this model_type; --custom_model_path can bring one"
-        raise UserError(f'MODEL = "{arguments.model}" cannot be loaded: {reason}') from error
+    return load_model(
+        arguments.model,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype),
+        attention=arguments.attn,
+        random_weights=arguments.random_weights,
+        trust_remote_code=arguments.trust_remote_code,
+        custom_model_path=arguments.custom_model_path,
+    )
 
 
 def _find_missing(lm: PreTrainedModel) -> str:

@@ -19,6 +19,8 @@ BYTES_TOKENIZER = "bytes"
 CHECKPOINT_FOLDER = "checkpoint"
 STARTS_FILE = "starts.jsonl"
 """In a run's folder: a line for each start."""
+FIRST_STEP_FILE = "first_step.jsonl"
+"""In a run's folder: what each start begins with."""
 
 
 @dataclass(kw_only=True)
@@ -74,8 +76,11 @@ class ObjectiveChoice(Section):
 
     name: str | None = None
     """"next_token" (nothing else, the default), "future" (summaries of the anti-causal pass, see [future_encoder]), "mtp" (the
-    tokens after the next one), "top" (the order in which upcoming tokens come), "fsp_bow" (the set of upcoming tokens), or the
-    name of an objective of your own, from objective.path or an installed package."""
+    tokens after the next one), "mtp_sequential" (the same, one after another), "top" (the order in which upcoming tokens come),
+    "fsp_bow" (the set of upcoming tokens), "fsp_revlm" (the state of a language model that reads from the end), "nitp" (the next
+    token's state after an early layer), "nextlat" (the next final state, given the next token), "regret" (the distribution of a
+    teacher that sees the future), "stp" (states on a line), or the name of an objective of your own, from objective.path or an
+    installed package. docs/objectives.md defines each."""
     path: str = ""
     """A Python file with an objective of your own, such as "my_objective.py" (docs/add_an_objective.md). It is trained unless
     objective.name says otherwise."""

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from flame.attention.backends import find_head_dims, is_recurrent
 from flame.attention.families import list_layer_limits, tighten
+from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
 from flame.models.causal_lm import find_decoder_layers
 
@@ -59,6 +60,14 @@ class ModelFlops:
             channels = count_attention_channels(self._config, layers)
         pairs = {limit: _count_later_pairs(lengths, tighten(limit, window_k)) for limit in channels}
         return 2 * body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in channels.items())
+
+    def count_privileged_forward(self, lengths: Tensor, view: Privileged) -> float:
+        """FLOPs of the layers in a forward of `TrainingModel.encode_privileged`; `lengths` as `count_causal_forward`."""
+        pairs, next_tokens = {}, float((lengths - 1).sum())
+        for limit in self.channels:
+            side = _count_later_pairs(lengths, limit)
+            pairs[limit] = float(lengths.sum()) + (2 * side - next_tokens if view == "all_but_next" else side + next_tokens)
+        return 2 * self.body * float(lengths.sum()) + 4 * sum(width * pairs[limit] for limit, width in self.channels.items())
 
     def count_next_token(self, batch: PackedBatch, *, is_frozen: bool) -> float:
         """FLOPs of causal forward, output head and backward; only the forward if the language model is frozen."""

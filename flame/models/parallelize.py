@@ -25,6 +25,8 @@ class Stack(Protocol):
     def layers(self) -> nn.ModuleList: ...
     @property
     def is_trained(self) -> bool: ...
+    @property
+    def is_network(self) -> bool: ...
 
 
 def parallelize(
@@ -38,7 +40,7 @@ def parallelize(
     """Wrap a model on the meta device, in place.
 
     Args:
-        stacks: the objective's decoder layers. Layers that are not trained become FSDP groups like the language model's.
+        stacks: the objective's decoder layers. Those of a network become FSDP groups like the language model's.
         compiled: other modules of the objective to compile.
         recompute: `activation_checkpoint.mode`.
         mesh: one-dimensional (FSDP) or two-dimensional, replicate x shard (HSDP).
@@ -55,8 +57,8 @@ def parallelize(
         _checkpoint_activations(trained, recompute)
     if training.compile:
         _compile(model, [*layers, *chain(*(stack.layers for stack in stacks))], layers, compiled)
-    frozen = [layer for stack in stacks if not stack.is_trained for layer in stack.layers]
-    _shard(model, [*layers, *frozen], training, mesh)
+    further = [layer for stack in stacks if stack.is_network or not stack.is_trained for layer in stack.layers]
+    _shard(model, [*layers, *further], training, mesh)
 
 
 MOST_GRAPHS = 128

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from flame.attention.backends import AttentionBackend
+from flame.attention.backends import AttentionBackend, reverse_documents
+from flame.attention.kernel_masks import Privileged
 from flame.data.batch import PackedBatch
 from flame.models.first_layers import run_first_layers
 from flame.models.layer_states import read_layer
@@ -65,6 +68,18 @@ class TrainingModel(nn.Module):
         network = self.lm if network is None else network
         with record_function("anti-causal forward"), run_first_layers(network, layers):
             return self._backend.encode_future(network, batch, window_k)
+
+    def encode_privileged(self, batch: PackedBatch, view: Privileged) -> Tensor:
+        """Forward in which tokens see what comes after them in their document: final hidden states [T, d], without gradient."""
+        with record_function("privileged forward"), torch.no_grad():
+            return self._backend.encode_privileged(self.lm, batch, view)
+
+    def encode_reversed(self, network: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        """Causal forward of a network of the same family that reads each document from its end: states [T, d], of which that of
+        a token has read it and those after it."""
+        with record_function("reversed forward"):
+            order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
+            return self._backend.encode_past(network, replace(batch, input_ids=batch.input_ids[:, order]))[order]
 
     def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""

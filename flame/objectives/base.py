@@ -2,6 +2,7 @@
 
 In each step the trainer calls, in this order and on all ranks:
 
+0. `begin_step`.
 1. `count`, for each packed sequence. The trainer sums the counts over micro-steps and ranks before any forward.
 2. `prepare_step`, once, with all packed sequences of this rank. It may communicate.
 3. For each packed sequence: `prepare` without gradient, then the causal forward, then `loss` from its hidden states. The trainer
@@ -132,8 +133,10 @@ class LayerStack(NamedTuple):
 
     layers: nn.ModuleList
     is_trained: bool
-    """False for a network that only makes labels: each of its layers is an FSDP group, like those of the language model. Trained
-    layers are gathered with the root."""
+    """False for a network that only makes labels. Trained layers are recomputed like the language model's."""
+    is_network: bool = False
+    """Whether they are those of a whole network, whose layers are an FSDP group each, like those of the language model. The
+    layers of a network that only makes labels are so too. Others are gathered with the root."""
 
 
 class Objective(nn.Module):
@@ -205,6 +208,14 @@ class Objective(nn.Module):
         return None
 
     # ---------------------------------------------------------------- in a step
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called before each step, and before a validation that precedes the first one, for what depends on the step.
+
+        Args:
+            step: from 1.
+            total_steps: of the schedules: `lr_scheduler.total_steps`, or those of the run.
+        """
 
     def count(self, batch: PackedBatch) -> int:
         """Number of items that the loss is averaged over; by default the labels.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flame.data.batch import PackedBatch
+from flame.kernels.gradient_guard import guard_gradient
 from flame.models.aux_loss import AuxLoss
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.flops import (
@@ -30,6 +31,10 @@ Encode = Callable[[PreTrainedModel, Tensor], Tensor]
 """(base model, inputs_embeds [T, d]) -> its final hidden states [T, d], from a causal pass over the packed sequence."""
 
 
+def _embed_nothing() -> Tensor:
+    raise NotImplementedError("this output has no embeddings")
+
+
 class BackboneOutput(NamedTuple):
     """The language model's output for a packed sequence of T tokens, and the positions and labels to predict from it."""
 
@@ -45,6 +50,8 @@ class BackboneOutput(NamedTuple):
     """Of the language model."""
     encode: Encode
     """Runs a layer of the objective."""
+    embed: Callable[[], Tensor] = _embed_nothing
+    """The tokens' input embeddings, [T, d], with gradient."""
 
     def pick(self, states: Tensor) -> Tensor:
         """[T, d] -> [n, d], the states at the positions."""
@@ -77,14 +84,22 @@ class LabelObjective(Objective):
     def loss(
         self, backbone: TrainingModel, hidden_states: Tensor, batch: PackedBatch, prepared: Any, *, with_sample: bool = False
     ) -> AuxLoss:
+        loss_sum = self.sum_losses(self.read_output(backbone, hidden_states, batch))
+        count = loss_sum.new_full((), batch.num_labels)
+        return AuxLoss(loss_sum, count, torch.zeros_like(count), {})
+
+    def read_output(self, backbone: TrainingModel, hidden_states: Tensor, batch: PackedBatch) -> BackboneOutput:
+        """What `sum_losses` gets."""
+
         def encode(part: PreTrainedModel, embeddings: Tensor) -> Tensor:
             return backbone.encode_embeddings(part, embeddings, batch)
 
+        def embed() -> Tensor:
+            return guard_gradient(backbone.embed_tokens(batch))
+
         positions = list_predicted(batch)
         labels = pick(batch.labels[0], positions)
-        loss_sum = self.sum_losses(BackboneOutput(hidden_states, batch, positions, labels, backbone.output_head, encode))
-        count = loss_sum.new_full((), batch.num_labels)
-        return AuxLoss(loss_sum, count, torch.zeros_like(count), {})
+        return BackboneOutput(hidden_states, batch, positions, labels, backbone.output_head, encode, embed)
 
     def find_future_pass(self) -> None:
         """None: labels are tokens."""
@@ -94,11 +109,15 @@ class LabelObjective(Objective):
 
     def count_flops(self, batch: PackedBatch, model: ModelFlops) -> AuxFlops:
         lengths = measure_lengths(batch)
-        layers = [cast(PreTrainedModel, layer) for layer in self.layers]
+        layers = self.list_counted_layers()
         by_token = sum(count_weights_used(layer, layer.config) for layer in layers)
         attention = sum(count_causal_attention(lengths, count_attention_channels(layer.config)) for layer in layers)
         heads = self.count_head_weights() * count_predicted(batch)
         return AuxFlops(heads=6 * (by_token * float(lengths.sum()) + heads) + 12 * attention)
+
+    def list_counted_layers(self) -> list[PreTrainedModel]:
+        """The layers that a step runs."""
+        return [cast(PreTrainedModel, layer) for layer in self.layers]
 
     def count_head_weights(self) -> float:
         """Matrix weights that one predicted position is multiplied by after the layers."""

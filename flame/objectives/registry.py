@@ -12,9 +12,15 @@ from flame.config.table import find_section_fault
 from flame.config.types import Section
 from flame.errors import UserError
 from flame.objectives.fsp_bow.options import BagOfWordsOptions
+from flame.objectives.fsp_revlm.options import ReverseSummaryOptions
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.mtp.options import MultiTokenOptions
+from flame.objectives.mtp_sequential.options import SequentialTokenOptions
+from flame.objectives.nextlat.options import NextLatentOptions
+from flame.objectives.nitp.options import ImplicitTokenOptions
 from flame.objectives.options import ObjectiveOptions
+from flame.objectives.regret.options import RegretOptions
+from flame.objectives.stp.options import SemanticTubeOptions
 from flame.objectives.top.options import TokenOrderOptions
 from flame.runtime.user_code import find_user_class
 
@@ -52,8 +58,14 @@ BUILT_IN = {
     for kind in (
         _build_in("future", FutureOptions, "FutureObjective"),
         _build_in("mtp", MultiTokenOptions, "MultiTokenPrediction"),
+        _build_in("mtp_sequential", SequentialTokenOptions, "SequentialModules"),
         _build_in("top", TokenOrderOptions, "TokenOrderPrediction"),
         _build_in("fsp_bow", BagOfWordsOptions, "BagOfWords"),
+        _build_in("fsp_revlm", ReverseSummaryOptions, "ReverseSummary"),
+        _build_in("nitp", ImplicitTokenOptions, "ImplicitTokenPrediction"),
+        _build_in("nextlat", NextLatentOptions, "NextLatentPrediction"),
+        _build_in("regret", RegretOptions, "Regret"),
+        _build_in("stp", SemanticTubeOptions, "SemanticTube"),
     )
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flame.checkpoints.going_back import NOTE_FILE
-from flame.config.run import CHECKPOINT_FOLDER, STARTS_FILE
+from flame.config.run import CHECKPOINT_FOLDER, FIRST_STEP_FILE, STARTS_FILE
 from flame.data.audit import AUDIT_FOLDER
 from flame.errors import UserError
 from flame.logging.plots import CURVES_FILE
@@ -19,7 +19,8 @@ from flame.trainer.guard import SKIPPED_FILE
 from flame.trainer.run_record import CONFIG_FILE
 
 FILES = (
-    *(LOCK_FILE, CONFIG_FILE, STARTS_FILE, METRICS_FILE, SKIPPED_FILE, NOTE_FILE, FINISHED_FILE, WANDB_ID_FILE, CURVES_FILE),
+    *(LOCK_FILE, CONFIG_FILE, STARTS_FILE, FIRST_STEP_FILE, METRICS_FILE, SKIPPED_FILE, NOTE_FILE, FINISHED_FILE),
+    *(WANDB_ID_FILE, CURVES_FILE),
     *(f"{name}.tmp" for name in (METRICS_FILE, SKIPPED_FILE)),
 )
 FOLDERS = (CHECKPOINT_FOLDER, AUDIT_FOLDER)

@@ -94,6 +94,10 @@ def test_any_option_of_an_objective_is_accepted_beside_next_token_and_listed(key
     assert list_idle_options(read_options([*MODEL, f"--{key}={value}"], 1)) == [key], "next_token is the default"
 
 
+NEEDS = {"fsp_revlm.train_reverse": ["--checkpoint.initial_load_path=first/hf"]}
+"""What an option cannot do without."""
+
+
 @pytest.mark.parametrize(("objective", "section"), BY_OBJECTIVE)
 def test_options_of_an_objective_are_used_by_it_alone(objective, section):
     """Those without conditions of their own."""
@@ -103,7 +107,8 @@ def test_options_of_an_objective_are_used_by_it_alone(objective, section):
         key = f"{section}.{name}"
         word = f"--{key}={str(choose_other(key)).lower()}"
         for other in BUILT_IN:
-            listed = list_idle_options(read_options([*with_shares, f"--objective.name={other}", word], 1))
+            argv = [*with_shares, f"--objective.name={other}", word, *NEEDS.get(key, [])]
+            listed = list_idle_options(read_options(argv, 1))
             assert listed == ([] if other == objective else [key]), other
 
 

@@ -42,7 +42,7 @@ def test_the_page_runs(capsys):
 
 def test_console_scripts_are_mains_that_return_their_exit_code():
     scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
-    assert all(name.startswith("flame-") for name in scripts) and len(scripts) == 7
+    assert all(name.startswith("flame-") for name in scripts) and len(scripts) == 10
     for target in scripts.values():
         module, _, function = target.partition(":")
         if (REPO / (module.replace(".", "/") + ".py")).exists():

@@ -14,7 +14,7 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.future.options import PredictorOptions
 from flame.objectives.probe import measure_step
 from flame.objectives.step import Requested, compute_losses
-from tests.support.answers import build_pack, pack_documents
+from tests.support.answers import build_pack, pack_documents, split_documents
 from tests.support.models import build_unsharded, count_flops, get_own, random_batch, random_cu_seqlens
 from tests.support.objectives import OPTIONS, build_objective, choose
 
@@ -36,6 +36,7 @@ def test_what_is_counted_before_is_what_the_loss_sums(name, answers_only):
     assert aux.loss_sum > 0 and aux.loss_sum.dtype == torch.float32 and aux.failed == 0
 
 
+WITHOUT_PARAMETERS = ("regret", "stp")
 WITHOUT_ANY = {
     "single tokens": lambda: random_batch(torch.arange(9, dtype=torch.int32)),
     "no answers": lambda: pack_documents([[1, 2, 3, 4]], 24, 9, 1)[0],
@@ -54,12 +55,39 @@ def test_a_sequence_in_which_nothing_counts_is_exactly_zero_with_a_backward(name
     (losses.ce_sum + aux.loss_sum).backward()
     gradients = {key: weight.grad for key, weight in model.named_parameters() if weight.requires_grad}
     assert all(gradient is None or not gradient.any() for gradient in gradients.values())
-    assert any(gradient is not None for key, gradient in gradients.items() if key.startswith("objective."))
+    own = [gradient for key, gradient in gradients.items() if key.startswith("objective.")]
+    assert any(gradient is not None for gradient in own) == (name not in WITHOUT_PARAMETERS)
+
+
+READ_NO_FUTURE = ("mtp", "mtp_sequential", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "stp")
+
+
+COMPARE_DOCUMENTS = ("future", "stp")
+"""The future loss has negatives in other documents; STP draws for all documents of a sequence at once (test_stp.py)."""
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in COMPARE_DOCUMENTS])
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_a_pack_is_the_sum_of_its_documents(name, answers_only):
+    """Loss and gradients: nothing crosses a boundary."""
+    model = build_objective(name).double()
+    batch = pack_answers() if answers_only else random_batch(random_cu_seqlens(40, 6, seed=1))
+
+    def differentiate_all(batches: list[PackedBatch]) -> tuple[float, Tensor]:
+        model.zero_grad()
+        total = sum(model(compute_losses, each, Requested(aux=True, ce=False)).aux.loss_sum for each in batches)
+        total.backward()
+        found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in model.parameters()]
+        return total.item(), torch.cat([gradient.flatten() for gradient in found])
+
+    (whole, gradient), (parts, expected) = differentiate_all([batch]), differentiate_all(split_documents(batch))
+    assert whole == pytest.approx(parts, rel=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_the_anti_causal_pass_that_is_read_is_named():
     """A model of an unknown family is checked in it; where an objective of one's own says nothing, in the language model's."""
-    assert all(get_own(build_objective(name)).find_future_pass() is None for name in ("mtp", "top", "fsp_bow"))
+    assert all(get_own(build_objective(name)).find_future_pass() is None for name in READ_NO_FUTURE)
     assert get_own(build_objective("skip_token")).find_future_pass() == (0, None, 0)
     assert get_own(build_objective("future", future_k=3)).find_future_pass() == (3, None, 0)
     taught = get_own(build_objective("future", future_k=3, target="random"))
@@ -81,6 +109,12 @@ def count_pairs(batch: PackedBatch, own: bool) -> int:
     return sum(n * (n - 1) // 2 + (n if own else 0) for n in lengths)
 
 
+def count_privileged_pairs(batch: PackedBatch) -> int:
+    """Pairs of two tokens of a document, in both orders, but those of a token and the next one."""
+    lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
+    return sum(n * n - (n - 1) for n in lengths)
+
+
 @pytest.mark.parametrize("answers_only", [False, True])
 def test_flops_of_objectives_of_labels_by_hand(answers_only):
     """A layer runs over all tokens, forward and backward, with attention; an output head only where something is predicted."""
@@ -88,16 +122,26 @@ def test_flops_of_objectives_of_labels_by_hand(answers_only):
     total = batch.input_ids.shape[1]
     predicted = batch.num_labels if answers_only else total
     layer = 6 * LAYER * total + 12 * 32 * count_pairs(batch, own=True)
+    network = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_pairs(batch, own=True)
+    seeing = 2 * 2 * LAYER * total + 4 * 2 * 32 * count_privileged_pairs(batch)
+    forwards = {"regret": seeing, "fsp_revlm": network}
     expected = {
         "mtp": 2 * (layer + 6 * TABLE * predicted),
+        "mtp_sequential": 2 * (layer + 6 * 2 * 32 * 32 * total + 6 * TABLE * predicted),
         "top": 6 * TABLE * predicted,
         "fsp_bow": layer + 6 * TABLE * predicted,
+        "nextlat": 2 * 6 * (2 * 32 * 32 + 32 * 32 + 32 * 32 + TABLE) * predicted,
+        "fsp_revlm": layer + 2 * network + 6 * TABLE * predicted,
+        "regret": 8 * TABLE * predicted,
+        "nitp": 6 * 12 * 32 * 32 * predicted,
+        "stp": 0,
         "skip_token": 0,  # it tells nothing of its arithmetic
     }
     for name, heads in expected.items():
         flops = count_flops(build_objective(name), batch)
-        assert (flops.aux_forward, flops.heads) == (0, heads), name
-        assert flops.total == flops.next_token + heads
+        forward = forwards.get(name, 0)
+        assert (flops.aux_forward, flops.heads) == (forward, heads), name
+        assert flops.total == flops.next_token + forward + heads
 
 
 @pytest.mark.parametrize(
@@ -146,6 +190,10 @@ def differentiate(model: TrainingModel, batch: PackedBatch) -> dict[str, Tensor]
     return {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
 
 
+MEASURE_A_SAMPLE = ("future", "fsp_revlm", "nitp", "nextlat")
+"""Objectives with diagnostics of their own beside the gradients."""
+
+
 @every_objective
 def test_diagnostics_change_nothing_of_training(name, one_process):
     """Weights, buffers, waiting gradients, random numbers and modes; and the step after them is the same to the bit."""
@@ -170,7 +218,7 @@ def test_diagnostics_change_nothing_of_training(name, one_process):
     values = {key: (total / items).item() for key, (total, items) in found.items()}
     gradients = {f"{name}/grad_{what}" for what in ("norm_ce", "norm_aux", "cosine", "ratio")}
     assert gradients <= values.keys() and all(key.startswith(f"{name}/") for key in values)
-    assert (values.keys() > gradients) == (name == "future")  # which alone measures more of its own
+    assert (values.keys() > gradients) == (name in MEASURE_A_SAMPLE)
     ratio = 0.5 * values[f"{name}/grad_norm_aux"] / values[f"{name}/grad_norm_ce"]
     assert values[f"{name}/grad_ratio"] == pytest.approx(ratio) and ratio > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -63,3 +65,16 @@ def keep_turns(batch: PackedBatch, seed: int) -> PackedBatch:
     places = np.flatnonzero(counts)
     spans = np.stack([places, places + 1], axis=1).astype(np.int64)
     return build_batch(PackedSequence(ids, cu, "chats", 0, Cursor(0, 0, 0, 0), [], 0, spans), 0)
+
+
+def split_documents(batch: PackedBatch) -> list[PackedBatch]:
+    """Each document of a pack as a pack of its own, with the same labels."""
+    parts = []
+    for a, b in pairwise(batch.cu_seqlens.tolist()):
+        ids, bounds, spans = batch.input_ids[0, a:b].numpy(), np.array([0, b - a], dtype=np.int32), None
+        if batch.answers_only:
+            places = np.flatnonzero(batch.labels[0, a:b].numpy() != NO_LABEL) + 1
+            spans = np.stack([places, places + 1], axis=1).astype(np.int64)
+        sequence = PackedSequence(ids, bounds, batch.source, 0, Cursor(0, 0, 0, 0), [], 0, spans)
+        parts.append(build_batch(sequence, batch.sequence_index))
+    return parts

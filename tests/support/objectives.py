@@ -17,8 +17,14 @@ SKIP_TOKEN = REPO / "docs" / "examples" / "skip_token.py"
 OPTIONS: dict[str, dict[str, Any]] = {
     "future": {"learnable_temperature": True},
     "mtp": {"tokens": 3},
+    "mtp_sequential": {"tokens": 3},
     "top": {"window": 5},
     "fsp_bow": {"window": 5},
+    "fsp_revlm": {},
+    "nitp": {},
+    "nextlat": {"horizon": 2},
+    "regret": {},
+    "stp": {},
     "skip_token": {"distance": 2},
 }
 """Options of each built-in objective and of the documented example."""

@@ -153,8 +153,9 @@ def test_ranks_are_interchangeable(workspace, tmp_path):
         {"training__float8": True},
         {"training__cpu_offload": True},
         {"objective__name": "mtp"},
+        {"objective__name": "nitp"},
     ],
-    ids=["Muon with bfloat16 state", "float8", "cpu_offload", "layers of another objective"],
+    ids=["Muon with bfloat16 state", "float8", "cpu_offload", "layers of another objective", "a layer is read"],
 )
 def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):
     expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)

@@ -8,25 +8,31 @@ and a shared unembedding f_u,
 Here the backbone is the whole language model up to its final norm. Head 1 adds no layer: its term of L is the next-token cross
 entropy. Heads 2 .. k are one layer and one norm each. Unlike the paper, the backbone keeps all of its layers; the paper removes
 as many as the heads add, so that the number of weights stays the same.
+
+A curriculum (Aynetdinov and Akbik 2025, arXiv:2505.22757) lets only the first heads learn. Of E steps in all, after e of them,
+
+    forward: min(k, floor(e k / E) + 1) tokens are predicted,      reverse: max(1, k - floor(e k / E)).
+
+The other heads are left out of the loss, and not computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame.data.batch import NO_LABEL
 from flame.models.extra_layer import build_extra_layer, find_extra_layer_conflicts
 from flame.objectives.base import Setup
-from flame.objectives.label_objective import BackboneOutput, LabelObjective
-from flame.objectives.mtp.options import MultiTokenOptions
+from flame.objectives.label_objective import BackboneOutput
+from flame.objectives.mtp.options import Curriculum, MultiTokenOptions
+from flame.objectives.token_heads import TokenHeads, shift_labels
+from flame.runtime.measures import Last, Measures
 
 
-class MultiTokenPrediction(LabelObjective):
+class MultiTokenPrediction(TokenHeads):
     """Heads 2 .. k. The loss is the sum of their cross entropies; with k = 1 there is no head and it is 0.
 
     Raises:
@@ -38,36 +44,45 @@ class MultiTokenPrediction(LabelObjective):
 
     def __init__(self, setup: Setup):
         assert isinstance(setup.options, MultiTokenOptions)
+        self.options = setup.options
         config = setup.lm.config
         super().__init__(setup, [build_extra_layer(self.name, config, setup.attention) for _ in range(setup.options.tokens - 1)])
-        self._embedding_size = config.vocab_size * config.hidden_size
+        self._num_active = len(self.layers)
 
     @classmethod
     def find_model_conflicts(cls, options: MultiTokenOptions, config: PretrainedConfig) -> Iterator[str]:  # type: ignore[override]
         return find_extra_layer_conflicts(cls.name, config)
 
-    def sum_losses(self, output: BackboneOutput) -> Tensor:
-        """See `LabelObjective.sum_losses`. A position needs a label of its own; of the tokens ahead, only labels count."""
-        states = output.hidden_states
-        total = torch.zeros((), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        for steps, layer in enumerate(self.layers, start=1):
-            ahead = output.pick(output.encode(cast(PreTrainedModel, layer), states))
-            total = total + output.output_head.sum_cross_entropy(ahead, shift_labels(output, steps))
+    @property
+    def num_active(self) -> int:
+        return self._num_active
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        self._num_active = count_tokens(self.options.curriculum, self.options.tokens, step, total_steps) - 1
+
+    def list_head_losses(self, output: BackboneOutput) -> list[Tensor]:
+        losses = []
+        for steps, layer in enumerate(self.list_counted_layers(), start=1):
+            ahead = output.pick(output.encode(cast(PreTrainedModel, layer), output.hidden_states))
+            losses.append(output.output_head.sum_cross_entropy(ahead, shift_labels(output, steps)))
+        return losses
+
+    def combine(self, losses: list[Tensor]) -> Tensor:
+        total = losses[0].new_zeros(())
+        for loss in losses:
+            total = total + loss
         return total
 
-    def estimate_memory(self, tokens: int) -> float:
-        """Each head's gradients of its states and of the output embedding, beside what its layer keeps."""
-        width = self.setup.lm.config.hidden_size
-        return 2.0 * len(self.layers) * (tokens * width + self._embedding_size)
-
-    def count_head_weights(self) -> float:
-        return float(len(self.layers) * self._embedding_size)
+    def read_metrics(self, compute_dtype: Any) -> Measures:
+        return {} if self.options.curriculum == "none" else {"mtp_tokens": Last(float(self.num_active + 1))}
 
 
-def shift_labels(output: BackboneOutput, steps: int) -> Tensor:
-    """The labels `steps` tokens after the positions: int64 [n]. -100 past the document's end and at positions without a label."""
-    here, labels = output.list_positions(), output.labels
-    all_labels, segments = output.batch.labels[0], output.batch.segment_ids[0]
-    there = (here + steps).clamp(max=len(all_labels) - 1)  # the last token of a packed sequence has no label
-    counts = (labels != NO_LABEL) & (segments[here] == segments[there])
-    return torch.where(counts, all_labels[there], NO_LABEL)
+def count_tokens(curriculum: Curriculum, most: int, step: int, total_steps: int) -> int:
+    """Tokens that each position predicts in a step, including the next.
+
+    Args:
+        most: k.
+        step: from 1.
+    """
+    phase = (step - 1) * most // max(total_steps, 1)
+    return {"none": most, "forward": min(most, phase + 1), "reverse": max(1, most - phase)}[curriculum]

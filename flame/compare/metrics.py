@@ -1,0 +1,53 @@
+"""The metrics that are compared: which direction is better, and what counts as reached. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+LOWER = ("loss", "ce_loss", "aux_loss", "largest_ce_loss")
+HIGHER = ("exact_match", "first_branch", "infonce_accuracy", "mi_lower_bound", "positive_cosine")
+VALIDATION = "validation_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of metrics.jsonl. Its value at the end of a run is the last one that is logged."""
+
+    name: str
+    is_higher_better: bool
+    goal: float | None = None
+    """What counts as solved: the report says how many runs reach it, and what that takes."""
+    stop_at: float | None = None
+    """A run ends once this is reached."""
+
+    @property
+    def better(self) -> str:
+        return "higher" if self.is_higher_better else "lower"
+
+    def is_reached(self, value: float, wanted: float) -> bool:
+        """Whether a value is at least as good as another."""
+        return value >= wanted if self.is_higher_better else value <= wanted
+
+    def should_stop(self, rows: Iterable[Mapping[str, float]]) -> bool:
+        """Whether a logged row has reached `stop_at`, in the metric and in all its parts, such as `NAME/5x5`."""
+        wanted = self.stop_at
+        if wanted is None:
+            return False
+        return any(
+            all(self.is_reached(value, wanted) for name, value in row.items() if f"{name}/".startswith(f"{self.name}/"))
+            for row in rows
+            if math.isfinite(row.get(self.name, math.nan))
+        )
+
+
+def list_known() -> list[str]:
+    """Names whose better direction is known."""
+    return [prefix + name for name in (*LOWER, *HIGHER) for prefix in ("", VALIDATION)]
+
+
+def read_better(name: str) -> str | None:
+    """ "lower" or "higher"; None where it is not known."""
+    base = name.partition("/")[0].removeprefix(VALIDATION)
+    return "lower" if base in LOWER else "higher" if base in HIGHER else None

@@ -1,0 +1,148 @@
+"""How many steps a budget in seconds is: a short run of each arm, on the same device and as many at a time, times its steps.
+
+The learning rate is scheduled over steps, so that their number has to be known at the start. The probe times the steps with the
+objective's loss and, where `objective.start_step` lies later, those before. Starts, validations and checkpoints do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flame.compare.devices import Slot
+from flame.compare.outcomes import COMPLETE, LOG_FILE, read_outcome
+from flame.compare.queue import RunQueue, say, try_lock
+from flame.compare.results import read_result
+from flame.compare.runs import FAR_AWAY, Run, resolve
+from flame.compare.spec import Budget, Options, Spec
+from flame.errors import MachineFault
+
+PROBES_FOLDER = "probes"
+PROBE_FILE = "probe.json"
+LOCK_FILE = "probe.lock"
+SECONDS_BETWEEN_LOOKS = 0.5
+STEPS = 12
+WARM_UP = 4
+"""Steps at the start that are not counted: kernels are chosen and layers compiled."""
+SHORT: Options = {
+    "lr_scheduler.total_steps": FAR_AWAY,
+    "objective.warmup_steps": 0,
+    "objective.decay_steps": 0,
+    "validation.interval": 0,
+    "checkpoint.enable_checkpoint": False,
+    "metrics.log_freq": 1,
+    "metrics.diagnostics_interval": 0,
+    "metrics.enable_wandb": False,
+    "metrics.enable_tensorboard": False,
+}
+
+
+class Interrupted(Exception):
+    """The user asked to stop while steps were timed."""
+
+
+def set_steps(spec: Spec, runs: Sequence[Run], slots: Sequence[Slot], *, may_measure: bool = True) -> list[Run]:
+    """The runs with the number of steps of their budget. Budgets other than seconds are left to the trainer.
+
+    Args:
+        may_measure: whether to time the steps of arms that were not timed yet; without it their runs keep no number of steps.
+
+    Raises:
+        MachineFault: a probe has failed.
+        Interrupted: the user asked to stop.
+    """
+    if spec.budget.kind != "seconds":
+        return list(runs)
+    by_arm = {(run.task, run.arm): run for run in reversed(runs)}
+    steps = {key: _find_steps(spec, run, slots, may_measure) for key, run in by_arm.items()}
+    return [replace(run, steps=steps[run.task, run.arm]) for run in runs]
+
+
+def count_steps(seconds: float, start_step: int, before: float, later: float) -> int:
+    """Steps that fit.
+
+    Args:
+        start_step: the first step that takes `later` seconds; earlier ones take `before`.
+    """
+    early = max(start_step - 1, 0)
+    if seconds <= early * before:
+        return max(1, math.floor(seconds / before))
+    return max(1, early + math.floor((seconds - early * before) / later))
+
+
+def _find_steps(spec: Spec, run: Run, slots: Sequence[Slot], may_measure: bool) -> int | None:
+    folder = spec.out / PROBES_FOLDER / run.task / run.arm
+    start_step = resolve(run).objective.start_step
+    wanted = _describe(run, slots)
+    times = _read(folder, wanted)
+    if times is None and not may_measure:
+        return None
+    if times is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        while (lock := try_lock(folder / LOCK_FILE)) is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # another element of a Slurm array is at it
+        with closing(lock):
+            times = _read(folder, wanted) or _measure(run, folder, slots, start_step)
+            (folder / PROBE_FILE).write_text(json.dumps({"of": wanted, "seconds a step": times}, indent=1) + "\n")
+    steps = count_steps(spec.budget.amount, start_step, times[0], times[-1])
+    say(f"{run.task}/{run.arm}: a step takes {times[-1]:.4g} s, so {spec.budget} are {steps} steps")
+    return steps
+
+
+def _describe(run: Run, slots: Sequence[Slot]) -> dict[str, Any]:
+    """What the time of a step depends on."""
+    options = run.describe()["options"]
+    kept = {key: value for key, value in options.items() if not key.endswith(".seed")}
+    return {"options": kept, "processes": run.processes, "at a time": len(_share_device(slots)), "threads": slots[0].threads}
+
+
+def _read(folder: Path, wanted: dict[str, Any]) -> list[float] | None:
+    try:
+        found = json.loads((folder / PROBE_FILE).read_text())
+        return list(found["seconds a step"]) if found["of"] == wanted else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _measure(run: Run, folder: Path, slots: Sequence[Slot], start_step: int) -> list[float]:
+    """Seconds of a step before the objective's first, if there is such a step, and of a later one."""
+    starts = [FAR_AWAY, 0] if start_step > 1 else [0]
+    return [_time_steps(run, folder / f"start-{start}", slots, {"objective.start_step": start}) for start in starts]
+
+
+def _time_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options) -> float:
+    """Median seconds of a step, over as many runs at a time as the comparison will make on a device."""
+    shared = _share_device(slots)
+    budget = Budget("seconds", math.inf)
+    options = run.options | SHORT | changes
+    copies = [
+        replace(run, folder=folder / str(number), options=options, budget=budget, stops=(), steps=STEPS)
+        for number in range(len(shared))
+    ]
+    for copy in copies:
+        shutil.rmtree(copy.folder, ignore_errors=True)
+    say(f"{run.task}/{run.arm}: timing {STEPS} steps, {len(copies)} at a time")
+    if not RunQueue(copies, shared).make():
+        raise Interrupted
+    for copy in copies:
+        outcome = read_outcome(copy.folder)
+        if outcome.state != COMPLETE:
+            raise MachineFault(f"{run.task}/{run.arm}: its steps cannot be timed: {outcome.line} ({copy.folder / LOG_FILE})")
+    return statistics.median(seconds for copy in copies for seconds in _read_times(copy.folder))
+
+
+def _read_times(folder: Path) -> Iterator[float]:
+    yield from read_result(folder).list_numbers("step_seconds")[WARM_UP:]
+
+
+def _share_device(slots: Sequence[Slot]) -> list[Slot]:
+    """Those on the GPUs of the first."""
+    return [slot for slot in slots if slot.gpus == slots[0].gpus]

@@ -1,0 +1,197 @@
+"""The runs of a comparison: their options, checked by the trainer's own rules before any is started. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flame.compare.metrics import VALIDATION, Metric
+from flame.compare.spec import CONFIG_KEY, Budget, Options, Spec, flatten, parse_spec
+from flame.config.parse import COMMAND_LINE, list_typed
+from flame.config.schema import JobConfig
+from flame.config.training import LENGTHS
+from flame.errors import UserError
+from flame.trainer.options import build_table, read_options
+from flame.trainer.run_record import CONFIG_FILE
+
+RECORD_FILE = "compare.json"
+"""In the folder of a run: what it was started as."""
+SILENT = (CONFIG_KEY, "job.dump_folder", "job.description")
+FAR_AWAY = 10**9
+SEVERAL = 3
+"""Differences that a line about another run names."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the trainer, in a folder of its own below `Spec.out`."""
+
+    task: str
+    arm: str
+    seed: int
+    folder: Path
+    options: Options
+    """All but those of its length."""
+    budget: Budget
+    stops: tuple[Metric, ...] = ()
+    """Those with a `stop_at`: the run ends once all of them are reached."""
+    processes: int = 1
+    steps: int | None = None
+    """Of a budget in seconds, once it is known how long a step takes."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.arm}/seed {self.seed}"
+
+    @property
+    def length(self) -> Options:
+        """The option that says how long the run is."""
+        if self.budget.kind == "seconds":
+            return {"training.steps": self.steps or FAR_AWAY}
+        return {f"training.{self.budget.kind}": self.budget.amount}
+
+    def spell_options(self) -> list[str]:
+        """The trainer's command line."""
+        return spell(self.options | self.length | {"job.dump_folder": str(self.folder)})
+
+    def describe(self) -> dict[str, Any]:
+        """What makes it this run and no other."""
+        options = dict(flatten(resolve(self).to_dict()))
+        kept = {key: value for key, value in options.items() if key not in SILENT and not _is_length(key)}
+        return {"options": json.loads(json.dumps(kept)), "budget": list(self.budget), "steps": self.steps}
+
+
+def spell(options: Mapping[str, Any]) -> list[str]:
+    """Options as arguments of the trainer."""
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
+
+
+def list_runs(spec: Spec) -> list[Run]:
+    """All runs, one seed of everything before the next: cut short, each arm has about as many."""
+    stops = tuple(metric for metric in spec.metrics if metric.stop_at is not None)
+    return [
+        Run(
+            task=task,
+            arm=arm,
+            seed=seed,
+            folder=spec.out / task / arm / f"seed-{seed}",
+            options=spec.tasks[task] | spec.arms[arm] | dict.fromkeys(("training.seed", *spec.seeded), seed),
+            budget=spec.budget,
+            stops=stops,
+            processes=spec.gpus_per_run,
+        )
+        for seed in spec.seeds
+        for task in spec.tasks
+        for arm in spec.arms
+    ]
+
+
+def resolve(run: Run) -> JobConfig:
+    """All options of a run, also those of objectives that it does not train.
+
+    Raises:
+        UserError: some are wrong.
+    """
+    words = run.spell_options()
+    config = read_options(words, run.processes)
+    for name, kind in build_table(list_typed(words)).extensions.items():
+        config.extensions.setdefault(name, kind())
+    return config
+
+
+def read_spec(path: str) -> Spec:
+    """Read a comparison and check it, also the options of each task and of each arm, as the trainer does.
+
+    Raises:
+        UserError: one line for each mistake. Those in options name task or arm.
+    """
+    spec, faults = parse_spec(path)
+    one = {(run.task, run.arm): run for run in list_runs(spec) if run.seed == spec.seeds[0]}
+    for task in (name for name in spec.tasks if spec.arms and CONFIG_KEY in spec.tasks[name]):
+        first = one[task, next(iter(spec.arms))]
+        base = replace(first, options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
+        of_task = _find_faults(spec, base)
+        faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
+        for arm in spec.arms:
+            of_arm = [line for line in _find_faults(spec, one[task, arm]) if line not in of_task]
+            faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return spec
+
+
+def _find_faults(spec: Spec, run: Run) -> list[str]:
+    """What is wrong with the options of a run, or keeps it from being measured."""
+    try:
+        config = read_options(run.spell_options(), run.processes)
+    except UserError as error:
+        # Of a folder that cannot be made a line speaks later, once for all runs.
+        return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines if not line.startswith("job.dump_folder")]
+    wanted = [metric.name for metric in spec.metrics if metric.name.startswith(VALIDATION)]
+    if wanted and not config.validation.interval:
+        return [f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"]
+    return []
+
+
+def check_folders(runs: list[Run]) -> None:
+    """Check that no folder holds a run of other options: such runs are not mixed.
+
+    Raises:
+        UserError: one line for each that does.
+    """
+    faults = [line for run in runs if (line := find_other_run(run))]
+    if faults:
+        raise UserError(*faults)
+
+
+def find_other_run(run: Run) -> str | None:
+    """A line about the run that has this one's folder and is another one; None if there is none."""
+    record = read_record(run.folder)
+    if record is None:
+        if (run.folder / CONFIG_FILE).exists():
+            return f'"{run.folder}" holds a run that is not of a comparison: move it away, or choose another compare.out'
+        return None
+    wanted = run.describe()
+    if run.budget.kind == "seconds" and run.steps is None:  # not known yet
+        wanted["steps"] = record.get("steps")
+    if wanted == record:
+        return None
+    before, now = (each.get("options", {}) for each in (record, wanted))
+    changes = [
+        f"{key} = {before.get(key)} (now {now.get(key)})"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key)
+    ]
+    if wanted["budget"] != record.get("budget"):
+        changes.append(f"a budget of {Budget(*record['budget'])} (now {Budget(*wanted['budget'])})")
+    elif wanted["steps"] != record.get("steps"):
+        changes.append(f"{record.get('steps')} steps for its seconds (now {wanted['steps']})")
+    more = f" and {len(changes) - SEVERAL} more" if len(changes) > SEVERAL else ""
+    shown = ", ".join(changes[:SEVERAL]) + more
+    return f'"{run.folder}" holds a stale run, with {shown}: remove it, or choose another compare.out'
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a folder's run was started as; None if none was."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_record(run: Run) -> None:
+    """Say in the run's folder what is started there."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    temporary = run.folder / f"{RECORD_FILE}.tmp"
+    temporary.write_text(json.dumps(run.describe(), indent=1) + "\n")
+    temporary.replace(run.folder / RECORD_FILE)
+
+
+def _is_length(key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return section == "training" and name in LENGTHS

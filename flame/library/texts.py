@@ -1,0 +1,86 @@
+"""Documents of a corpus as packed sequences of bounded length, for commands that read an export."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from flame.config.data import Corpus
+from flame.config.schema import JobConfig
+from flame.data.encoding import encode_document
+from flame.data.sources.base import open_texts
+from flame.data.sources.registry import find_kind, find_source_conflicts
+from flame.errors import UserError
+
+SECTION = "--"  # errors of the shared code say `{section}.{option}`
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a corpus, as in [training] of a run."""
+    parser.add_argument("--dataset", default="json", help="as training.dataset of a run, such as json, text, parquet or stdlib")
+    parser.add_argument("--data_files", default="", help="files, as training.data_files of a run")
+    parser.add_argument("--text_column", default="text", help="column of the text (default: %(default)s)")
+
+
+def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:
+    """Documents, int64 [n] each with at least 2 tokens, until they hold `num_tokens`; fewer if the corpus ends. Only the first
+    `longest` tokens of a document are taken.
+
+    Raises:
+        UserError: the corpus cannot be read, or has no document of 2 tokens.
+    """
+    try:
+        return _read(corpus, tokenizer, num_tokens, longest)
+    except UserError as error:
+        raise UserError(*(line.replace(f"{SECTION}.", SECTION) for line in error.lines)) from error
+
+
+def _read(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:
+    source = find_kind(corpus.dataset, SECTION)(corpus, SECTION)
+    if faults := list(find_source_conflicts(source, JobConfig())):
+        raise UserError(*faults)
+    rows = open_texts(source)
+    if hasattr(rows, "num_shards"):
+        raise UserError(f"{source.option} can only be read in order, shard by shard: give files that can be read at any place")
+    documents: list[Tensor] = []
+    held = 0
+    for index in range(len(rows)):
+        if held >= num_tokens:
+            break
+        row = rows.read(index)
+        if row is None:
+            continue
+        if not isinstance(row, str):
+            raise UserError(f"{source.option}: row {index} is no text: give a column of texts")
+        tokens = torch.from_numpy(encode_document(tokenizer, row)[:longest]).long()
+        if len(tokens) > 1:
+            documents.append(tokens)
+            held += len(tokens)
+    if not documents:
+        raise UserError(f"{source.option}: no document has two tokens or more")
+    return documents
+
+
+def pack(documents: Sequence[Tensor], most_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Packed sequences of whole documents, in order: int64 [T] and cu_seqlens int32 [S+1].
+
+    Args:
+        most_tokens: T is at most this, but for a single longer document.
+    """
+    held: list[Tensor] = []
+    for document in documents:
+        if held and sum(map(len, held)) + len(document) > most_tokens:
+            yield _join(held)
+            held = []
+        held.append(document)
+    if held:
+        yield _join(held)
+
+
+def _join(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([0, *map(len, documents)])
+    return torch.cat(documents), lengths.cumsum(0).int()

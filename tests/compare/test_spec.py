@@ -1,0 +1,93 @@
+"""A comparison's file: what it comes to, and one line for each mistake before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flame.compare.command import main
+from flame.compare.runs import list_runs, read_spec, resolve
+from flame.compare.spec import Budget
+from flame.errors import UserError
+from flame.trainer.options import read_options
+from tests.support.comparisons import write_spec
+from tests.support.paths import REPO
+from tests.support.refusals import expect_one_line
+
+
+def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
+    spec = read_spec(write_spec(tmp_path, old="tokens = 20_000", new='tokens = 20_000\nseeded = ["pathstar.seed"]'))
+    runs = list_runs(spec)
+    assert [(run.arm, run.seed) for run in runs[:4]] == [("next_token", 1), ("mtp", 1), ("future", 1), ("next_token", 2)]
+    assert len({run.folder for run in runs}) == len(runs) == 9 and spec.baseline == "next_token"
+    config = read_options(runs[4].spell_options(), 1)
+    assert (config.objective.name, config.training.seed, config.training.tokens) == ("mtp", 2, 20_000)
+    assert config.extensions["pathstar"].seed == 2 and config.training.budget == "tokens"  # type: ignore[attr-defined]
+    assert config.job.dump_folder == str(tmp_path / "out/graphs/mtp/seed-2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("seeds = [1, 2, 3]", "seed = [1, 2, 3]", ("compare.seed (", "did you mean seeds?")),
+        ("seeds = [1, 2, 3]", "seeds = [1, 1]", ("compare.seeds = [1, 1]", "different integers")),
+        ("seeds = [1, 2, 3]", "seeds = [true]", ("compare.seeds = [true]",)),
+        ("tokens = 20_000", "tokens = 0", ("compare.tokens = 0", "an integer > 0")),
+        ("tokens = 20_000", "tokens = 20_000\nflops = 1e12", ("one budget", "compare.tokens and compare.flops")),
+        ("tokens = 20_000", "", ("one budget", "given is none")),
+        ("tokens = 20_000", 'tokens = 20_000\nbaseline = "mpt"', ('compare.baseline = "mpt"', "did you mean mtp?")),
+        ("[arms.mtp]", '[arms."a/b"]', ('arms."a/b"', "a name is a folder")),
+        ("[arms.mtp]", "[arm.mtp]", ("[arm]", "did you mean arms?")),
+        ('name = "mtp"', 'name = "mtp"\ntraining.steps = 3', ("training.steps = 3 ([arms.mtp]", "budget is set in [compare]")),
+        ('name = "mtp"', 'name = "mtp"\ntraining.seed = 3', ("training.seed = 3 ([arms.mtp]", "seeds are set in [compare]")),
+        ("validation_exact_match", "validation_exact_mach", ("did you mean validation_exact_match?", 'better = "lower"')),
+        ("goal = 0.9", "goals = 0.9", ("metrics.validation_exact_match.goals", "did you mean goal?")),
+        ("goal = 0.9", 'better = "more"', ('better = "more"', '"lower" or "higher"')),
+        ('name = "mtp"', 'name = "mpt"', ("[arms.mtp]", 'objective.name = "mpt"')),
+        ('name = "mtp"', 'nam = "mtp"', ("[arms.mtp]", "objective.nam", "did you mean objective.name?")),
+        ('name = "mtp"', 'name = "mtp"\nmtp.tokens = "x"', ("[arms.mtp]", "mtp.tokens = x: allowed is an integer")),
+        ("[arms.next_token]", "validation.interval = 0\n[arms.next_token]", ("validation.interval = 0", "is compared")),
+    ],
+)
+def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[str, ...]):
+    path = write_spec(tmp_path, old=old, new=new)
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    for part in (path, *parts):
+        assert part in str(caught.value)
+    assert len([line for line in caught.value.lines if parts[0] in line]) == 1
+
+
+def test_all_mistakes_come_at_once_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = write_spec(tmp_path, old='name = "mtp"', new='name = "mpt"\ntraining.sequence_len = 3')
+    text = Path(path).read_text().replace("[arms.future]", "[arms.future]\noptimizer.lr = -1")
+    text = text.replace("seeds", "seads")
+    Path(path).write_text(text.replace("model.config", "trainin.compile = true\nmodel.config"))
+    assert main([path]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[0] for line in lines[:2]] == ["compare.seads", "compare.seeds"]
+    assert [line.split("]")[0] for line in lines[2:]] == ["[tasks.graphs", "[arms.mtp", "[arms.mtp", "[arms.future"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("configs/compare_*.toml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    spec = read_spec(str(path))
+    assert not spec.out.is_absolute() and len(spec.arms) > 2
+
+
+@pytest.mark.parametrize("content", [None, "[compare", "\x00"])
+def test_a_file_that_is_none(tmp_path: Path, content: str | None):
+    if content is not None:
+        (tmp_path / "spec.toml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_spec(str(tmp_path / "spec.toml"))
+    expect_one_line(caught.value, "spec.toml: not a readable TOML file")
+
+
+def test_a_budget_of_seconds_is_one_of_steps(tmp_path: Path):
+    spec = read_spec(write_spec(tmp_path, old="tokens = 20_000", new="seconds = 60"))
+    assert spec.budget == Budget("seconds", 60)
+    assert resolve(list_runs(spec)[0]).training.budget is None

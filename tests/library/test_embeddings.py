@@ -1,0 +1,156 @@
+"""Guesses and summaries of exported models, against the trainer's modules taken by hand; and retrieval, against loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from flame.cli.embed import main
+from flame.errors import UserError
+from flame.library.embeddings import embed, load_modules
+from flame.library.retrieval import rank, retrieve, split_texts
+from tests.support.runs import run_here
+
+CPU = torch.device("cpu")
+TEXTS = [torch.tensor(list(text.encode())) for text in ("alpha beta", "gamma", "delta epsilon zeta", "beta")]
+CASES = {
+    "defaults": {},
+    "early and shallow": {"future_predictor__layer": 1, "future_encoder__layers": 1, "future_predictor__head_type": "gated"},
+    "projected": {"future_encoder__projection_dim": 16, "future_predictor__head_type": "linear", "future_encoder__future_k": 2},
+    "bilinear": {"future_encoder__estimator_type": "bilinear", "future_encoder__learnable_temperature": None},
+}
+
+
+@pytest.fixture(scope="module")
+def exports(workspace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+
+    def get(name: str) -> Path:
+        if not (folder / name).exists():
+            run_here(workspace, folder / name, training__steps=2, **CASES[name])
+        return folder / name / "hf"
+
+    return get
+
+
+def encode_ahead(lm, tokens: Tensor, window: int) -> Tensor:
+    """States of one text under the anti-causal mask, by transformers alone."""
+    n = len(tokens)
+    distance = torch.arange(n)[None] - torch.arange(n)[:, None]
+    allowed = (distance > 0) & ((distance <= window) if window else True)
+    return lm.model(input_ids=tokens[None], attention_mask=allowed[None, None], use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vectors_are_those_of_the_loss(exports, name):
+    folder = exports(name)
+    with torch.no_grad():
+        check_vectors(folder, CASES[name])
+
+
+def check_vectors(folder: Path, case: dict[str, object]) -> None:
+    found = embed(load_modules(folder, CPU), AutoModelForCausalLM.from_pretrained(folder), TEXTS, 20)
+    lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    weights = load_file(folder / "future_modules.safetensors")
+    shallow = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    if case.get("future_encoder__layers"):
+        del shallow.model.layers[1:]
+    for index, tokens in enumerate(TEXTS):
+        states = lm.model(tokens[None], output_hidden_states=True, use_cache=False)
+        final = states.last_hidden_state[0, -1]
+        x = states.hidden_states[1][0, -1] if case.get("future_predictor__layer") else final
+        x = F.layer_norm(x, x.shape, weights["predictor.norm.weight"], weights["predictor.norm.bias"])
+        linear = lambda part, x: F.linear(x, weights[f"predictor.{part}.weight"], weights[f"predictor.{part}.bias"])  # noqa: E731
+        if case.get("future_predictor__head_type") == "gated":
+            x = F.silu(linear("body.gate", x)) * linear("body.up", x)
+        elif case.get("future_predictor__head_type") != "linear":
+            x = F.gelu(linear("body.0", x))
+        guess = F.normalize(linear("out", x), dim=-1)
+        summary = encode_ahead(shallow, tokens, case.get("future_encoder__future_k", 0))[0]
+        if case.get("future_encoder__projection_dim"):
+            summary = summary @ weights["estimator.projection"]
+        if case.get("future_encoder__estimator_type"):
+            guess = F.normalize(guess @ weights["estimator.weight"], dim=-1)
+        torch.testing.assert_close(found.states[index], F.normalize(final, dim=-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.guesses[index], guess, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.summaries[index], F.normalize(summary, dim=-1), rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(2, 7), st.integers(0, 999))
+def test_ranks_are_counted(count, seed):
+    scores = torch.randint(0, 4, (count, count), generator=torch.Generator().manual_seed(seed)).float()
+    ranks = [1 + sum(scores[i, j] >= scores[i, i] for j in range(count) if j != i) for i in range(count)]
+    accuracy, reciprocal = rank(scores)
+    assert accuracy == pytest.approx(sum(each == 1 for each in ranks) / count)
+    assert reciprocal == pytest.approx(sum(1 / float(each) for each in ranks) / count)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_a_continuation_begins_at_the_target_of_the_prefix(shift):
+    prefixes, continuations = split_texts([torch.arange(9), torch.arange(3), torch.arange(4)], shift)
+    assert [each.tolist() for each in prefixes] == [[0, 1, 2, 3], [0, 1]]
+    assert [each[0].item() for each in continuations] == [3 + shift, 1 + shift]
+    assert [each[-1].item() for each in continuations] == [8, 3]
+
+
+def test_the_summary_of_a_continuation_is_that_of_the_whole_text(exports):
+    """What training compares the guess with."""
+    folder = exports("defaults")
+    modules, lm = load_modules(folder, CPU), AutoModelForCausalLM.from_pretrained(folder)
+    _, continuations = split_texts(TEXTS[:1], modules.shift)
+    alone = embed(modules, lm, continuations, 64).summaries[0]
+    with torch.no_grad():
+        whole = encode_ahead(lm, TEXTS[0], 0)[len(TEXTS[0]) // 2 - 1 + modules.shift]
+    torch.testing.assert_close(alone, F.normalize(whole, dim=-1), rtol=1e-3, atol=1e-4)
+
+
+def test_retrieval_has_its_baselines(exports):
+    folder = exports("defaults")
+    modules, lm = load_modules(folder, CPU), AutoModelForCausalLM.from_pretrained(folder)
+    found = retrieve(modules, lm, TEXTS, 64)
+    assert [each.queries for each in found] == ["guess of the future", "hidden state", "hidden state"]
+    assert all(0 <= each.accuracy <= each.reciprocal_rank <= 1 for each in found)
+    with pytest.raises(UserError, match=r"^1 of 2 texts are long enough to be cut in two"):
+        retrieve(modules, lm, [TEXTS[0], TEXTS[0][:2]], 64)
+
+
+def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("alpha beta gamma", "delta epsilon")))
+    argv = [str(exports("defaults")), "--data_files", str(texts), "--device", "cpu"]
+    assert main([*argv, "--out", str(tmp_path / "v.npz"), "--retrieve"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a guess" and printed[-1] == "2 texts"
+    vectors = np.load(tmp_path / "v.npz")
+    assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "guesses", "summaries"), (2, 32))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "nothing to do: give --out FILE.npz, --retrieve, or both"),
+        (["--out", "x.txt"], "--out x.txt: vectors are written to an .npz file"),
+    ],
+)
+def test_mistakes_are_one_line(exports, capsys, argv, expected):
+    assert main([str(exports("defaults")), *argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "\n" not in error and error.startswith(expected)
+
+
+def test_what_has_no_summaries_is_told(workspace, tmp_path):
+    with pytest.raises(UserError, match=r"future_modules.safetensors: no such file: give the export"):
+        load_modules(tmp_path, CPU)
+    run_here(workspace, tmp_path / "run", training__steps=1, future_encoder__target="random")
+    with pytest.raises(UserError, match=r'future_encoder.target = "random": its summaries come from what is not exported'):
+        load_modules(tmp_path / "run" / "hf", CPU)

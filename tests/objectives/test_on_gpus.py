@@ -1,0 +1,39 @@
+"""The further objectives on a GPU, compiled and in bfloat16, against float64 on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flame.models.causal_lm import find_decoder_layers
+from flame.objectives.step import Requested, compute_losses
+from flame.trainer.setup import build_modules, materialize
+from tests.support.models import build_unsharded, get_own, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.objectives import choose
+
+pytestmark = pytest.mark.gpu
+SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["fsp_revlm", "mtp_sequential", "nextlat", "nitp", "regret"])
+def test_loss_and_gradients_are_those_of_a_cpu(name, compiled):
+    """STP is left out: a GPU draws other triples."""
+    config, model_config = choose(name), tiny_llama(**SHAPE)
+    exact = build_unsharded(config, model_config).double()
+    model = build_modules(config, model_config, "cuda")
+    materialize(model, torch.device("cuda"), seed=0)
+    model.load_state_dict(exact.state_dict())
+    model.to(torch.bfloat16)
+    if compiled:
+        for module in (*find_decoder_layers(model.lm), *get_own(model).list_compiled()):
+            module.compile(dynamic=False)
+    batch, found = random_batch(random_cu_seqlens(256, 6, seed=1)), []
+    for each, device in ((model, "cuda"), (exact, "cpu")):
+        losses = each(compute_losses, batch.to(device), Requested(aux=True))
+        (losses.ce_sum + losses.aux.loss_sum).backward()
+        gradients = [p.grad.flatten().cpu().double() for p in each.parameters() if p.grad is not None]
+        found.append((losses.aux.loss_sum.item(), torch.cat(gradients)))
+    (loss, gradient), (expected, expected_gradient) = found
+    assert loss == pytest.approx(expected, rel=0.1 if name == "regret" else 0.03)
+    assert (gradient - expected_gradient).norm() < 0.1 * expected_gradient.norm()
