@@ -17,7 +17,7 @@ device. Shapes: T tokens of a packed sequence, d width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -302,7 +302,9 @@ class Objective(nn.Module):
 
     def describe_training(self) -> str:
         """A sentence of the model card on what was learned beside the next token."""
-        options = ", ".join(f"{name} {value}" for name, value in asdict(self.setup.options).items())
+        unchanged = {each.name for each in fields(ObjectiveOptions)} - {"loss_weight", *self.setup.options.list_cadence()}
+        shown = {name: value for name, value in asdict(self.setup.options).items() if name not in unchanged}
+        options = ", ".join(f"{name} {value}" for name, value in shown.items())
         return f'Trained on next-token prediction and, beside it, "{self.name}": {options}.'
 
     def describe_modules(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flame.config.types import NonNegativeFloat, PositiveInt, Section, Share, When, option
 
@@ -35,6 +35,11 @@ class ObjectiveOptions(Section):
     sequence_share: Share = 1.0
     """Share of a step's packed sequences, over all ranks and micro-steps, that have the loss. It is averaged over them, so its
     weight stays. Each step with the loss takes the next ones. They must be a multiple of the ranks."""
+
+    def list_cadence(self) -> dict[str, Any]:
+        """Options of which steps and packed sequences have the loss, where they are not all."""
+        names = ("every", "draw_step", "keep_mean_weight") if self.every > 1 else ()
+        return {name: getattr(self, name) for name in (*names, *(["sequence_share"] if self.sequence_share < 1 else []))}
 
     def count_sequences(self, job: JobConfig) -> tuple[int, float]:
         """Packed sequences of a step, and how many of them `sequence_share` asks for."""

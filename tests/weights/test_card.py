@@ -110,6 +110,14 @@ def test_the_future_loss_is_told(tmp_path, config):
     assert "`future_modules.safetensors` holds the modules that predicted summaries" in text
 
 
+def test_what_is_left_out_of_the_loss_is_told(tmp_path, config):
+    config.objective.name = "mtp"
+    config.get(MultiTokenOptions).every = 4
+    assert 'beside it, "mtp": loss_weight 1.0, every 4, draw_step False, keep_mean_weight False, tokens' in write(
+        tmp_path, config
+    )
+
+
 def test_another_objective_is_told(tmp_path, config):
     config.objective.name = "mtp"
     config.get(MultiTokenOptions).tokens = 3

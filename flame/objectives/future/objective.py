@@ -49,8 +49,6 @@ from flame.runtime.seeds import derive_seed
 
 CARD_OPTIONS = (
     "loss_weight",
-    "every",
-    "sequence_share",
     "target",
     "target_shift",
     "target_shift_max",
@@ -59,7 +57,7 @@ CARD_OPTIONS = (
     "temperature",
     "learnable_temperature",
 )
-"""Options that the model card shows."""
+"""Options that the model card always shows."""
 TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "layers", "projection_dim", "estimator_type")
 """Options that decide what predictor and estimator learn."""
 KEPT_OF_TOKENS, KEPT_OF_ANCHORS, BFLOAT16_BYTES = 2, 8, 2
@@ -310,7 +308,7 @@ class FutureObjective(Objective):
 
     def describe_training(self) -> str:
         options = self.options
-        shown = {name: getattr(options, name) for name in CARD_OPTIONS}
+        shown = {name: getattr(options, name) for name in CARD_OPTIONS} | options.list_cadence()
         return (
             "Beside next-token prediction, each position learned to predict a summary of its own future: "
             f"{options.estimator_type}, {self.predictor_options.head_type} predictor, "
