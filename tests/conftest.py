@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
         elif item.get_closest_marker("long") and not wants_long:
             item.add_marker(pytest.mark.skip(reason="long: pytest -m long"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_no_curves() -> Iterator[None]:
+    """Runs of this process end without their picture, which takes half of a toy run's time. A test that wants it puts it back."""
+    with patch("flame.trainer.finish.plot_run"):
+        yield
 
 
 @pytest.fixture(autouse=True)

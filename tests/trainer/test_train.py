@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.checkpoints.manager import list_checkpoints
 from flame.data.tokenizer import build_bytes_tokenizer
+from flame.logging.plots import plot_run
 from flame.train import main
 from flame.weights.export import name_objective_file
 from flame.weights.tensors import read_model_tensors
@@ -31,14 +32,19 @@ from tests.support.runs import (
 )
 
 
-def test_a_run_leaves_metrics_checkpoints_model_and_curves(plain_run):
+def test_a_run_draws_its_curves(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr("flame.trainer.finish.plot_run", plot_run)
+    run_here(workspace, tmp_path / "run", training__steps=2, checkpoint__export_hf=False)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_model(plain_run):
     rows = read_metrics(plain_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(MEASURED) <= set(rows[0])
     assert rows[-1]["tokens_seen"] == 6 * 4 * SEQ_LEN
     assert rows[-1]["ce_loss"] < rows[0]["ce_loss"]
     assert [path.name for path in list_checkpoints(plain_run / "checkpoint")] == ["step-3", "step-6"]
-    assert (plain_run / "curves.png").stat().st_size > 1000
     start = json.loads((plain_run / "starts.jsonl").read_text())
     assert start["start_step"] == 0
     head = subprocess.run(
