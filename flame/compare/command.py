@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--element {arguments.element}: allowed is 0 to {len(runs) - 1}")
         return _make(spec, [runs[arguments.element]])
     code = _make(spec, runs)
-    return _report(spec, runs) if code != PREEMPTED_EXIT_CODE else code
+    if code == PREEMPTED_EXIT_CODE:
+        return code
+    check_folders(runs)  # a configuration file may have changed meanwhile
+    return _report(spec, runs)
 
 
 def _make(spec: Spec, runs: list[Run]) -> int:

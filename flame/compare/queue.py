@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import flame
 from flame.compare.devices import Slot
@@ -37,7 +37,8 @@ from flame.compare.outcomes import (
     write_outcome,
 )
 from flame.compare.results import read_rows
-from flame.compare.runs import Run, write_record
+from flame.compare.runs import Run, describe_changes, write_record
+from flame.errors import UserError
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, STOP_SIGNALS
 
 LOCK_FILE = "compare.lock"
@@ -108,10 +109,17 @@ class RunQueue:
         self._waiting: list[Run] = []
         self._active: list[Active] = []
         self._losses: dict[str, int] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+        """What each run was when the work began, by its name."""
 
     def make(self) -> bool:
-        """Make all runs. Returns False if it was asked to stop, once its runs have saved."""
+        """Make all runs. Returns False if it was asked to stop, once its runs have saved.
+
+        Raises:
+            UserError: the options of a run are wrong.
+        """
         self._waiting = [run for run in self.runs if read_outcome(run.folder).state not in ENDED]
+        self._records = {run.name: run.describe() for run in self._waiting}
         free = list(self.slots)
         with self._listening():
             while self._active or (self._waiting and not self.stop_requests):
@@ -140,10 +148,26 @@ class RunQueue:
         if read_outcome(run.folder).state in ENDED:
             lock.close()
             return False
+        if changed := self._find_change(run):
+            write_outcome(run.folder, Outcome(FAILED, changed))
+            lock.close()
+            self._tell(run, f"{FAILED}: {changed}")
+            return False
         write_record(run)
         clear_outcome(run.folder)
         self._active.append(Active(run, slot, lock, self.build_command(run)))
         return True
+
+    def _find_change(self, run: Run) -> str | None:
+        """A line if the run would not be what it was when the work began: its trainer reads the configuration file anew."""
+        before = self._records[run.name]
+        try:
+            now = run.describe()
+        except UserError as error:
+            return f"not started, its options have changed since the command was started: {error.lines[0]}"
+        if now == before:
+            return None
+        return f"not started, it has changed since the command was started: {describe_changes(before, now)}"
 
     def _finish(self, active: Active) -> None:
         run, code = active.run, active.process.returncode
@@ -157,9 +181,12 @@ class RunQueue:
             self._losses[run.name] = self._losses.get(run.name, 0) + 1
             self._waiting.append(run)
             again = f" (exit code {code}), it is started again"
-        ended = sum(read_outcome(each.folder).state in ENDED for each in self.runs)
         reason = f": {outcome.line}" if outcome.line else ""
-        say(f"[{ended}/{len(self.runs)}] {run.name}: {outcome.state}{again}, {seconds:.0f} s{reason}")
+        self._tell(run, f"{outcome.state}{again}, {seconds:.0f} s{reason}")
+
+    def _tell(self, run: Run, news: str) -> None:
+        ended = sum(read_outcome(each.folder).state in ENDED for each in self.runs)
+        say(f"[{ended}/{len(self.runs)}] {run.name}: {news}")
 
     def _judge(self, active: Active, code: int) -> Outcome:
         folder = active.run.folder

@@ -160,6 +160,11 @@ def find_other_run(run: Run) -> str | None:
         wanted["steps"] = record.get("steps")
     if wanted == record:
         return None
+    return f'"{run.folder}" holds a stale run, with {describe_changes(record, wanted)}: remove it, or choose another compare.out'
+
+
+def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How a run's record differs from what is wanted now, in part of a line."""
     before, now = (each.get("options", {}) for each in (record, wanted))
     changes = [
         f"{key} = {before.get(key)} (now {now.get(key)})"
@@ -171,8 +176,7 @@ def find_other_run(run: Run) -> str | None:
     elif wanted["steps"] != record.get("steps"):
         changes.append(f"{record.get('steps')} steps for its seconds (now {wanted['steps']})")
     more = f" and {len(changes) - SEVERAL} more" if len(changes) > SEVERAL else ""
-    shown = ", ".join(changes[:SEVERAL]) + more
-    return f'"{run.folder}" holds a stale run, with {shown}: remove it, or choose another compare.out'
+    return ", ".join(changes[:SEVERAL]) + more
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from flame.compare import command
 from flame.compare.devices import Slot, list_slots
 from flame.compare.metrics import Metric
 from flame.compare.outcomes import COMPLETE, FAILED, STOPPED, UNFINISHED, read_outcome
-from flame.compare.queue import LOCK_FILE, RunQueue, try_lock
+from flame.compare.queue import LOCK_FILE, Active, RunQueue, try_lock
 from flame.compare.runs import Run, check_folders, read_record
-from flame.compare.spec import Budget
+from flame.compare.spec import CONFIG_KEY, Budget, Spec
 from flame.errors import UserError
-from tests.support.comparisons import build_stand_in, make_run
+from tests.support.comparisons import build_stand_in, make_run, write_result, write_spec
 from tests.support.paths import REPO
 from tests.support.refusals import expect_one_line
 
@@ -166,6 +167,46 @@ def test_a_stale_run_is_named_and_not_mixed(tmp_path: Path):
     with pytest.raises(UserError) as caught:
         check_folders([run])
     expect_one_line(caught.value, "not of a comparison")
+
+
+@pytest.mark.parametrize(
+    ("new", "told"), [("lr = 0.5", "optimizer.lr = 0.003 (now 0.5)"), ("learning = 1", "optimizer.learning = 1")]
+)
+def test_a_run_that_changes_while_the_queue_works_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, new: str, told: str):
+    """Each trainer reads the configuration file at its own start."""
+    file = tmp_path / "run.toml"
+    before = (REPO / "configs/pathstar_cpu.toml").read_text()
+    file.write_text(before)
+    runs = [make_run(tmp_path, "quick", 1, seed) for seed in (1, 2)]
+    runs = [replace(run, options=run.options | {CONFIG_KEY: str(file)}) for run in runs]
+
+    class Changing(RunQueue):
+        def _finish(self, active: Active) -> None:
+            super()._finish(active)
+            file.write_text(before.replace("lr = 3e-3", new))
+
+    assert Changing(runs, TWO_SLOTS[:1], build_stand_in).make()
+    assert [read_outcome(run.folder).state for run in runs] == [COMPLETE, FAILED]
+    assert [count_starts(run) for run in runs] == [1, 0]
+    line = read_outcome(runs[1].folder).line
+    assert told in line and "since the command was started" in line
+    assert len([each for each in capsys.readouterr().out.splitlines() if line in each]) == 1
+    with pytest.raises(UserError):
+        check_folders(runs)
+
+
+def test_a_report_mixes_no_options(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "run.toml").write_text(text := (REPO / "configs/pathstar_cpu.toml").read_text())
+    path = write_spec(tmp_path, old=f"{REPO}/configs/pathstar_cpu.toml", new=f"{tmp_path}/run.toml")
+
+    def make(_spec: Spec, runs: list[Run]) -> int:
+        write_result(runs[0], [0.1])
+        (tmp_path / "run.toml").write_text(text.replace("lr = 3e-3", "lr = 0.5"))
+        return 1
+
+    monkeypatch.setattr(command, "_make", make)
+    assert command.main([path]) == 2 and not (tmp_path / "out/report.md").exists()
+    assert "stale run, with optimizer.lr = 0.003 (now 0.5)" in capsys.readouterr().err
 
 
 def test_seconds_are_stale_when_they_are_other_steps(tmp_path: Path):
