@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -36,8 +37,9 @@ from flame.compare.outcomes import (
     read_outcome,
     write_outcome,
 )
-from flame.compare.results import read_rows
+from flame.compare.results import Row, read_rows
 from flame.compare.runs import Run, describe_changes, write_record
+from flame.config.run import CHECKPOINT_FOLDER
 from flame.errors import UserError
 from flame.runtime.signals import PREEMPTED_EXIT_CODE, STOP_SIGNALS
 
@@ -64,6 +66,8 @@ class Active:
         """Whether it was asked to end since it has reached what it is run for."""
         self.told = 0
         """Requests to stop that were passed on to it."""
+        self.rows_before = read_rows(run.folder) if run.stops else []
+        """Of an earlier start. The trainer discards those after its checkpoint."""
         environment = os.environ | slot.environment | _find_import_path()
         with (run.folder / LOG_FILE).open("ab") as log:
             self.process = subprocess.Popen(
@@ -81,7 +85,9 @@ class Active:
         if not self.run.stops or self.is_done or time.monotonic() - self.looked < SECONDS_BETWEEN_ROWS:
             return
         self.looked = time.monotonic()
-        if has_reached(self.run):
+        rows = read_rows(self.run.folder)
+        # A trainer that has not begun to write may not listen to signals yet: one would kill it.
+        if rows != self.rows_before and find_end(self.run, rows) is not None:
             self.is_done = True
             self.process.terminate()
 
@@ -153,6 +159,11 @@ class RunQueue:
             lock.close()
             self._tell(run, f"{FAILED}: {changed}")
             return False
+        if was_cut_off_at_its_end(run):
+            write_outcome(run.folder, Outcome(STOPPED))
+            lock.close()
+            self._tell(run, STOPPED)
+            return False
         write_record(run)
         clear_outcome(run.folder)
         self._active.append(Active(run, slot, lock, self.build_command(run)))
@@ -222,10 +233,22 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def has_reached(run: Run) -> bool:
-    """Whether a run has reached all that it is to stop at."""
-    rows = read_rows(run.folder)
-    return bool(run.stops) and all(metric.should_stop(rows) for metric in run.stops)
+def find_end(run: Run, rows: Sequence[Row]) -> float | None:
+    """The step at which a run has reached all that it is to stop at; None if it has not."""
+    steps = [next((row["step"] for row in rows if metric.should_stop([row])), math.inf) for metric in run.stops]
+    end = max(steps, default=math.inf)
+    return end if math.isfinite(end) else None
+
+
+def was_cut_off_at_its_end(run: Run) -> bool:
+    """Whether a run was saved once it had reached all that it is to stop at: it is done, but no queue has seen it end."""
+    end = find_end(run, read_rows(run.folder))
+    if end is None:
+        return False
+    from flame.checkpoints.files import list_checkpoints  # imports torch, which takes seconds
+
+    checkpoints = list_checkpoints(run.folder / CHECKPOINT_FOLDER)
+    return bool(checkpoints) and int(checkpoints[-1].name.removeprefix("step-")) >= end
 
 
 def build_trainer_command(run: Run) -> list[str]:

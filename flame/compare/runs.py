@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,13 @@ class Run:
         """What makes it this run and no other."""
         options = dict(flatten(resolve(self).to_dict()))
         kept = {key: value for key, value in options.items() if key not in SILENT and not _is_length(key)}
-        return {"options": json.loads(json.dumps(kept)), "budget": list(self.budget), "steps": self.steps}
+        return {
+            "options": json.loads(json.dumps(kept)),
+            "budget": list(self.budget),
+            "steps": self.steps,
+            "processes": self.processes,
+            "stops": sorted([metric.name, metric.better, metric.stop_at] for metric in self.stops),
+        }
 
 
 def spell(options: Mapping[str, Any]) -> list[str]:
@@ -175,6 +181,10 @@ def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> st
         changes.append(f"a budget of {Budget(*record['budget'])} (now {Budget(*wanted['budget'])})")
     elif wanted["steps"] != record.get("steps"):
         changes.append(f"{record.get('steps')} steps for its seconds (now {wanted['steps']})")
+    if wanted["processes"] != record.get("processes"):
+        changes.append(f"{record.get('processes')} processes (now {wanted['processes']})")
+    if wanted["stops"] != record.get("stops"):
+        changes.append(f"stop_at of {_show_stops(record.get('stops'))} (now {_show_stops(wanted['stops'])})")
     more = f" and {len(changes) - SEVERAL} more" if len(changes) > SEVERAL else ""
     return ", ".join(changes[:SEVERAL]) + more
 
@@ -194,6 +204,11 @@ def write_record(run: Run) -> None:
     temporary = run.folder / f"{RECORD_FILE}.tmp"
     temporary.write_text(json.dumps(run.describe(), indent=1) + "\n")
     temporary.replace(run.folder / RECORD_FILE)
+
+
+def _show_stops(stops: Sequence[Sequence[Any]] | None) -> str:
+    """Those of a record. One of an earlier version has none."""
+    return ", ".join(f"{name} {'>=' if better == 'higher' else '<='} {stop}" for name, better, stop in stops or ()) or "nothing"
 
 
 def _is_length(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from flame.compare.devices import Slot, list_slots
 from flame.compare.metrics import Metric
 from flame.compare.outcomes import COMPLETE, FAILED, STOPPED, UNFINISHED, read_outcome
 from flame.compare.queue import LOCK_FILE, Active, RunQueue, try_lock
-from flame.compare.runs import Run, check_folders, read_record
+from flame.compare.runs import Run, check_folders, read_record, write_record
 from flame.compare.spec import CONFIG_KEY, Budget, Spec
 from flame.errors import UserError
 from tests.support.comparisons import build_stand_in, make_run, write_result, write_spec
@@ -122,6 +123,53 @@ def test_a_run_ends_once_it_has_reached_what_it_is_run_for(tmp_path: Path):
     assert RunQueue([run], TWO_SLOTS, build_stand_in).make() and count_starts(run) == 1
 
 
+def test_other_stops_make_a_run_stale(tmp_path: Path):
+    lower, higher = Metric("loss", False, stop_at=1.5), Metric("exact_match", True, stop_at=0.9)
+    run = replace(make_run(tmp_path, "quick", 1), stops=(lower, higher))
+    write_record(run)
+    check_folders([run, replace(run, stops=(higher, replace(lower, goal=0.1)))])
+    for stops, now in (((lower,), "loss <= 1.5"), ((lower, replace(higher, stop_at=0.8)), "exact_match >= 0.8, loss <= 1.5")):
+        with pytest.raises(UserError) as caught:
+            check_folders([replace(run, stops=stops)])
+        expect_one_line(caught.value, f"stop_at of exact_match >= 0.9, loss <= 1.5 (now {now})")
+
+
+SLOW_START = "import time; time.sleep(1.5)\n"
+
+
+def write_rows(folder: Path, steps: int) -> None:
+    """What a stand-in has written in so many steps."""
+    folder.mkdir(parents=True)
+    rows = [{"step": step, "validation_exact_match": step / 100} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_cut_off_after_it_had_reached_its_stop_goes_on(tmp_path: Path):
+    """It has rows that no checkpoint holds. A signal would kill it before it listens."""
+    run = replace(make_run(tmp_path, "quick", 10_000), stops=(Metric("validation_exact_match", True, stop_at=0.1),))
+    write_rows(run.folder, 12)
+
+    def build_slow(run: Run) -> list[str]:
+        *words, source, folder, arm, task = build_stand_in(run)
+        return [*words, SLOW_START + source, folder, arm, task]
+
+    assert RunQueue([run], TWO_SLOTS, build_slow).make()
+    assert read_outcome(run.folder).state == STOPPED and count_starts(run) == 1
+
+
+@pytest.mark.parametrize(("checkpoint", "starts"), [(9, 1), (10, 0), (11, 0)])
+def test_a_run_that_was_saved_once_it_had_reached_its_stop_is_done(tmp_path: Path, checkpoint: int, starts: int):
+    run = replace(make_run(tmp_path, "quick", 10_000), stops=(Metric("validation_exact_match", True, stop_at=0.1),))
+    write_rows(run.folder, 12)
+    for step in (3, checkpoint):
+        (folder := run.folder / f"checkpoint/step-{step}").mkdir(parents=True)
+        for name in (".metadata", "trainer.json"):
+            (folder / name).touch()
+    (run.folder / "checkpoint/step-12").mkdir()  # cut off while it was written
+    assert RunQueue([run], TWO_SLOTS, build_stand_in).make()
+    assert read_outcome(run.folder).state == STOPPED and count_starts(run) == starts
+
+
 def test_all_parts_of_a_metric_must_be_reached():
     metric = Metric("validation_exact_match", True, stop_at=0.9)
     rows = [
@@ -151,6 +199,7 @@ def test_two_queues_share_the_work(tmp_path: Path):
 
 def test_a_stale_run_is_named_and_not_mixed(tmp_path: Path):
     run = make_run(tmp_path, "quick", 1)
+    run = replace(run, options=run.options | {"training.num_streams": 2})
     assert RunQueue([run], TWO_SLOTS, build_stand_in).make()
     check_folders([run, replace(run, folder=tmp_path / "new")])
     changed = replace(run, options=run.options | {"optimizer.lr": 0.5, "mtp.tokens": 3})
@@ -158,6 +207,8 @@ def test_a_stale_run_is_named_and_not_mixed(tmp_path: Path):
         (changed, "optimizer.lr = 0.003 (now 0.5)"),
         (replace(run, budget=Budget("tokens", 2000)), "a budget of 1,000 tokens (now 2,000 tokens)"),
         (replace(run, budget=Budget("seconds", 1000)), "(now 1,000 seconds"),
+        (replace(run, processes=2), "1 processes (now 2)"),
+        (replace(run, stops=(Metric("loss", False, stop_at=0.5),)), "stop_at of nothing (now loss <= 0.5)"),
     ):
         with pytest.raises(UserError) as caught:
             check_folders([other])
