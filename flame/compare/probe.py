@@ -1,7 +1,8 @@
 """How many steps a budget in seconds is: a short run of each arm, on the same device and as many at a time, times its steps.
 
 The learning rate is scheduled over steps, so that their number has to be known at the start. The probe times the steps with the
-objective's loss and, where `objective.start_step` lies later, those before. Starts, validations and checkpoints do not count.
+objective's loss and, where some have none, those without: before `objective.start_step`, and between those of `every`. Starts,
+validations and checkpoints do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flame.compare.devices import Slot
 from flame.compare.outcomes import COMPLETE, LOG_FILE, read_outcome
@@ -23,7 +24,8 @@ from flame.compare.queue import RunQueue, say, try_lock
 from flame.compare.results import read_result
 from flame.compare.runs import FAR_AWAY, Run, resolve
 from flame.compare.spec import Budget, Options, Spec
-from flame.errors import MachineFault
+from flame.errors import MachineFault, UserError
+from flame.objectives.registry import choose_objective
 
 PROBES_FOLDER = "probes"
 PROBE_FILE = "probe.json"
@@ -45,6 +47,19 @@ SHORT: Options = {
 }
 
 
+class StepTimes(NamedTuple):
+    """Median seconds of a step."""
+
+    with_loss: float
+    """Of the objective."""
+    without: float
+    """The same number where all steps have the loss."""
+
+    def find_mean(self, every: int) -> float:
+        """Of a step where one of `every` has the loss."""
+        return self.without + (self.with_loss - self.without) / every
+
+
 class Interrupted(Exception):
     """The user asked to stop while steps were timed."""
 
@@ -57,12 +72,17 @@ def set_steps(spec: Spec, runs: Sequence[Run], slots: Sequence[Slot], *, may_mea
 
     Raises:
         MachineFault: a probe has failed.
+        UserError: the options of an arm have changed meanwhile.
         Interrupted: the user asked to stop.
     """
     if spec.budget.kind != "seconds":
         return list(runs)
     by_arm = {(run.task, run.arm): run for run in reversed(runs)}
-    steps = {key: _find_steps(spec, run, slots, may_measure) for key, run in by_arm.items()}
+    wanted = {key: _describe(run, slots) for key, run in by_arm.items()}
+    steps = {key: _find_steps(spec, run, slots, wanted[key], may_measure) for key, run in by_arm.items()}
+    changed = [f"{task}/{arm}" for (task, arm), run in by_arm.items() if _describe(run, slots) != wanted[task, arm]]
+    if changed:
+        raise UserError(f"{', '.join(changed)}: options have changed while steps were timed: repeat the command")
     return [replace(run, steps=steps[run.task, run.arm]) for run in runs]
 
 
@@ -78,10 +98,11 @@ def count_steps(seconds: float, start_step: int, before: float, later: float) ->
     return max(1, early + math.floor((seconds - early * before) / later))
 
 
-def _find_steps(spec: Spec, run: Run, slots: Sequence[Slot], may_measure: bool) -> int | None:
+def _find_steps(spec: Spec, run: Run, slots: Sequence[Slot], wanted: dict[str, Any], may_measure: bool) -> int | None:
     folder = spec.out / PROBES_FOLDER / run.task / run.arm
-    start_step = resolve(run).objective.start_step
-    wanted = _describe(run, slots)
+    config = resolve(run)
+    kind = choose_objective(config)
+    start_step, every = (config.objective.start_step, config.get(kind.options).every) if kind else (0, 1)
     times = _read(folder, wanted)
     if times is None and not may_measure:
         return None
@@ -90,10 +111,12 @@ def _find_steps(spec: Spec, run: Run, slots: Sequence[Slot], may_measure: bool) 
         while (lock := try_lock(folder / LOCK_FILE)) is None:
             time.sleep(SECONDS_BETWEEN_LOOKS)  # another element of a Slurm array is at it
         with closing(lock):
-            times = _read(folder, wanted) or _measure(run, folder, slots, start_step)
-            (folder / PROBE_FILE).write_text(json.dumps({"of": wanted, "seconds a step": times}, indent=1) + "\n")
-    steps = count_steps(spec.budget.amount, start_step, times[0], times[-1])
-    say(f"{run.task}/{run.arm}: a step takes {times[-1]:.4g} s, so {spec.budget} are {steps} steps")
+            frequent = {f"{kind.options.section}.every": 1} if kind else {}
+            times = _read(folder, wanted) or _measure(run, folder, slots, frequent, start_step > 1 or every > 1)
+            (folder / PROBE_FILE).write_text(json.dumps({"of": wanted, "a step": times._asdict()}, indent=1) + "\n")
+    mean = times.find_mean(every)
+    steps = count_steps(spec.budget.amount, start_step, times.without, mean)
+    say(f"{run.task}/{run.arm}: a step takes {mean:.4g} s, so {spec.budget} are {steps} steps")
     return steps
 
 
@@ -104,18 +127,19 @@ def _describe(run: Run, slots: Sequence[Slot]) -> dict[str, Any]:
     return {"options": kept, "processes": run.processes, "at a time": len(_share_device(slots)), "threads": slots[0].threads}
 
 
-def _read(folder: Path, wanted: dict[str, Any]) -> list[float] | None:
+def _read(folder: Path, wanted: dict[str, Any]) -> StepTimes | None:
     try:
         found = json.loads((folder / PROBE_FILE).read_text())
-        return list(found["seconds a step"]) if found["of"] == wanted else None
-    except (OSError, ValueError, LookupError):
+        return StepTimes(**found["a step"]) if found["of"] == wanted else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _measure(run: Run, folder: Path, slots: Sequence[Slot], start_step: int) -> list[float]:
-    """Seconds of a step before the objective's first, if there is such a step, and of a later one."""
-    starts = [FAR_AWAY, 0] if start_step > 1 else [0]
-    return [_time_steps(run, folder / f"start-{start}", slots, {"objective.start_step": start}) for start in starts]
+def _measure(run: Run, folder: Path, slots: Sequence[Slot], frequent: Options, some_have_none: bool) -> StepTimes:
+    """Time steps that all have the loss and, if some of the run have none, steps that all have none."""
+    starts = [FAR_AWAY, 0] if some_have_none else [0]
+    times = [_time_steps(run, folder / f"start-{start}", slots, {"objective.start_step": start, **frequent}) for start in starts]
+    return StepTimes(with_loss=times[-1], without=times[0])
 
 
 def _time_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options) -> float:

@@ -97,8 +97,8 @@ class Result:
 
     @property
     def wall_seconds(self) -> float:
-        """Median step times the number of steps: what the steps take on an idle device, starts and validations not counted."""
-        return self.step_seconds * self.steps
+        """What all steps took, the first ones too. Starts, validations and checkpoints are not counted; nan without a step."""
+        return self.progress.seconds[-1] if self.steps else math.nan
 
     @property
     def peak_gib(self) -> float:

@@ -10,12 +10,26 @@ from hypothesis import strategies as st
 
 from flame.compare import probe
 from flame.compare.devices import Slot
-from flame.compare.probe import FAR_AWAY, count_steps, set_steps
+from flame.compare.probe import FAR_AWAY, StepTimes, count_steps, set_steps
 from flame.compare.runs import Run, list_runs, read_spec, resolve
 from flame.compare.spec import Options
+from flame.errors import UserError
+from flame.objectives.cadence import Cadence
 from tests.support.comparisons import write_spec
+from tests.support.paths import REPO
+from tests.support.refusals import expect_one_line
 
 SLOTS = [Slot(("0",), 1), Slot(("1",), 1), Slot(("0",), 1), Slot(("1",), 1)]
+
+
+@given(seconds=st.integers(1, 3000), every=st.integers(1, 9), start_step=st.integers(0, 60))
+def test_seconds_are_those_of_the_steps_of_a_cadence(seconds: int, every: int, start_step: int):
+    """Against the trainer's own choice of steps, up to the part of one `every` that is left at either end."""
+    cadence = Cadence(every=every, start_step=start_step)
+    plain, with_loss = 2.0, 7.0
+    steps = count_steps(seconds, start_step, plain, StepTimes(with_loss, plain).find_mean(every))
+    spent = sum(with_loss if cadence.has_loss(step) else plain for step in range(1, steps + 1))
+    assert abs(spent - seconds) <= with_loss + 2 * (with_loss - plain) or steps == 1
 
 
 @given(tenths=st.integers(0, 400), start_step=st.integers(0, 30), before=st.integers(1, 9), later=st.integers(1, 9))
@@ -29,9 +43,11 @@ def test_as_many_steps_as_fit(tenths: int, start_step: int, before: int, later: 
 
 def test_an_arm_is_timed_once_and_again_when_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     timed: list[tuple[str, int]] = []
+    frequent: list[tuple[str, int]] = []
 
     def time_steps(run: Run, folder: Path, slots: list[Slot], changes: Options) -> float:
         timed.append((run.arm, changes["objective.start_step"]))
+        frequent.extend((run.arm, value) for key, value in changes.items() if key.endswith(".every"))
         return {FAR_AWAY: 0.5}.get(changes["objective.start_step"], 2.0)
 
     monkeypatch.setattr(probe, "_time_steps", time_steps)
@@ -48,6 +64,29 @@ def test_an_arm_is_timed_once_and_again_when_it_is_another(tmp_path: Path, monke
     Path(path).write_text(late.replace('name = "mtp"', 'name = "mtp"\nmtp.tokens = 2').replace("[1, 2, 3]", "[5, 6]"))
     other = read_spec(path)
     assert len(set_steps(other, list_runs(other), SLOTS)) == 6 and timed[4:] == [("mtp", 0)]
+    Path(path).write_text(late.replace('name = "mtp"', 'name = "mtp"\nmtp.every = 5'))
+    spec = read_spec(path)
+    frequent.clear()
+    # A step of five takes 2 s, the others 0.5 s: 0.8 s on average.
+    assert {run.steps for run in set_steps(spec, list_runs(spec), SLOTS) if run.arm == "mtp"} == {75}
+    assert timed[5:] == [("mtp", FAR_AWAY), ("mtp", 0)] and frequent == [("mtp", 1), ("mtp", 1)]
+
+
+def test_steps_are_not_timed_under_changing_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "run.toml").write_text(text := (REPO / "configs/pathstar_cpu.toml").read_text())
+    path = Path(write_spec(tmp_path, old="tokens = 20_000", new="seconds = 60"))
+    path.write_text(path.read_text().replace(f"{REPO}/configs/pathstar_cpu.toml", f"{tmp_path}/run.toml"))
+    spec = read_spec(str(path))
+
+    def time_steps(run: Run, folder: Path, slots: list[Slot], changes: Options) -> float:
+        if run.arm == "future":
+            (tmp_path / "run.toml").write_text(text.replace("lr = 3e-3", "lr = 0.5"))
+        return 1.0
+
+    monkeypatch.setattr(probe, "_time_steps", time_steps)
+    with pytest.raises(UserError) as caught:
+        set_steps(spec, list_runs(spec), SLOTS)
+    expect_one_line(caught.value, "graphs/", "changed while", "repeat the command")
 
 
 def test_as_many_runs_share_a_device_as_later():
