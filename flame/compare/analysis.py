@@ -146,10 +146,10 @@ def _compare(spec: Spec, results: Results, faults: dict[tuple[str, str, int], st
 
 
 def _correct(rows: list[Row]) -> list[Row]:
-    """With Holm's correction over the arms of one metric and task."""
-    tested = [row for row in rows if row.paired is not None and row.paired.p is not None]
-    adjusted = adjust_holm([row.paired.p for row in tested if row.paired is not None and row.paired.p is not None])
-    by_arm = dict(zip((row.arm for row in tested), adjusted, strict=True))
+    """With Holm's correction over the arms of one metric and task. An arm that has pairs and no p-value counts as one with 1."""
+    p_values = {row.arm: row.paired.p for row in rows if row.paired is not None}
+    adjusted = adjust_holm([1.0 if p is None else p for p in p_values.values()])
+    by_arm = {arm: holm for (arm, p), holm in zip(p_values.items(), adjusted, strict=True) if p is not None}
     return [Row(**(vars(row) | {"holm": by_arm.get(row.arm)})) for row in rows]
 
 

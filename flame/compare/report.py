@@ -133,7 +133,10 @@ def _explain(spec: Spec) -> list[str]:
         f"- {others} arm{'s are' if others > 1 else ' is'} compared with {spec.baseline}. The column p, Holm is corrected for "
         "all of them, per metric and task.",
         "- Runs that failed or gave no finite number are in the column runs, and listed above. Means are without them.",
-        "- Wall clock is the median step times the steps. Brackets: median [lowest, highest] over runs.",
+        "- A dash stands for interval and p where there is one pair, or where arms differ by the same on all seeds: the t-test",
+        "  says nothing of a difference without spread.",
+        "- Step is the median step. Wall clock is what all steps took, without starts, validations and checkpoints.",
+        "- Brackets: median [lowest, highest] over runs.",
         "- Bands in the curves are the mean ± one standard deviation over seeds.",
     ]
 

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
+"""Differences that vary by less of their mean are the same."""
 
 
 class Paired(NamedTuple):
-    """Differences of pairs. With a single pair there is neither interval nor p-value: they are None."""
+    """Differences of pairs. With a single pair, or differences that are all the same, there is neither interval nor p-value: they
+    are None. The t-test takes them to be about normal, and cannot say how sure a difference without any spread is."""
 
     mean: float
     deviation: float | None
@@ -20,7 +23,7 @@ class Paired(NamedTuple):
     high: float | None
     """Interval of `CONFIDENCE`, by Student's t with n - 1 degrees of freedom."""
     p: float | None
-    """Of the two-sided paired t-test."""
+    """Of the two-sided paired t-test; 1 if no pair differs."""
     pairs: int
 
 
@@ -30,10 +33,11 @@ def compare_pairs(differences: Sequence[float]) -> Paired:
     if count == 1:
         return Paired(mean, None, None, None, None, 1)
     deviation = statistics.stdev(differences)
+    if deviation <= ROUNDING * abs(mean):
+        return Paired(mean, deviation, None, None, None if mean else 1.0, count)
     error = deviation / math.sqrt(count)
     half = find_quantile(CONFIDENCE, count - 1) * error
-    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
-    p = max(0.0, 1 - find_probability(t, count - 1))
+    p = max(0.0, 1 - find_probability(mean / error, count - 1))
     return Paired(mean, deviation, mean - half, mean + half, p, count)
 
 

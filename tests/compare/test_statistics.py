@@ -47,7 +47,12 @@ def test_an_interval_covers_as_often_as_it_says():
 
 def test_too_few_or_equal_pairs():
     assert compare_pairs([0.5]) == (0.5, None, None, None, None, 1)
-    assert compare_pairs([0.0, 0.0]).p == 1.0 and compare_pairs([0.25, 0.25]).p == 0.0
+    assert compare_pairs([0.0, 0.0]).p == 1.0
+    for differences in ([0.25, 0.25], [0.7 - 0.6, 0.8 - 0.7, 0.9 - 0.8]):  # the latter are equal but for rounding
+        found = compare_pairs(differences)
+        assert found.mean == pytest.approx(differences[0]) and found.deviation == pytest.approx(0, abs=1e-15)
+        assert (found.low, found.high, found.p, found.pairs) == (None, None, None, len(differences))
+    assert compare_pairs([0.25, 0.2501]).p is not None
 
 
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=5))
