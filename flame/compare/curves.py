@@ -61,6 +61,11 @@ def find_band(results: Sequence[Result], metric: str, unit: str) -> Band:
     return Band(at, means, deviations)
 
 
+def escape(name: str) -> str:
+    """As matplotlib shows it: text between two dollars would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def draw_curves(spec: Spec, results: Results, path: Path) -> None:
     """A row of panels a task, a panel a metric, a color an arm."""
     unit = find_unit(spec)
@@ -81,9 +86,9 @@ def draw_curves(spec: Spec, results: Results, path: Path) -> None:
                         [mean + sign * width for mean, width in zip(band.mean, band.deviation, strict=True)] for sign in (-1, 1)
                     )
                     color, marker = f"C{number % 10}", "o" if len(at) == 1 else None
-                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
+                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=escape(name))
                     axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
-                axes.set(title=task, xlabel=label, ylabel=metric.name)
+                axes.set(title=escape(task), xlabel=label, ylabel=escape(metric.name))
                 axes.grid(alpha=0.3)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)

@@ -165,6 +165,42 @@ def test_a_band_is_mean_and_deviation_and_keeps_who_stopped(tmp_path: Path, spec
     assert band.mean == pytest.approx(full.mean(0).tolist()) and band.deviation == pytest.approx(full.std(0, ddof=1).tolist())
 
 
+def test_a_name_with_dollars_is_no_formula(tmp_path: Path):
+    path = write_spec(tmp_path, old="[arms.mtp]", new='[arms."$x_$ 3$"]')
+    text = Path(path).read_text().replace("[tasks.graphs]", '[tasks."$a_$ b"]')
+    Path(path).write_text(text.replace("[metrics.validation_exact_match]", '[metrics."$m^$"]\nbetter = "lower"'))
+    spec = read_spec(path)
+    runs = list_runs(spec)
+    for run in runs:
+        write_result(run, [0.1, 0.2])
+    write_report(spec, runs)
+    assert (spec.out / "report.png").stat().st_size > 5000
+
+
+def test_equal_differences_have_no_interval_and_still_count_for_holm(spec: Spec):
+    runs = list_runs(spec)
+    ends = {"next_token": [0.50, 0.60, 0.70], "mtp": [0.75, 0.85, 0.95], "future": [0.95, 0.92, 0.97]}
+    for run in runs:
+        write_result(run, [0.1, ends[run.arm][run.seed - 1]], data=f"d{run.seed}", weights=f"w{run.seed}")
+    write_report(spec, runs)
+    rows = read_tables(spec.out / "report.md")
+    assert next(row[3:9] for row in rows if row[0] == "mtp") == ["+0.2500", "-", "+41.67", "3/3", "-", "-"]
+    assert next(row[7:9] for row in rows if row[0] == "future") == ["0.023", "0.046"]  # still one of two
+    assert "differ by the same on all seeds" in " ".join((spec.out / "report.md").read_text().split())
+
+
+def test_wall_clock_is_the_time_that_the_steps_took(spec: Spec):
+    """10 steps of 3 s, in which layers compile, then 10 of 1 s and 20 of 0.5 s."""
+    folder = list_runs(spec)[0].folder
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": step, "step_tflops": 2.0, "tokens_seen": 1000 * step, "step_seconds": seconds}
+        for step, seconds in ((10, 3.0), (20, 1.0), (40, 0.5))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_result(folder).wall_seconds == 50.0
+
+
 def test_costs_between_two_log_lines(spec: Spec):
     run = list_runs(spec)[0]
     write_result(run, [0.1, 0.2])
