@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from flame.logging.console import EVALUATION_PREFIX
+
 LOWER = ("loss", "ce_loss", "aux_loss", "largest_ce_loss")
 HIGHER = ("exact_match", "first_branch", "infonce_accuracy", "mi_lower_bound", "positive_cosine")
 VALIDATION = "validation_"
+EVALUATION_LOWER = ("bits_per_byte", "ce_loss")
+EVALUATION_HIGHER = ("accuracy", "exact_match")
+"""Begin the names, such as `accuracy_per_byte`."""
 
 
 @dataclass(frozen=True)
@@ -49,5 +54,8 @@ def list_known() -> list[str]:
 
 def read_better(name: str) -> str | None:
     """ "lower" or "higher"; None where it is not known."""
+    if name.startswith(EVALUATION_PREFIX):
+        base = name.rpartition("/")[2]
+        return "lower" if base in EVALUATION_LOWER else "higher" if base.startswith(EVALUATION_HIGHER) else None
     base = name.partition("/")[0].removeprefix(VALIDATION)
     return "lower" if base in LOWER else "higher" if base in HIGHER else None

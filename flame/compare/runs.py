@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
 from flame.config.training import LENGTHS
 from flame.errors import UserError
+from flame.evaluation.tasks import name_task, split_names
+from flame.logging.console import EVALUATION_PREFIX
+from flame.objectives.registry import choose_objective
 from flame.trainer.options import build_table, read_options
 from flame.trainer.run_record import CONFIG_FILE
 
@@ -73,7 +76,7 @@ class Run:
 def spell(options: Mapping[str, Any]) -> list[str]:
     """Options as arguments of the trainer."""
     values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
-    return [word for key, value in values.items() for word in (f"--{key}", value)]
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
 def list_runs(spec: Spec) -> list[Run]:
@@ -137,10 +140,38 @@ def _find_faults(spec: Spec, run: Run) -> list[str]:
     except UserError as error:
         # Of a folder that cannot be made a line speaks later, once for all runs.
         return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines if not line.startswith("job.dump_folder")]
-    wanted = [metric.name for metric in spec.metrics if metric.name.startswith(VALIDATION)]
+    return [*_find_unmeasured(spec, config), *_find_untimed(spec, config)]
+
+
+def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:
+    """A line for what a metric is of, where the run does not measure it."""
+    names = [metric.name for metric in spec.metrics]
+    wanted = [name for name in names if name.startswith(VALIDATION)]
     if wanted and not config.validation.interval:
-        return [f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"]
-    return []
+        yield f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"
+    wanted = [name for name in names if name.startswith(EVALUATION_PREFIX)]
+    if wanted and not config.evaluation.interval:
+        yield f"evaluation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"
+        return
+    known = [*map(name_task, split_names(config.evaluation.tasks)), *config.held_out]
+    for name in wanted:
+        if name.removeprefix(EVALUATION_PREFIX).rpartition("/")[0] not in known:
+            there = f"there are {', '.join(known)}" if known else "there is nothing"
+            yield (
+                f"metrics.{name}: nothing of that name is evaluated, {there}: "
+                f"name it in evaluation.tasks or as [held_out.NAME], and write {EVALUATION_PREFIX}NAME/METRIC"
+            )
+
+
+def _find_untimed(spec: Spec, config: JobConfig) -> Iterator[str]:
+    """A line if the time of a step changes over the run in a way that no short run shows."""
+    kind = choose_objective(config)
+    curriculum = getattr(config.get(kind.options), "curriculum", "none") if kind is not None else "none"
+    if spec.budget.kind == "seconds" and kind is not None and curriculum != "none":
+        yield (
+            f'{kind.options.section}.curriculum = "{curriculum}" changes the time of a step over the run, so that '
+            'compare.seconds are no number of steps: allowed is "none", or give compare.tokens or compare.flops'
+        )
 
 
 def check_folders(runs: list[Run]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def parse_spec(path: str) -> tuple[Spec, list[str]]:
     budget = Budget(given[0], values[given[0]]) if given and given[0] in values else Budget("tokens", 1)
     spec = Spec(
         path=path,
-        out=Path(values.get("out", "exp/compare")),
+        out=Path(os.path.expanduser(values.get("out", "exp/compare"))),
         seeds=tuple(values.get("seeds", (0,))),
         budget=budget,
         tasks=tasks,

@@ -48,6 +48,12 @@ def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
         ('name = "mtp"', 'nam = "mtp"', ("[arms.mtp]", "objective.nam", "did you mean objective.name?")),
         ('name = "mtp"', 'name = "mtp"\nmtp.tokens = "x"', ("[arms.mtp]", "mtp.tokens = x: allowed is an integer")),
         ("[arms.next_token]", "validation.interval = 0\n[arms.next_token]", ("validation.interval = 0", "is compared")),
+        ("validation_exact_match", '"evaluation/facts/accuracy"', ("evaluation.interval = 0", "is compared")),
+        (
+            "tokens = 20_000",
+            'seconds = 60\n[arms.reverse]\nobjective.name = "mtp"\nmtp.curriculum = "reverse"',
+            ('mtp.curriculum = "reverse"', "compare.seconds", "[arms.reverse]"),
+        ),
     ],
 )
 def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[str, ...]):
@@ -57,6 +63,48 @@ def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[st
     for part in (path, *parts):
         assert part in str(caught.value)
     assert len([line for line in caught.value.lines if parts[0] in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("facts/accuracy", "higher"),
+        ("facts/accuracy_per_byte", "higher"),
+        ("facts/exact_match", "higher"),
+        ("facts/bits_per_byte", "lower"),
+        ("books/bits_per_byte", "lower"),
+        ("books/ce_loss", "lower"),
+    ],
+)
+def test_metrics_of_an_evaluation(tmp_path: Path, metric: str, better: str):
+    (tmp_path / "facts.jsonl").write_text("{}\n")
+    options = f"""
+evaluation.interval = 10
+evaluation.tasks = "{tmp_path}/facts.jsonl"
+held_out.books.dataset = "pathstar"
+held_out.books.dataset_name = "3x3"
+[arms.next_token]"""
+    path = Path(write_spec(tmp_path, old="[arms.next_token]", new=options))
+    text = path.read_text()
+    path.write_text(text.replace("validation_exact_match", f'"evaluation/{metric}"'))
+    (found,) = read_spec(str(path)).metrics
+    assert found.better == better
+    path.write_text(text.replace("validation_exact_match", f'"evaluation/x{metric}"'))
+    with pytest.raises(UserError) as caught:
+        read_spec(str(path))
+    assert all("nothing of that name is evaluated, there are facts, books" in line for line in caught.value.lines)
+
+
+def test_a_value_may_begin_with_dashes(tmp_path: Path):
+    path = write_spec(tmp_path, old="[arms.next_token]", new='job.description = "--fast and = so"\n[arms.next_token]')
+    config = read_options(list_runs(read_spec(path))[0].spell_options(), 1)
+    assert config.job.description == "--fast and = so"
+
+
+def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = read_spec(write_spec(tmp_path, old=f'out = "{tmp_path}/out"', new='out = "~/runs"'))
+    assert spec.out == tmp_path / "runs"
 
 
 def test_all_mistakes_come_at_once_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFixture):
