@@ -3,7 +3,7 @@
     flame-embed runs/future/hf --data_files texts.jsonl --out vectors.npz
     flame-embed runs/future/hf --data_files texts.jsonl --retrieve
 
-docs/embeddings.md says what the vectors are good for.
+docs/after_training.md says what the vectors are good for.
 """
 
 from __future__ import annotations

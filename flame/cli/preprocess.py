@@ -19,13 +19,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from flame.config.schema import Corpus, JobConfig
+from flame.config.schema import Corpus
 from flame.data.chats import prepare_rows
 from flame.data.encoding import fingerprint_tokenizer
-from flame.data.sources.base import SourceKind, TextRows, explain_no_text, open_texts
-from flame.data.sources.registry import find_kind, find_source_conflicts
+from flame.data.sources.base import SourceKind, TextRows, explain_no_text
+from flame.data.sources.registry import open_text_source
 from flame.data.sources.token_folder import FORMAT_VERSION, Manifest, TokenDtype
-from flame.data.sources.tokens import Tokens
 from flame.data.span_encoder import SpanEncoder, encode_in_order, plan_spans
 from flame.data.token_folder_writer import Progress, Recipe, TokenFolderWriter, read_finished
 from flame.data.tokenizer import load_tokenizer
@@ -98,20 +97,10 @@ def preprocess(
 
 
 def _open_text(corpus: Corpus) -> tuple[SourceKind, TextRows]:
-    kind = find_kind(corpus.dataset, SECTION)
-    source = kind(corpus, SECTION)
-    if kind.Options is not None:
-        raise UserError(f"{source.option} has options of its own, [{kind.Options.section}], so it is read in training runs only")
-    if kind is Tokens:
-        raise UserError(f"{source.option} is tokens already: give text")
-    if faults := list(find_source_conflicts(source, JobConfig())):
-        raise UserError(*faults)
-    idle = [each for each in ORIGIN_OPTIONS[1:] if each not in kind.uses and getattr(corpus, each) != getattr(Corpus(), each)]
+    source, rows = open_text_source(corpus, SECTION)
+    idle = [each for each in ORIGIN_OPTIONS[1:] if each not in source.uses and getattr(corpus, each) != getattr(Corpus(), each)]
     if idle:
         print(f"without effect: {', '.join(f'--{each}' for each in idle)}", file=sys.stderr)
-    rows = open_texts(source)
-    if hasattr(rows, "num_shards"):
-        raise UserError(f"{source.option} can only be read in order, shard by shard: train on it as it is")
     return source, rows
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from flame.config.schema import JobConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -44,6 +46,11 @@ class Section:
         Args:
             name: of this table, such as "training" or "sources.web".
         """
+        return iter(())
+
+    def find_model_conflicts(self, model_config: PretrainedConfig) -> Iterator[str]:
+        """Yield one line for each reason why this model cannot be trained with these options. Asked of an objective's companions;
+        the objective has a rule of its own."""
         return iter(())
 
 

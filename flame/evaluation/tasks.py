@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -128,7 +129,7 @@ def read_task(name: str, at_most: int = 0) -> Task:
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             questions = list(_group(_parse(file, name), at_most, name))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f'evaluation.tasks = "{name}": {path} cannot be read ({error}): install it again, or mend it') from error
     if not questions:
         raise UserError(f'evaluation.tasks = "{name}": {path} has no question: give another file')

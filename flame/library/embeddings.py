@@ -70,10 +70,8 @@ def load_modules(folder: Path, device: torch.device) -> FutureModules:
         options = json.loads((file.metadata() or {}).get(TASK_KEY, "{}")).get("options", {})
     if f"{SECTION}.target" not in options:
         raise UserError(f"{path} does not say what it was trained for: export the run again with this version")
-    if (target := options[f"{SECTION}.target"]) not in ("self", "ema"):
-        raise UserError(
-            f'{path}: {SECTION}.target = "{target}": its summaries come from what is not exported; this needs "self" or "ema"'
-        )
+    if (target := options[f"{SECTION}.target"]) != "self":
+        raise UserError(f'{path}: {SECTION}.target = "{target}": its summaries come from what is not exported; this needs "self"')
     if options.get("future_predictor.input", "hidden_states") != "hidden_states":
         raise UserError(f"{path}: its predictor reads embeddings alone, as a control, and guesses nothing from a text")
     return FutureModules(_build_predictor(tensors).to(device), _build_estimator(tensors, options).to(device), options)

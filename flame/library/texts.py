@@ -10,10 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from flame.config.data import Corpus
-from flame.config.schema import JobConfig
 from flame.data.encoding import encode_document
-from flame.data.sources.base import open_texts
-from flame.data.sources.registry import find_kind, find_source_conflicts
+from flame.data.sources.registry import open_text_source
 from flame.errors import UserError
 
 SECTION = "--"  # errors of the shared code say `{section}.{option}`
@@ -40,12 +38,7 @@ def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_token
 
 
 def _read(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:
-    source = find_kind(corpus.dataset, SECTION)(corpus, SECTION)
-    if faults := list(find_source_conflicts(source, JobConfig())):
-        raise UserError(*faults)
-    rows = open_texts(source)
-    if hasattr(rows, "num_shards"):
-        raise UserError(f"{source.option} can only be read in order, shard by shard: give files that can be read at any place")
+    source, rows = open_text_source(corpus, SECTION)
     documents: list[Tensor] = []
     held = 0
     for index in range(len(rows)):

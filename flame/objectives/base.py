@@ -296,6 +296,10 @@ class Objective(nn.Module):
         """Prefixes of the objective's tensors that are exported beside the model; "" is all."""
         return [""]
 
+    def list_required(self) -> Sequence[str]:
+        """Names of exported modules that must come from initial weights, since the run does not train them."""
+        return []
+
     def describe_task(self) -> Task:
         """What the exported modules are trained for. It is saved with them."""
         return Task({}, {})

@@ -56,6 +56,11 @@ class Cadence(NamedTuple):
                 return found if found >= self.start_step else None
         return None
 
+    def find_first(self) -> int:
+        """The first step with a loss."""
+        block = max(self.start_step - 1, 0) // self.every
+        return next(step for each in (block, block + 1) if (step := self._find_step(each)) >= self.start_step)
+
     @property
     def share(self) -> float:
         """Share of all packed sequences of a run that have the loss."""

@@ -71,6 +71,8 @@ def open_inputs(config: JobConfig) -> RunInputs:
     kind = choose_objective(config)
     if kind is not None:
         faults += call_rules(kind.load().find_model_conflicts, config.get(kind.options), model_config)
+        for companion in kind.options.companions:
+            faults += call_rules(config.get(companion).find_model_conflicts, model_config)
     if faults:
         raise UserError(*faults)
     return RunInputs(tokenizer, model_config, open_mixture(config, tokenizer))

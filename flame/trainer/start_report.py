@@ -48,9 +48,17 @@ def report_start(
     if objective is None:
         logger.info("objective: next_token alone")
     else:
-        first = max(schedule.start_step, 1)
-        cadence = build_cadence(config).describe()
-        logger.info("objective: %s, loss_weight %s from step %d on%s", objective.name, schedule.loss_weight, first, cadence)
+        cadence = build_cadence(config)
+        first, weight = cadence.find_first(), schedule.loss_weight
+        logger.info("objective: %s, loss_weight %s from step %d on%s", objective.name, weight, first, cadence.describe())
+        if first > training.steps:
+            logger.warning(
+                "no step of this run has the objective's loss: the first would be %d, and training.steps = %d; lower "
+                "objective.start_step or %s.every",
+                first,
+                training.steps,
+                objective.setup.options.section,
+            )
     logger.info("%d tokens a step, from", training.seq_len * training.gradient_accumulation_steps * world_size)
     for line in mixture.describe():
         logger.info("  %s", line)

@@ -121,9 +121,16 @@ def load_objective_modules(model: TrainingModel, source: WeightSource, share: tu
     """
     objective = get_objective(model)
     found = None if objective is None else find_objective_weights(source, objective.name)
+    plan = ModulePlan({}, set(), []) if objective is None or found is None else plan_modules(objective, found)
+    if objective is not None and (missing := [name for name in objective.list_required() if name not in plan.taken]):
+        reason = f" ({'; '.join(plan.lines)})" if plan.lines else ""
+        raise UserError(
+            f"{source.label} lacks {', '.join(missing)} of the objective {objective.name}, which this run does not train"
+            f"{reason}: give the export of a run that trained it, or train it here"
+        )
     if objective is None or found is None:
-        return ModulePlan({}, set(), [])
-    plan, live = plan_modules(objective, found), objective.state_dict()
+        return plan
+    live = objective.state_dict()
     found.verify(*share, plan.readings)
     with torch.no_grad():
         for name, reading in plan.readings.items():

@@ -79,9 +79,10 @@ def test_a_damaged_file_is_one_line(tmp_path, content, said):
 
 def test_a_cut_archive_is_one_line(tmp_path):
     whole = gzip.compress(b'{"doc_id": 0}\n' * 1000)
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_task(str(tmp_path / "cut.jsonl.gz"))
+    for damaged in (whole[: len(whole) // 2], whole[:12] + bytes([whole[12] ^ 255]) + whole[13:]):
+        (tmp_path / "cut.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_task(str(tmp_path / "cut.jsonl.gz"))
 
 
 def test_tasks_of_the_package_are_found_where_they_lie(installed):

@@ -102,6 +102,8 @@ def test_the_command_reads_an_export(workspace, plain_run, tmp_path, capsys):
         (["--horizons", "0"], "--horizons 0: allowed are integers > 0"),
         (["--horizons", "99"], "--horizons 99: no held-out document is longer"),
         (["--tokens", "20"], "--data_files "),
+        (["--dataset", "siblings"], '--dataset = "siblings" has options of its own, [siblings]'),
+        (["--dataset", "tokens"], '--dataset = "tokens" is tokens already: give text'),
         (["--data_files", "nothing.jsonl"], '--data_files: "nothing.jsonl" matches no file'),
     ],
 )

@@ -181,8 +181,22 @@ def test_what_cannot_be_chosen_is_told(workspace, tmp_path, capsys, changes, exp
     assert stop.value.code == 2 and error.startswith(expected) and "\n" not in error
 
 
+@given(st.integers(1, 9), st.booleans(), st.integers(0, 99), st.integers(0, 30))
+def test_the_first_step_with_a_loss(every, is_drawn, seed, start_step):
+    cadence = Cadence(every, is_drawn, seed, start_step=start_step)
+    assert cadence.find_first() == next(step for step in range(1, 60) if cadence.has_loss(step))
+
+
+@pytest.mark.parametrize("changes", [{"future_encoder__every": 9}, {"objective__start_step": 9}])
+def test_a_run_without_any_loss_is_told(workspace, tmp_path, caplog, changes):
+    rows = run_here(workspace, tmp_path / "run", training__steps=2, **changes, **WITHOUT_SAVING)
+    assert not any("aux_loss" in row for row in rows)
+    assert any(line.startswith("no step of this run has the objective's loss: the first would be 9") for line in caplog.messages)
+
+
 def test_the_start_says_it(workspace, tmp_path, caplog):
     run_here(workspace, tmp_path / "run", training__steps=2, **EVERY_SECOND, **WITHOUT_SAVING)
-    assert any(line.endswith("from step 1 on in one step of 2, on 2 of a step's 4 packed sequences") for line in caplog.messages)
+    told = " on in one step of 2, on 2 of a step's 4 packed sequences"
+    assert any("loss_weight 0.03 from step " in line and line.endswith(told) for line in caplog.messages)
     run_here(workspace, tmp_path / "all", training__steps=1, future_encoder__keep_mean_weight=True, **WITHOUT_SAVING)
     assert any("without effect" in line and "future_encoder.keep_mean_weight" in line for line in caplog.messages)

@@ -480,6 +480,13 @@ def test_a_guess_from_an_early_layer():
     assert trained == [True, False, False]
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_running_average(workspace, tmp_path, whole_runs, mode):
+    options_of_case = list_options(workspace, tmp_path / "run", "ema", activation_checkpoint__mode=mode)
+    main(options_of_case)
+    assert measured(read_metrics(tmp_path / "run")) == measured(read_metrics(whole_runs("ema")))
+
+
 def test_the_layer_of_a_guess_must_exist(workspace, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_here(workspace, tmp_path / "run", future_predictor__layer=2)

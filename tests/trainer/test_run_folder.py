@@ -160,7 +160,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fault_of_the_machine_is_one_line_under_the_launcher_too(workspace, tmp_path, monkeypatch):
     (tmp_path / "faulty.py").write_text(FAULTY)
     command = [sys.executable, "-m", "flame.launch", "--standalone", "--nproc-per-node=2", "-m", "faulty"]

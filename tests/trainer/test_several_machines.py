@@ -174,7 +174,7 @@ def test_a_run_goes_on_with_fewer_machines(workspace: Path, tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 61))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_one_machine_nothing_listens_to_others(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run, **LONG)], NGPU="2") as machines:

@@ -93,7 +93,7 @@ def test_a_finished_run_is_left_as_it_is(workspace, plain_run):
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(2, {}), pytest.param(4, {"training__data_parallel_replicate_degree": 2}, marks=pytest.mark.slow)],
+    [(2, {}), pytest.param(4, {"training__data_parallel_replicate_degree": 2}, marks=pytest.mark.long)],
     ids=["fsdp", "hsdp"],
 )
 def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_run, ranks, changes):
@@ -105,7 +105,7 @@ def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_r
     torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(plain_run), rtol=0, atol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_of_one_rank_resumes_on_two(workspace, tmp_path, plain_run):
     run = tmp_path / "run"
     run_here(workspace, run, training__steps=3, lr_scheduler__decay_type="linear", checkpoint__export_hf=False)

@@ -13,7 +13,7 @@ from flame.config.check import call_rules
 from flame.config.schema import Corpus, JobConfig, list_core_sections
 from flame.config.table import find_section_fault
 from flame.config.types import Section
-from flame.data.sources.base import USER_SUFFIX, SourceKind
+from flame.data.sources.base import USER_SUFFIX, SourceKind, TextRows, open_texts
 from flame.data.sources.csv import Csv
 from flame.data.sources.hub import HubDataset, is_possible_name
 from flame.data.sources.json_lines import JsonLines
@@ -64,6 +64,27 @@ def build_kind(corpus: Corpus, section: str, find_options: FindOptions) -> Sourc
     """
     kind = find_kind(corpus.dataset, section)
     return kind(corpus, section, find_options(kind.Options) if kind.Options else None)
+
+
+def open_text_source(corpus: Corpus, section: str) -> tuple[SourceKind, TextRows]:
+    """Open a source of texts that can be read at any place, for a command outside of a run.
+
+    Raises:
+        UserError: the options or the data are wrong, or the source has no texts or has options of its own.
+    """
+    kind = find_kind(corpus.dataset, section)
+    if kind.Options is not None:
+        option = f'{section}.dataset = "{corpus.dataset}"'
+        raise UserError(f"{option} has options of its own, [{kind.Options.section}], so it is read in training runs only")
+    source = kind(corpus, section)
+    if kind is Tokens:
+        raise UserError(f"{source.option} is tokens already: give text")
+    if faults := list(find_source_conflicts(source, JobConfig())):
+        raise UserError(*faults)
+    rows = open_texts(source)
+    if hasattr(rows, "num_shards"):
+        raise UserError(f"{source.option} can only be read in order, shard by shard: train on it as it is")
+    return source, rows
 
 
 def find_tokenizer_kind(path: str) -> type[SourceKind] | None:

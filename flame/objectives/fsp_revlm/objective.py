@@ -72,6 +72,9 @@ class ReverseSummary(LabelObjective):
     def count(self, batch: PackedBatch) -> int:
         return batch.count_ahead(DISTANCE)
 
+    def list_required(self) -> Sequence[str]:
+        return [] if self.options.train_reverse else ["reverse"]
+
     def prepare(self, backbone: TrainingModel, batch: PackedBatch, prepared: None) -> Tensor | None:
         """States [T, d] of a frozen reverse model; None if it is trained."""
         return None if self.options.train_reverse else backbone.encode_reversed(self.reverse, batch)

@@ -21,7 +21,6 @@ from transformers import PretrainedConfig
 
 from flame.attention.backends import is_recurrent
 from flame.data.batch import PackedBatch
-from flame.errors import UserError
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.estimators import ESTIMATORS
@@ -88,11 +87,6 @@ class FutureObjective(Objective):
         self.options = options = setup.options
         self.predictor_options = head = setup.get(PredictorOptions)
         config = setup.lm.config
-        if head.layer >= config.num_hidden_layers:
-            raise UserError(
-                f"future_predictor.layer = {head.layer} is no less than the model's num_hidden_layers = "
-                f"{config.num_hidden_layers}: set it to 0 to read the last hidden states"
-            )
         teacher = build_teacher(setup, options.layers) if options.target in TAUGHT else None
         self._fp8: Fp8Switch | None = None
         if options.uses_fp8:

@@ -16,6 +16,8 @@ from flame.models.estimators import (
 from flame.objectives.options import ObjectiveOptions
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from flame.config.schema import JobConfig
 
 TAUGHT = ("random", "ema")
@@ -59,6 +61,13 @@ class PredictorOptions(Section):
     with the first step with a future loss."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the matrices of predictor and estimator ("bilinear" has one)."""
+
+    def find_model_conflicts(self, model_config: PretrainedConfig) -> Iterator[str]:
+        if self.layer >= model_config.num_hidden_layers:
+            yield (
+                f"{self.section}.layer = {self.layer} is no less than the model's num_hidden_layers = "
+                f"{model_config.num_hidden_layers}: set it to 0 to read the last hidden states"
+            )
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,9 @@ from flame.models.causal_lm import build_on_meta
 from flame.models.first_layers import keep_first_layers
 from flame.objectives.base import Setup
 
+RECOMPUTED = "_checkpoint_wrapped_module."
+"""In names of the language model's layers where activation checkpointing wraps them. A teacher's layers are never wrapped."""
+
 
 def build_teacher(setup: Setup, layers: int) -> PreTrainedModel:
     """A network of the language model's shape, on the meta device, that is not trained.
@@ -44,4 +47,4 @@ def _name_local(network: PreTrainedModel) -> dict[str, Tensor]:
         if name not in module._non_persistent_buffers_set
     }
     named = dict(network.named_parameters()) | saved
-    return {name: each.to_local() if isinstance(each, DTensor) else each for name, each in named.items()}
+    return {name.replace(RECOMPUTED, ""): each.to_local() if isinstance(each, DTensor) else each for name, each in named.items()}
