@@ -10,60 +10,46 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
+from flame.cli.reading import add_options, check_positive, get_corpus, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    from flame.library.texts import add_corpus_options
-
     parser = argparse.ArgumentParser(
         prog="flame-embed",
         description="Vectors of texts: the guess of their future, their summary as a future, and the plain hidden state.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help='export (hf/) of a run with objective.name = "future"')
-    add_corpus_options(parser)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of texts to read (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=1024, help="tokens taken of a text (default: %(default)s)")
+    add_options(parser, num_tokens=1_000_000)
     parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: states, guesses, summaries")
     parser.add_argument("--retrieve", action="store_true", help="match the first half of each text with its second half")
-    parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that comes with the model")
     arguments = parser.parse_args(argv)
     if not (arguments.out or arguments.retrieve):
         raise UserError("nothing to do: give --out FILE.npz, --retrieve, or both")
     if arguments.out and arguments.out.suffix != ".npz":
         raise UserError(f"--out {arguments.out}: vectors are written to an .npz file; give a name that ends in .npz")
-    for name in ("tokens", "longest"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: allowed are integers > 0")
+    check_positive(arguments, "tokens", "longest")
     return arguments
 
 
 @end_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of libraries on import
-        return _run(_parse(argv))
+    return run_quietly(_run, _parse(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
-    import transformers
 
-    from flame.config.data import Corpus
     from flame.data.tokenizer import load_tokenizer
     from flame.library.embeddings import embed, load_modules
     from flame.library.loading import load_model
     from flame.library.retrieval import retrieve
     from flame.library.texts import read_documents
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    corpus = Corpus(dataset=arguments.dataset, data_files=arguments.data_files, text_column=arguments.text_column)
+    corpus = get_corpus(arguments)
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)

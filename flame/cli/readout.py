@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import warnings
 from pathlib import Path
 
+from flame.cli.reading import add_options, check_positive, get_corpus, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 HORIZONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -20,47 +20,32 @@ HELD_OUT_EVERY = 5
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    from flame.library.texts import add_corpus_options
-
     parser = argparse.ArgumentParser(
         prog="flame-readout",
         description="A linear read-out of token t + k from the hidden state at t, in nats on held-out documents.",
         allow_abbrev=False,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of an exported model, or a Hub name")
-    add_corpus_options(parser)
-    parser.add_argument("--tokens", type=int, default=200_000, help="tokens of documents to read (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=1024, help="tokens taken of a document (default: %(default)s)")
+    add_options(parser, num_tokens=200_000)
     parser.add_argument("--horizons", type=int, nargs="+", default=list(HORIZONS), help="the k (default: 1 to 32)")
     parser.add_argument("--out", type=Path, help="also write a CSV file")
-    parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that comes with the model")
     arguments = parser.parse_args(argv)
-    for name, numbers in (("tokens", [arguments.tokens]), ("longest", [arguments.longest]), ("horizons", arguments.horizons)):
-        if min(numbers) < 1:
-            raise UserError(f"--{name} {min(numbers)}: allowed are integers > 0")
+    check_positive(arguments, "tokens", "longest", "horizons")
     return arguments
 
 
 @end_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of libraries on import
-        return _run(_parse(argv))
+    return run_quietly(_run, _parse(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import transformers
-
-    from flame.config.data import Corpus
     from flame.data.tokenizer import load_tokenizer
     from flame.library.loading import load_model
     from flame.library.readout import measure
     from flame.library.texts import read_documents
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    corpus = Corpus(dataset=arguments.dataset, data_files=arguments.data_files, text_column=arguments.text_column)
+    corpus = get_corpus(arguments)
     rows = []
     for name in arguments.models:
         tokenizer = load_tokenizer(name, arguments.trust_remote_code)

@@ -17,12 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flame.errors import UserError
-from flame.library.passes import choose, encode_future, encode_past, find_lm, read_tokens, run_pass
+from flame.library.passes import encode_future, encode_past, encode_past_and_layer, find_lm
 from flame.library.texts import pack
 from flame.models.estimator import Estimator
 from flame.models.first_layers import run_first_layers
 from flame.models.future_predictor import FuturePredictorHead
-from flame.models.layer_states import read_layer
 from flame.models.mi_estimator import BilinearEstimator, build_mi_estimator
 from flame.weights.export import name_objective_file
 from flame.weights.source import TASK_KEY
@@ -115,14 +114,10 @@ def summarize(modules: FutureModules, lm: nn.Module, input_ids: Tensor, cu_seqle
 @torch.no_grad()
 def read_states(modules: FutureModules, lm: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Final hidden states [T, d], and the states [T, d] that the predictor reads."""
-    states, depth = encode_past(lm, input_ids, cu_seqlens), modules.options.get("future_predictor.layer", 0)
-    if not depth:
-        return states, states
-    network = find_lm(lm)
-    tokens = read_tokens(network, input_ids, cu_seqlens)
-    with read_layer(network, depth) as layer:
-        run_pass(network, tokens, "causal", 0, choose(network, tokens.total), may_split=False)
-        return states, layer.take()[0]
+    if depth := modules.options.get("future_predictor.layer", 0):
+        return encode_past_and_layer(lm, input_ids, cu_seqlens, depth)
+    states = encode_past(lm, input_ids, cu_seqlens)
+    return states, states
 
 
 def embed(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_tokens: int) -> Vectors:

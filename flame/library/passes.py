@@ -33,6 +33,7 @@ from flame.attention.masks import read_window
 from flame.errors import UserError
 from flame.library.packs import Pack, read_pack
 from flame.models.causal_lm import find_position_switch, find_unsupported_passes
+from flame.models.layer_states import read_layer
 
 _passed: WeakKeyDictionary[nn.Module, set[Attention]] = WeakKeyDictionary()
 """Models that the tests do not cover, with the attention implementations with which they passed `flame.check_leaks`."""
@@ -58,6 +59,16 @@ def encode_past(model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> Tens
     """
     lm = find_lm(model)
     return _encode(lm, read_tokens(lm, input_ids, cu_seqlens), "causal", 0)
+
+
+def encode_past_and_layer(model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """As `encode_past`, and also the states [T, d] after decoder layer `depth` (from 1), before any norm."""
+    lm = find_lm(model)
+    pack = read_tokens(lm, input_ids, cu_seqlens)
+    attention = _choose_checked(lm, pack)
+    backend = _build_backend(lm, attention, pack.total, is_vouched_for(lm))
+    with attend_by(lm, attention), read_layer(lm, depth) as layer:
+        return backend.encode_past(lm, pack), backend.flatten(layer.take(), pack)
 
 
 @torch.no_grad()
@@ -202,13 +213,18 @@ def _encode(lm: PreTrainedModel, pack: Pack, direction: Direction, window_k: int
     if not pack.total:
         return lm.get_input_embeddings()(pack.input_ids)[0]
     with eval_mode(lm) if direction == "future" else nullcontext():
-        attention = choose(lm, pack.total)
-        if not is_vouched_for(lm) and attention not in _passed.get(lm, ()):
-            raise UserError(
-                f"{type(lm).__name__} is none of the models that the tests cover: call flame.check_leaks(model) once; without a "
-                "leak it can be used"
-            )
-        return run_pass(lm, pack, direction, window_k, attention)
+        return run_pass(lm, pack, direction, window_k, _choose_checked(lm, pack))
+
+
+def _choose_checked(lm: PreTrainedModel, pack: Pack) -> Attention:
+    """As `choose`. Raises UserError if neither the tests nor `flame.check_leaks` have tried the model with it."""
+    attention = choose(lm, pack.total)
+    if not is_vouched_for(lm) and attention not in _passed.get(lm, ()):
+        raise UserError(
+            f"{type(lm).__name__} is none of the models that the tests cover: call flame.check_leaks(model) once; without a "
+            "leak it can be used"
+        )
+    return attention
 
 
 def run_pass(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,13 +14,6 @@ from flame.data.sources.registry import open_text_source
 from flame.errors import UserError
 
 SECTION = "--"  # errors of the shared code say `{section}.{option}`
-
-
-def add_corpus_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a corpus, as in [training] of a run."""
-    parser.add_argument("--dataset", default="json", help="as training.dataset of a run, such as json, text, parquet or stdlib")
-    parser.add_argument("--data_files", default="", help="files, as training.data_files of a run")
-    parser.add_argument("--text_column", default="text", help="column of the text (default: %(default)s)")
 
 
 def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:

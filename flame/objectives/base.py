@@ -96,7 +96,7 @@ class ParameterGroup(NamedTuple):
     weight_decay: float | None = None
     """Weight decay of matrices; None is `optimizer.weight_decay`."""
     warmup_steps: int = 0
-    """Further warm-up of the learning rate, from the first step with the objective's loss."""
+    """Further warm-up of the learning rate, from `objective.start_step` on."""
 
 
 class Task(NamedTuple):

@@ -221,18 +221,18 @@ def build_weight_schedule(config: JobConfig) -> WeightSchedule:
 
 def build_cadence(config: JobConfig) -> Cadence:
     """Which steps and packed sequences have the objective's loss."""
-    kind, training = choose_objective(config), config.training
-    total = training.gradient_accumulation_steps * config.world_size
+    kind = choose_objective(config)
     if kind is None:
+        total = config.training.gradient_accumulation_steps * config.world_size
         return Cadence(num_sequences=total, num_chosen=total, ranks=config.world_size)
     options = config.get(kind.options)
-    chosen = round(options.sequence_share * total)
+    total, chosen = options.count_sequences(config)
     return Cadence(
         options.every,
         options.draw_step,
-        training.seed,
+        config.training.seed,
         total,
-        chosen,
+        round(chosen),
         config.world_size,
         config.objective.start_step,
         options.keep_mean_weight,

@@ -15,7 +15,7 @@ from flame.trainer.options import read_options
 from tests.support.answers import build_pack, split_documents
 from tests.support.losses import chunks_of
 from tests.support.models import get_own, random_batch, random_cu_seqlens
-from tests.support.objectives import build_objective
+from tests.support.objectives import build_objective, expect_definition
 
 
 def compute_by_loop(model: TrainingModel, batch: PackedBatch, horizon: int, kl_weight: float) -> Tensor:
@@ -50,21 +50,12 @@ def compute_by_loop(model: TrainingModel, batch: PackedBatch, horizon: int, kl_w
 def test_it_is_its_definition(rows_per_chunk, horizon, kl_weight, inner, kept):
     model = build_objective("nextlat", horizon=horizon, kl_weight=kl_weight, hidden_dim=inner).double()
     batch = random_batch(random_cu_seqlens(24, 5, seed=1)) if kept == "all" else build_pack([(11, 3), (4, 0), (6, 5)])
-    found = []
 
     def compute() -> Tensor:
         with chunks_of(rows_per_chunk):
             return model(compute_losses, batch, Requested(aux=True, ce=False)).aux.loss_sum
 
-    for run in (compute, lambda: compute_by_loop(model, batch, horizon, kl_weight)):
-        model.zero_grad()
-        loss = run()
-        loss.backward()
-        zeros = (torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
-        found.append((loss.detach(), torch.cat([gradient.flatten() for gradient in zeros])))
-    (loss, gradient), (expected, expected_gradient) = found
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-9)
+    expect_definition(model, compute, lambda: compute_by_loop(model, batch, horizon, kl_weight))
 
 
 def test_both_terms_are_logged():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flame.config.run import ObjectiveChoice
 from flame.config.schema import JobConfig
@@ -50,3 +54,17 @@ def choose_file(path: Path, *further: Section, **options: Any) -> JobConfig:
 def build_objective(name: str, *further: Section, **changes: Any) -> TrainingModel:
     """A small model with one of `OPTIONS`, changed."""
     return build_unsharded(choose(name, *further, **changes))
+
+
+def expect_definition(model: TrainingModel, compute: Callable[[], Tensor], by_loop: Callable[[], Tensor]) -> None:
+    """Value and gradient of a loss in float64 are those of a plain loop."""
+    found = []
+    for run in (compute, by_loop):
+        model.zero_grad()
+        loss = run()
+        loss.backward()
+        zeros = (torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
+        found.append((loss.detach(), torch.cat([gradient.flatten() for gradient in zeros])))
+    (loss, gradient), (expected, expected_gradient) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-9)

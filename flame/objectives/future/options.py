@@ -58,7 +58,7 @@ class PredictorOptions(Section):
     """Learning rate of predictor and estimator, relative to optimizer.lr."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate of predictor and estimator grows from 0, beside lr_scheduler.warmup_steps. They begin
-    with the first step with a future loss."""
+    at objective.start_step."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the matrices of predictor and estimator ("bilinear" has one)."""
 

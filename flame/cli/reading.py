@@ -1,0 +1,54 @@
+"""What the commands that read an export and texts have in common."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+
+from flame.config.data import Corpus
+from flame.errors import UserError
+
+
+def add_options(parser: argparse.ArgumentParser, num_tokens: int) -> None:
+    """Add the options that name a corpus, as in [training] of a run, how much of it is read, and how the model is loaded.
+
+    Args:
+        num_tokens: default of --tokens.
+    """
+    parser.add_argument("--dataset", default="json", help="as training.dataset of a run, such as json, text, parquet or stdlib")
+    parser.add_argument("--data_files", default="", help="files, as training.data_files of a run")
+    parser.add_argument("--text_column", default="text", help="column of the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=num_tokens, help="tokens of texts to read (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=1024, help="tokens taken of a text (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that comes with the model")
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Check options that are integers or lists of integers.
+
+    Raises:
+        UserError: one is below 1.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        least = min(value) if isinstance(value, list) else value
+        if least < 1:
+            raise UserError(f"--{name} {least}: allowed are integers > 0")
+
+
+def get_corpus(arguments: argparse.Namespace) -> Corpus:
+    """The corpus that the options name."""
+    return Corpus(dataset=arguments.dataset, data_files=arguments.data_files, text_column=arguments.text_column)
+
+
+def run_quietly(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command without the warnings and progress bars of libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        return run(arguments)
