@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame.data.batch import PackedBatch
+from flame.models.flops import ModelFlops
 from flame.objectives.cadence import Cadence, LossPlan
 from flame.objectives.future.objective import FutureObjective
 from flame.objectives.probe import is_probe_step
@@ -16,6 +17,8 @@ from flame.objectives.schedule import WeightSchedule
 from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
+from flame.trainer.setup import build_modules
+from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
 
 WITHOUT_SAVING = {"checkpoint__enable_checkpoint": False, "metrics__diagnostics_interval": 0}
@@ -113,7 +116,26 @@ def test_what_has_no_loss_costs_no_pass_and_no_flops(workspace, tmp_path, negati
     assert ["aux_loss" in row for row in rows] == [False, True, False, True]
     assert [row.get("loss_weight") for row in rows] == [None, 0.03, None, 0.03]
     every_row = run_here(workspace, tmp_path / "all", **changes, **WITHOUT_SAVING)
+    plain = run_here(workspace, tmp_path / "plain", **changes, **WITHOUT_SAVING, objective__name="next_token")
     assert 0.3 < rows[1]["anchors"] / every_row[1]["anchors"] < 0.7
+    for half, whole, without in zip(rows, every_row, plain, strict=True):
+        added, most = half["step_tflops"] - without["step_tflops"], whole["step_tflops"] - without["step_tflops"]
+        if "aux_loss" in half:
+            assert 0.3 < added / most < 0.6
+        else:
+            assert added == 0 < most
+
+
+def test_global_negatives_are_counted_from_the_sequences_with_the_loss():
+    config = future_config(negatives="global", sequence_share=0.5)
+    config.training.gradient_accumulation_steps = 4
+    objective = get_own(build_modules(config, tiny_llama(), "cpu"))
+    batch = random_batch(random_cu_seqlens(40, 3, seed=1))
+    anchors, flops = objective.count(batch), ModelFlops(build_unsharded(config).lm)
+    compared = objective.count_flops(batch, flops).heads - 6 * 40 * sum(
+        p.numel() for p in objective.predictor.parameters() if p.ndim > 1
+    )
+    assert compared == 4 * anchors * (2 * anchors) * 32
 
 
 def test_the_loss_is_the_mean_over_its_sequences(workspace, tmp_path):
