@@ -163,7 +163,11 @@ def list_marked(mark: str) -> list[int]:
 
 
 def explain(log: Path) -> list[str]:
-    """The first line of a log that names an error, if it is not among the last ones; and the last ones."""
+    """The last lines of a log, before torchrun's report; and the first line that names an error, if it is not among them."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    report = next(
+        (n for n, line in enumerate(lines) if re.search(r"torch/distributed/elastic/.*(closing signal|exitcode)", line)), 0
+    )
+    lines = lines[: report + 1] if report else lines
     first = next((n for n, line in enumerate(lines) if re.search(r"\b\w*(Error|Exception)\b.*:", line)), len(lines))
     return [*lines[first : max(first, min(first + 1, len(lines) - TAIL))], *lines[-TAIL:]]

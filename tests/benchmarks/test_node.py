@@ -276,19 +276,36 @@ def fake_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_worker.torch.cuda, "synchronize", lambda: None)
 
 
+def build_spec(tmp_path: Path, profiled: int) -> step_worker.Spec:
+    """Five steps of a tiny model, not compiled, of which three are timed."""
+    shape = json.loads((REPO / "configs" / "models" / "llama_1B.json").read_text())
+    shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    model, corpus = tmp_path / "tiny.json", tmp_path / "corpus.jsonl"
+    model.write_text(json.dumps(shape | {"num_key_value_heads": 2, "vocab_size": 320}))
+    corpus.write_text('{"text": "some words of some length"}\n' * 400)
+    options = step_worker.list_options(tmp_path / "run", model, corpus, 256, ["--objective.name", "future"])
+    options += ["--training.num_workers", "0"]
+    options[options.index("--training.compile") + 1] = "false"
+    return step_worker.Spec(options, str(tmp_path / "result.json"), warmup=2, steps=3, profiled=profiled)
+
+
+@pytest.mark.gpu
+def test_workers_on_gpus(tmp_path: Path):
+    """On two, if there are two."""
+    gpus = pool.list_gpus()[:2]
+    job = step_worker.build_job("tiny", len(gpus), build_spec(tmp_path, profiled=2), tmp_path / "spec.json", 200)
+    (ended,) = pool.run_jobs([job], gpus, tmp_path)
+    assert ended.problem is None, (tmp_path / "tiny.log").read_text()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["steps_ms"]) == 3 and result["mfu"] > 0 and result["peak_gib"] > 0
+    assert 0 < result["idle"] < 1 and 0 <= result["exposed communication"] < 1
+    assert (result["exposed communication"] > 0) == (len(gpus) > 1)
+
+
 def test_a_worker_times_the_steps_after_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On the CPU, without a profile."""
     fake_events(monkeypatch)
-    host = build_host(tmp_path, 1)
-    shape = json.loads((REPO / "configs" / "models" / "llama_1B.json").read_text())
-    shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
-    model = tmp_path / "tiny.json"
-    model.write_text(json.dumps(shape | {"num_key_value_heads": 2, "vocab_size": 320}))
-    (tmp_path / "corpus.jsonl").write_text('{"text": "some words of some length"}\n' * 400)
-    options = step_worker.list_options(tmp_path / "run", model, tmp_path / "corpus.jsonl", 256, ["--objective.name", "future"])
-    options += ["--training.num_workers", "0"]
-    options[options.index("--training.compile") + 1] = "false"
-    spec = step_worker.Spec(options, str(tmp_path / "result.json"), warmup=2, steps=3, profiled=0)
+    spec = build_spec(tmp_path, profiled=0)
     step_worker.run_worker(spec)
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["steps_ms"]) == 3 and min(result["steps_ms"]) > 0
@@ -299,7 +316,6 @@ def test_a_worker_times_the_steps_after_the_first_ones(tmp_path: Path, monkeypat
     assert [row["step"] for row in rows] == [2, 5]
     assert result["tokens_per_second"] == rows[-1]["tokens_per_second"] and result["peak_gib"] == rows[-1]["peak_memory_gib"]
     assert 3 * 256e3 / sum(result["steps_ms"]) == pytest.approx(result["tokens_per_second"], rel=0.3)
-    host.keep()
 
 
 def test_covered_time_is_that_of_the_union():

@@ -115,6 +115,14 @@ def test_the_first_error_and_the_end_of_a_log_are_shown(tmp_path: Path):
     assert explain(log) == list(map(str, range(18, 30)))
 
 
+def test_the_report_of_torchrun_is_not_shown(tmp_path: Path):
+    log = tmp_path / "a.log"
+    elastic = "W1130 22:52:04 20273 torch/distributed/elastic/multiprocessing/api.py:1010]"
+    before = ["start", "[rank1]: RuntimeError: so", f"{elastic} Sending process 20281 closing signal SIGTERM"]
+    log.write_text("\n".join([*before, *["Traceback (most recent call last):"] * 40]))
+    assert explain(log) == before
+
+
 def test_threads_are_shared_among_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
