@@ -135,9 +135,18 @@ def find_gaps(trainer: Trainer, steps: int) -> dict[str, float]:
         for event in profiler.profiler.kineto_results.events()
         if event.device_type() == torch.autograd.DeviceType.CUDA
         and event.duration_ns()
+        and not event.is_user_annotation()  # parts of a step that the trainer names: no work of the GPU
         and not event.name().startswith(("FSDP::", "Optimizer.", "Profiler"))
     ]
-    kernels = [kernel for kernel in kernels if not kernel[2] or get_world_size() > 1]
+    return sum_gaps([kernel for kernel in kernels if not kernel[2] or get_world_size() > 1])
+
+
+def sum_gaps(kernels: list[tuple[int, int, bool]]) -> dict[str, float]:
+    """Shares of the time from the first kernel's start to the last one's end.
+
+    Args:
+        kernels: start, end, whether it is NCCL's.
+    """
     start, end = min(k[0] for k in kernels), max(k[1] for k in kernels)
     everything = count_covered([k[:2] for k in kernels])
     computing = count_covered([k[:2] for k in kernels if not k[2]])

@@ -323,3 +323,9 @@ def test_covered_time_is_that_of_the_union():
     intervals = [(3, 9), (1, 4), (12, 15), (8, 10), (20, 21), (12, 13)]
     assert step_worker.count_covered(intervals) == len({n for start, end in intervals for n in range(start, end)})
     assert step_worker.count_covered([]) == 0
+
+
+def test_gaps_are_shares_of_the_whole_time():
+    """Of 20 units, 2 are idle, and 3 are NCCL's alone."""
+    kernels = [(100, 110, False), (104, 113, True), (115, 120, False), (116, 118, True)]
+    assert step_worker.sum_gaps(kernels) == {"idle": pytest.approx(2 / 20), "exposed communication": pytest.approx(3 / 20)}
