@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.faults import REPO
+from benchmarks.spread import list_gpus
 from flame.compare.tables import format_table
 from flame.runtime.json_lines import parse_line
 from flame.trainer.estimate import GIB, SPARE, estimate_run
@@ -112,12 +113,6 @@ def measure(case: Case, out: Path, gpus: list[str], seconds: int) -> float | Non
             return None
     rows = map(parse_line, (out / case.name / "metrics.jsonl").read_bytes().splitlines(keepends=True))
     return max(row["peak_memory_gib"] for row in rows if row is not None)
-
-
-def list_gpus() -> list[str]:
-    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def main(argv: list[str]) -> None:
