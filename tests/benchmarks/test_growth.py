@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import growth, growth_report, objectives
 from benchmarks.growth import CHEAP, FUTURE, NEXT_TOKEN, Plan, Point, Worker
-from benchmarks.packs import draw_batch
+from benchmarks.packs import draw_batch, draw_cu_seqlens
 from benchmarks.spread import GO, Job, deal, run_jobs
 from benchmarks.timing import Timing
 from benchmarks.training_step import OUT_OF_MEMORY, TrainingStep, launch_for, read_step_options
@@ -148,6 +148,13 @@ def test_plans_survive_their_file(tmp_path):
         "340M",
         "1B",
     }
+
+
+def test_documents_are_as_many_as_their_mean_length_says(tmp_path):
+    (plan,) = growth.list_plans(tmp_path, ["documents"])
+    for point in plan.points:
+        layout = draw_cu_seqlens(point.tokens, point.mean_length, point.longest, growth.find_seed(point))
+        assert len(layout) - 1 == point.tokens / point.mean_length
 
 
 def test_the_point_that_two_parts_share_is_in_both(tmp_path):
