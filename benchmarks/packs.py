@@ -37,11 +37,11 @@ def draw_cu_seqlens(total: int, mean: int = MEAN_LENGTH, longest: int = LONGEST,
     return torch.tensor(ends, dtype=torch.int32)
 
 
-def draw_batch(total: int, vocab_size: int, seed: int = 0) -> PackedBatch:
-    """Uniformly random tokens in the layout of `draw_cu_seqlens(total, seed=seed)`, on the CPU."""
+def draw_batch(total: int, vocab_size: int, seed: int = 0, *, mean: int = MEAN_LENGTH, longest: int = LONGEST) -> PackedBatch:
+    """Uniformly random tokens in the layout of `draw_cu_seqlens(total, mean, longest, seed)`, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (total,), generator=generator)
-    return _pack(tokens, draw_cu_seqlens(total, seed=seed))
+    return _pack(tokens, draw_cu_seqlens(total, mean, longest, seed))
 
 
 def pack_documents(documents: Sequence[Tensor]) -> PackedBatch:

@@ -15,7 +15,6 @@ the allocator's reserve. The same FLOPs are taken for all: those of `flame.model
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -36,18 +35,15 @@ from transformers import PretrainedConfig
 from benchmarks.packs import LONGEST, draw_batch
 from benchmarks.prototypes import Dense, Planned
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns, measure_side_by_side, sample
+from benchmarks.training_step import TrainingStep, free_memory
 from flame.attention import flash as flash_kernels
 from flame.config.schema import JobConfig, ObjectiveChoice, Training
 from flame.data.batch import PackedBatch
 from flame.kernels.softmax_rows import count_chunk_rows
 from flame.models.causal_lm import load_model_config
-from flame.models.flops import ModelFlops
 from flame.objectives.future.objective import FutureObjective
 from flame.objectives.future.options import FutureOptions
-from flame.objectives.step import Requested, compute_losses, get_objective
 from flame.runtime.distributed import end_processes, set_single_process_defaults, start_processes
-from flame.runtime.torchtitan import clip_grad_norm_
-from flame.trainer.setup import build_model, build_run_optimizer
 
 REPO = Path(__file__).parent.parent
 MODEL = REPO / "configs" / "models" / "llama_1B.json"
@@ -108,47 +104,23 @@ def count_repeats(length: int) -> int:
 # ---------------------------------------------------------------- who takes part
 
 
-class Ours:
-    """A step of the trainer, without what surrounds it. Next-token steps leave the predictor of the same model unused."""
+class Ours(TrainingStep):
+    """A step of the trainer on a batch on the CPU, with the future loss, which can be in fp8, or without it."""
 
     def __init__(self, model_config: PretrainedConfig, config: JobConfig, batch: PackedBatch, mesh: DeviceMesh):
-        self.config, self.batch = config, batch
-        self.model = build_model(config, model_config, batch.input_ids.device, mesh)
-        self.optimizer = build_run_optimizer(config, self.model)
-        objective = get_objective(self.model)
-        assert isinstance(objective, FutureObjective)
-        self.objective, self._fp8 = objective, objective._fp8
+        super().__init__(model_config, config, mesh)
+        self.take(batch)
+        assert isinstance(self.objective, FutureObjective)
+        self._future, self._fp8 = self.objective, self.objective._fp8
 
-    def count_flops(self, batch: PackedBatch) -> tuple[float, float]:
-        """Of a next-token step over the batch, which is on the CPU, and of one with the future loss."""
-        model = ModelFlops(self.model.lm)
-        next_token = model.count_next_token(batch, is_frozen=False)
-        return next_token, next_token + sum(self.objective.count_flops(batch, model))
-
-    def step(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> None:
-        self.objective._fp8 = self._fp8 if in_fp8 else None
-        losses = self.model(compute_losses, self.batch, Requested(aux=with_future))
-        loss = losses.ce_sum / self.batch.num_labels
-        if losses.aux is not None:
-            loss = loss + self.objective.options.loss_weight * losses.aux.loss_sum / losses.aux.num_items
-        loss.backward()
-        if with_optimizer:
-            clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        else:
-            self.model.zero_grad()
+    def run(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> None:
+        self._future._fp8 = self._fp8 if in_fp8 else None
+        self.step(with_future, with_optimizer)
 
     def step_body(self) -> None:
         """Forward and backward of the causal pass up to the hidden states."""
-        self.model(lambda model: model.encode_past(self.batch).sum()).backward()
+        self.model(lambda model: model.encode_past(self._on_device).sum()).backward()
         self.model.zero_grad()
-
-    def count_held_gib(self, with_future: bool, with_optimizer: bool, in_fp8: bool = False) -> float:
-        """Weights, and the two moments of AdamW: what a run of this kind holds between steps."""
-        parameters = (self.model if with_future else self.model.lm).parameters()
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        return weights * (3 if with_optimizer else 1) / 2**30
 
 
 class Peer:
@@ -245,8 +217,8 @@ class Measurement:
             peer = Peer(self.titan_site, self.batch, self.folder)
         try:
             note(f"{self.length}: building")
-            ours = Ours(self.model_config, self.config, self.batch_on_gpu, self.mesh)
-            self.flops_next_token, self.flops_future = ours.count_flops(self.batch)
+            ours = Ours(self.model_config, self.config, self.batch, self.mesh)
+            self.flops_next_token, self.flops_future = ours.count_flops()
             planned, planned_gib = self._build_held(Planned)
 
             kinds = {
@@ -256,9 +228,9 @@ class Measurement:
                 OURS_FUTURE: (True, True),
                 OURS_FP8: (True, True, True),
             }
-            held = {name: ours.count_held_gib(*kind) for name, kind in kinds.items()}
+            held = {name: ours.count_held_gib(*kind[:2]) for name, kind in kinds.items()}
             held |= dict.fromkeys((PLANNED_NEXT_TOKEN, PLANNED_FUTURE), planned_gib)
-            steps: dict[str, Callable[[], None]] = {name: partial(ours.step, *kind) for name, kind in kinds.items()}
+            steps: dict[str, Callable[[], None]] = {name: partial(ours.run, *kind) for name, kind in kinds.items()}
             steps |= {BODY: ours.step_body, PRODUCTS: self._multiply_as_infonce()}
             steps |= {PLANNED_NEXT_TOKEN: planned.step_next_token, PLANNED_FUTURE: planned.step}
             samplers: dict[str, Callable[[], Sample]] = {
@@ -280,8 +252,8 @@ class Measurement:
         if self.length <= LONGEST_OF_DENSE:
             dense, dense_gib = self._build_held(Dense)
             steps = {
-                OURS_FUTURE_BY_DENSE: partial(ours.step, True, True),
-                OURS_BARE_BY_DENSE: partial(ours.step, True, False),
+                OURS_FUTURE_BY_DENSE: partial(ours.run, True, True),
+                OURS_BARE_BY_DENSE: partial(ours.run, True, False),
                 DENSE: announce_first(DENSE, dense.step),
             }
             timings = measure_side_by_side(steps, repeats=3, warmup=1)
@@ -367,13 +339,6 @@ def announce_first(name: str, step: Callable[[], None]) -> Callable[[], None]:
         step()
 
     return announced
-
-
-def free_memory() -> None:
-    """Drop what was compiled for, and cached from, models that are gone."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- what is shown

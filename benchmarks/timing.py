@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -52,7 +53,11 @@ class Timing(NamedTuple):
 
 
 def sample(function: Function) -> Sample:
-    """Call once, and wait for the GPU before and after."""
+    """Call once, and wait for the GPU before and after. Without a GPU memory is not measured."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        function()
+        return Sample(1000 * (time.perf_counter() - began), 0, 0)
     torch.cuda.synchronize()
     bytes_before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
