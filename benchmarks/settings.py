@@ -6,6 +6,9 @@ FUTURE = ["--objective.name", "future"]
 SETTINGS: dict[str, list[str]] = {
     "next token": ["--objective.name", "next_token"],
     "future": FUTURE,
+    "next token, weights kept gathered": ["--objective.name", "next_token", "--training.fsdp_reshard_after_forward", "false"],
+    "future, weights kept gathered": [*FUTURE, "--training.fsdp_reshard_after_forward", "false"],
+    "future, pointwise recomputed": [*FUTURE, "--activation_checkpoint.mode", "pointwise"],
     "future, fp8": [*FUTURE, "--future_encoder.precision", "fp8"],
     "8,192 anchors": [*FUTURE, "--future_encoder.max_anchors", "8192"],
     "projection to 256": [*FUTURE, "--future_encoder.projection_dim", "256"],
