@@ -200,7 +200,7 @@ def _has_numbers(rows: Rows, panel: Panel) -> bool:
 def _get_number(row: dict[str, float | None], metric: str) -> float:
     """The row's number, or NaN if there is none, which leaves a gap in the curve."""
     if metric == LN_N:
-        return _get_number(row, "mi_lower_bound") + _get_number(row, "aux_loss")
+        return _get_number(row, "mi_lower_bound") + _get_number(row, "aux_loss") - (row.get("action_loss") or 0.0)
     if metric == DATA_WAIT:
         return _get_number(row, "data_wait_fraction") * _get_number(row, "step_seconds")
     value = row.get(metric)

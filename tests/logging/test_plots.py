@@ -42,6 +42,12 @@ def read_curves(axes: Any) -> dict[str, list[float | None]]:
     return {line.get_label(): [None if math.isnan(y) else y for y in line.get_ydata()] for line in axes.lines}
 
 
+def test_chance_is_that_of_the_summaries_alone(tmp_path):
+    """`aux_loss` also holds the action loss."""
+    figure = draw({"a": read_metrics(write_run(tmp_path / "a", CE | FUTURE | {"action_loss": 0.5}, CE | FUTURE))})
+    assert read_curves(get_panels(figure)[1])["ln N (chance)"] == [5.5, 6.0]
+
+
 def test_three_panels_hold_the_numbers_of_the_file(tmp_path):
     rows = read_metrics(write_run(tmp_path / "a", CE | FUTURE, {"ce_loss": 2.5, "aux_loss": 3.0, "mi_lower_bound": 3.5}))
     figure = draw({"a": rows})

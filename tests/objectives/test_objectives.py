@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, object]] = {
     },
     "embedding": {"future_predictor__input": "embedding"},
     "early guess": {"future_predictor__layer": 1},
+    "action": {"future_action__top_k": 4, "future_action__temperature": 0.1, "future_predictor__layer": 1},
 }
 BASELINES = ("mtp", "mtp_forward", "mtp_sequential", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret", "stp")
 WITHOUT_PARAMETERS = ("regret", "stp")
@@ -218,6 +219,7 @@ def test_validation_has_both_losses(workspace, tmp_path, name, weight):
         ("mtp", {"objective__name": "top", "mtp__tokens": None}, 'objective.name = "top"'),
         ("mtp", {"mtp__tokens": 4}, "mtp.tokens = 4, but the run in"),
         ("random", {"future_encoder__target": "ema"}, 'future_encoder.target = "ema", but the run in'),
+        ("random", {"future_action__top_k": 4}, "future_action.top_k = 4, but the run in"),
         ("ema", {"future_encoder__estimator_type": "smooth_l1"}, 'future_encoder.estimator_type = "smooth_l1", but the run in'),
     ],
 )

@@ -5,7 +5,8 @@
     loss_t = InfoNCE( predictor(h_t), F_{t+s}; negatives: the summaries of other anchors )          s = target_shift
 
 `prepare` makes the summaries, `loss` compares predictions with them. Summaries are labels and carry no gradient. The language
-model learns through the causal forward alone, predictor and estimator through the loss.
+model learns through the causal forward alone, predictor and estimator through the loss. The action loss, if `future_action` has
+one, is added: `flame.objectives.future.actions`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from flame.attention.backends import is_recurrent
-from flame.data.batch import PackedBatch
+from flame.data.batch import NO_LABEL, PackedBatch
 from flame.kernels.fp8 import Fp8Switch, check_fp8, install_fp8
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.estimators import ESTIMATORS
@@ -29,6 +30,7 @@ from flame.models.future_predictor import FuturePredictorHead
 from flame.models.mi_estimator import build_mi_estimator, read_temperature
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxFlops, AuxLoss, FuturePass, LayerStack, Objective, ParameterGroup, Setup, Task, WithLayer
+from flame.objectives.future.actions import ActionLoss, Sample
 from flame.objectives.future.anchors import (
     Anchors,
     choose_shift,
@@ -39,7 +41,7 @@ from flame.objectives.future.anchors import (
 )
 from flame.objectives.future.duplicates import hash_futures
 from flame.objectives.future.negatives import GlobalCandidates, LocalCandidates, agree_on_size, gather_candidates
-from flame.objectives.future.options import TAUGHT, FutureOptions, PredictorOptions
+from flame.objectives.future.options import TAUGHT, ActionOptions, FutureOptions, PredictorOptions
 from flame.objectives.future.representations import ProbeSample, measure_representations
 from flame.objectives.future.summaries import find_horizon, shuffle_valid, summarize
 from flame.objectives.future.teacher import build_teacher, move_average
@@ -61,7 +63,7 @@ TASK_OPTIONS = ("target", "target_shift", "target_shift_max", "future_k", "layer
 """Options that decide what predictor and estimator learn."""
 KEPT_OF_TOKENS, KEPT_OF_ANCHORS, BFLOAT16_BYTES = 2, 8, 2
 """Vectors of the model's width that are kept, for the estimate of memory: measured, 10 in all (docs/performance.md)."""
-PREDICTOR_DRAW, ESTIMATOR_DRAW, TEACHER_DRAW = 1, 2, 4
+PREDICTOR_DRAW, ESTIMATOR_DRAW, TEACHER_DRAW, ACTION_DRAW = 1, 2, 4, 5
 """Numbers of the random draws of its modules: each has its own seed, so its weights do not depend on the others."""
 
 
@@ -73,7 +75,7 @@ class Prepared(NamedTuple):
 
 
 class FutureObjective(Objective):
-    """Predictor, estimator and, if the language model does not make the summaries itself, the network that does."""
+    """Predictor, estimator, the network that makes the summaries if the language model does not, and any action loss."""
 
     name: ClassVar[str] = "future"
     Options: ClassVar[type[FutureOptions]] = FutureOptions
@@ -86,6 +88,7 @@ class FutureObjective(Objective):
         assert isinstance(setup.options, FutureOptions)
         self.options = options = setup.options
         self.predictor_options = head = setup.get(PredictorOptions)
+        actions = setup.get(ActionOptions)
         config = setup.lm.config
         teacher = build_teacher(setup, options.layers) if options.target in TAUGHT else None
         self._fp8: Fp8Switch | None = None
@@ -102,6 +105,7 @@ class FutureObjective(Objective):
                 options.learns_temperature,
                 options.projection_dim,
             )
+            self.action = ActionLoss(actions, setup.lm, size) if actions.top_k else None
         self.teacher = teacher
 
     # ---------------------------------------------------------------- at the start
@@ -128,6 +132,8 @@ class FutureObjective(Objective):
     def initialize(self, draw: Callable[[nn.Module, int], None]) -> None:
         draw(self.predictor, PREDICTOR_DRAW)
         draw(self.estimator, ESTIMATOR_DRAW)
+        if self.action is not None:
+            draw(self.action, ACTION_DRAW)
         if self.teacher is not None:
             draw(self.teacher, TEACHER_DRAW)
 
@@ -187,6 +193,7 @@ class FutureObjective(Objective):
         *,
         with_sample: bool = False,
     ) -> AuxLoss:
+        final_states = hidden_states
         if isinstance(prepared, WithLayer):
             prepared, hidden_states = prepared
         assert isinstance(prepared, Prepared)
@@ -198,11 +205,15 @@ class FutureObjective(Objective):
         excluded = find_excluded(batch, anchors, self.options.exclude_neighbors)
         candidates = prepared.candidates.list_candidates(excluded)
         aux = self.estimator.compare_with(predictions, anchors.is_valid, candidates)
+        targets = candidates.summaries[candidates.own] if with_sample or self.action is not None else inputs
+        if self.action is not None:
+            labels = torch.where(anchors.is_valid, anchors.pick(batch.labels[0]), NO_LABEL)
+            aux = self.action.add_to(aux, backbone, anchors.pick(final_states), labels, targets)
         if not with_sample:
-            return aux
+            return aux._replace(sample=None)
         positions = torch.arange(len(inputs), device=inputs.device) if anchors.positions is None else anchors.positions
-        targets = candidates.summaries[candidates.own]
-        return aux._replace(sample=ProbeSample(inputs.detach(), predictions.detach(), targets, positions, anchors.is_valid))
+        compared = ProbeSample(inputs.detach(), predictions.detach(), targets, positions, anchors.is_valid)
+        return aux._replace(sample=Sample(compared, aux.sample or {}))
 
     def after_step(self, backbone: TrainingModel) -> None:
         self.estimator.limit_temperature()
@@ -251,7 +262,10 @@ class FutureObjective(Objective):
         If only answers count, the forward covers the answer suffixes. With N anchors and K candidates, InfoNCE costs 4 N K d,
         and a bilinear score 6 N d^2 more. The projection of summaries is not counted.
         """
-        return AuxFlops(self._count_summaries(batch, model), self._count_comparison(batch))
+        heads = self._count_comparison(batch)
+        if self.action is not None:
+            heads += self.action.count_flops(model, self._count_predictions(batch))
+        return AuxFlops(self._count_summaries(batch, model), heads)
 
     def _count_summaries(self, batch: PackedBatch, model: ModelFlops) -> float:
         if self.options.target == "mean_embedding":
@@ -264,28 +278,33 @@ class FutureObjective(Objective):
         return model.count_future_forward(lengths, self.options.future_k, self.options.pass_layers)
 
     def _count_comparison(self, batch: PackedBatch) -> float:
-        options, total = self.options, batch.input_ids.shape[1]
-        anchors = count_anchors(batch, self._choose_shift(batch), options.max_anchors)
-        predictions = anchors if batch.answers_only else min(total, options.max_anchors or total)
-        packs = self.setup.sequences_per_step if options.negatives == "global" else 1
+        anchors = self.count(batch)
+        packs = self.setup.sequences_per_step if self.options.negatives == "global" else 1
         compared = self.estimator.count_flops(anchors, anchors * packs)
-        return float(6 * count_matrix_weights(self.predictor) * predictions + compared)
+        return float(6 * count_matrix_weights(self.predictor) * self._count_predictions(batch) + compared)
+
+    def _count_predictions(self, batch: PackedBatch) -> int:
+        """Rows that are computed: anchors or, where all tokens count, also those that have no target."""
+        total = batch.input_ids.shape[1]
+        return self.count(batch) if batch.answers_only else min(total, self.options.max_anchors or total)
 
     def estimate_memory(self, tokens: int) -> float:
-        """The summaries, in their places and as targets, and what predictor and InfoNCE keep of each anchor."""
+        """The summaries, in their places and as targets, what predictor and InfoNCE keep of each anchor, and the action loss."""
         anchors = min(tokens, self.options.max_anchors or tokens)
-        return (KEPT_OF_TOKENS * tokens + KEPT_OF_ANCHORS * anchors) * self.setup.lm.config.hidden_size * BFLOAT16_BYTES
+        kept = (KEPT_OF_TOKENS * tokens + KEPT_OF_ANCHORS * anchors) * self.setup.lm.config.hidden_size * BFLOAT16_BYTES
+        return kept if self.action is None else kept + self.action.estimate_memory(self.setup.lm, anchors)
 
     def read_metrics(self, compute_dtype: torch.dtype) -> Measures:
         temperature = read_temperature(self.estimator, compute_dtype)
         return {} if temperature is None else {"temperature": Last(temperature)}
 
-    def measure_sample(self, sample: ProbeSample, batch: PackedBatch, seed: int) -> dict[str, Mean]:
-        return measure_representations(sample, batch, self._choose_shift(batch), seed)
+    def measure_sample(self, sample: Sample, batch: PackedBatch, seed: int) -> dict[str, Mean]:
+        return measure_representations(sample.compared, batch, self._choose_shift(batch), seed) | sample.action
 
     def describe_metrics(self, values: Mapping[str, float], prefix: str = "") -> str:
         loss, bound = values.get(f"{prefix}aux_loss"), values.get(f"{prefix}mi_lower_bound")
         accuracy = values.get(f"{prefix}infonce_accuracy")
+        loss = None if loss is None else loss - values.get(f"{prefix}action_loss", 0.0)
         chance = f" (ln N {loss + bound:5.2f})" if loss is not None and bound is not None and not prefix else ""
         return chance + (f" · top-1 {100 * accuracy:5.1f}%" if accuracy is not None else "")
 
@@ -307,7 +326,7 @@ class FutureObjective(Objective):
             "Beside next-token prediction, each position learned to predict a summary of its own future: "
             f"{options.estimator_type}, {self.predictor_options.head_type} predictor, "
             + ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
-            + "."
+            + ("." if self.action is None else f"; {self.action.describe()}.")
         )
 
     def describe_modules(self) -> str:

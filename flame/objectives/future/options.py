@@ -1,4 +1,4 @@
-"""Options of the future loss: the sections [future_encoder] and [future_predictor]."""
+"""Options of the future loss: the sections [future_encoder], [future_predictor] and [future_action]."""
 
 from __future__ import annotations
 
@@ -70,12 +70,47 @@ class PredictorOptions(Section):
             )
 
 
+_HAS_ACTIONS = When("top_k", above=0)
+
+
+@dataclass(kw_only=True)
+class ActionOptions(Section):
+    """The action loss of the method's first publication: rewards for candidates of the next token. docs/objectives.md defines it,
+    and says why its rewards are nearly uniform as published."""
+
+    section: ClassVar[str] = "future_action"
+
+    top_k: NonNegativeInt = option(0, fixed=True)
+    """Candidates of an anchor: this many tokens with the highest logits, and the true next one. 0 leaves the loss out; the first
+    publication takes 16. It costs three products with the output head, and a forward of a head of its own for each candidate."""
+    temperature: PositiveFloat = option(1.0, applies=_HAS_ACTIONS)
+    """Divides the scores of candidates, which are cosines, in the softmax that makes rewards of them."""
+    label_bias: NonNegativeFloat = option(0.0, applies=_HAS_ACTIONS)
+    """Added to the score of the true next token."""
+    loss_weight: NonNegativeFloat = option(1.0, applies=_HAS_ACTIONS)
+    """Factor of the action loss beside the loss of the summaries. Both are then multiplied by future_encoder.loss_weight."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        if self.top_k and job.experimental.freeze_lm_for_infonce:
+            yield (
+                f"{name}.top_k = {self.top_k} beside experimental.freeze_lm_for_infonce = true: the action loss trains the "
+                "language model alone; set one of them to 0 or false"
+            )
+
+    def find_model_conflicts(self, model_config: PretrainedConfig) -> Iterator[str]:
+        if self.top_k > model_config.vocab_size:
+            yield (
+                f"{self.section}.top_k = {self.top_k} is more than the model's vocab_size = {model_config.vocab_size}: lower it, "
+                "or set it to 0 for no action loss"
+            )
+
+
 @dataclass(kw_only=True)
 class FutureOptions(ObjectiveOptions):
     """The anti-causal pass, its summaries, and how predictions are compared with them."""
 
     section: ClassVar[str] = "future_encoder"
-    companions: ClassVar[tuple[type[Section], ...]] = (PredictorOptions,)
+    companions: ClassVar[tuple[type[Section], ...]] = (PredictorOptions, ActionOptions)
     trains_without_lm: ClassVar[bool] = True
 
     future_k: NonNegativeInt = option(0, applies=When("target", ("self", "random", "ema", "mean_embedding", "shuffled")))
