@@ -22,7 +22,7 @@ from flame.trainer.options import read_options
 from flame.trainer.setup import build_cadence, build_modules
 
 REPO = Path(__file__).parent.parent
-COUNTED = [name for name in SETTINGS if "fp8" not in name]
+COUNTED = [name for name in SETTINGS if not any(word in name for word in ("fp8", "float8", "8-bit"))]
 
 
 def count_ratio(model_path: str, tokens: int, options: list[str]) -> float:
