@@ -30,6 +30,7 @@ from flame.data.encoding import END_OF_TEXT, encode_documents
 from flame.data.tokenizer import load_tokenizer
 
 PASSES = 3
+"""Of the tokenizer alone."""
 ENTRIES = 8192
 TRAINED_ON = 4_000_000
 """Characters."""
@@ -46,22 +47,23 @@ def read_texts() -> Iterator[str]:
             yield text
 
 
-def take(characters: int) -> Iterator[str]:
-    for text in read_texts():
+def take(characters: int, texts: Iterator[str] | None = None) -> Iterator[str]:
+    for text in read_texts() if texts is None else texts:
         if characters <= 0:
             return
         characters -= len(text)
         yield text
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, texts: Iterator[str] | None = None, characters: int = TRAINED_ON) -> None:
+    """Train one of `ENTRIES` entries on so much of the texts, by default those of `read_texts`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=ENTRIES, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(take(TRAINED_ON), trainer)
+    backend.train_from_iterator(take(characters, texts), trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(folder)
 
 
@@ -107,6 +109,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", type=Path, help="folder for tokenizer, text and tokens")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[36], help="sizes of the text")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))], help="numbers of cores")
+    parser.add_argument("--passes", type=int, default=3, help="of each, of which the median counts")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_tokenizer(arguments.out / "tokenizer")
@@ -117,7 +120,7 @@ def main(argv: list[str]) -> None:
         corpus = arguments.out / f"{megabytes}.jsonl"
         make_corpus(corpus, megabytes)
         for cores in sorted(set(arguments.cores)):
-            runs = [run_preprocess(arguments.out, corpus, cores) for _ in range(PASSES)]
+            runs = [run_preprocess(arguments.out, corpus, cores) for _ in range(arguments.passes)]
             seconds, tokens = statistics.median(run[0] for run in runs), runs[0][1]
             spread = f"{min(run[0] for run in runs):.1f}, {max(run[0] for run in runs):.1f}"
             rate = tokens / seconds

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from flame.checkpoints.manager import list_checkpoints
 from flame.runtime.endings import LOST_EXIT_CODE
@@ -30,6 +31,8 @@ class Machine:
 
     def __init__(self, number: int, arguments: list[str], variables: dict[str, str], prefix: list[str]):
         environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NODE_RANK": str(number)} | variables
+        if torch.cuda.device_count() > 1 and environment.get("NNODES", "1") != "1":  # to NCCL all ranks are on one machine
+            environment["CUDA_VISIBLE_DEVICES"] = str(number)
         command = [*prefix, "bash", str(REPO / "train.sh"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
@@ -133,6 +136,8 @@ def test_a_stopped_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> Non
     ended = send_to_rank_1(signal.SIGSTOP, workspace, tmp_path / "run")
     assert [code for code, _ in ended] == [LOST_EXIT_CODE] * 2
     assert all(len(lines) == 1 and lines[0].startswith(f"rank 1 on {HOST} is silent (stopped by a signal)") for _, lines in ended)
+    if torch.cuda.device_count() > 1:
+        assert (tmp_path / "run" / "nccl-0").exists(), "the record for torchfrtrace"
 
 
 @pytest.mark.long
