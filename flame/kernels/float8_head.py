@@ -154,7 +154,7 @@ def _round_rows_kernel(
         value = tl.load(from_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
         if HAS_LEFT_OUT:
             value = tl.where(column == left_out, 0.0, value)
-        largest = tl.maximum(largest, tl.abs(value))
+        largest = tl.maximum(largest, tl.where(value == value, tl.abs(value), float("inf")))  # a maximum passes over NaN
     top = tl.max(largest, axis=0)
     bits = top.to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from flame.errors import UserError
 from flame.kernels import float8_head
@@ -143,6 +146,19 @@ def test_heads_and_devices_that_cannot_are_refused(monkeypatch):
     for sizes in ((50_257, 768), (32, 24)):
         with pytest.raises(UserError, match=f"the output head is {sizes[0]} x {sizes[1]}, and both must be multiples of 16"):
             check_float8_head(*sizes, "cuda")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("has_left_out", [False, True])
+def test_the_kernel_compiles_for_hopper(dtype, has_left_out):
+    """To machine code, which needs no GPU."""
+    kernel = float8_head._round_rows_kernel
+    settings = {"HAS_LEFT_OUT": has_left_out, "LOWEST": float8_head.LOWEST_EXPONENT, "BLOCK": float8_head.BLOCK}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(settings, "constexpr")
+    signature |= {"x_ptr": f"*{dtype}", "left_out_ptr": "*i64", "rows_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+    constants = {(kernel.arg_names.index(name),): value for name, value in settings.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert "cubin" in compiled.asm
 
 
 # ---------------------------------------------------------------- on GPUs
