@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,10 @@ class Links(NamedTuple):
     """GB/s of one network card."""
     latency: float
     """Microseconds of a step of a ring."""
+
+
+LINKS = Links(nvlink=360.0, network=50.0, latency=8.0)
+"""What docs/scaling.md assumes, and why."""
 
 
 class Step(NamedTuple):
@@ -72,6 +77,7 @@ SHARES = {
 """Forwards of the layers, backward and whole step, ms (the same page, FlashAttention-4): how a step divides."""
 
 
+@cache
 def count_weights() -> tuple[int, int, int]:
     """Layers, weights of a layer, and all other weights of Llama-3.2-1B."""
     lm = build_on_meta(load_model_config(str(REPO / "configs" / "models" / "llama_1B.json")), "cuda", "sdpa")
@@ -131,11 +137,19 @@ def estimate_step(step: Step, shard: int, replicate: int, links: Links, slowdown
     return step.total + shown + slowdown * hidden
 
 
+def predict_efficiency(tokens: int, objective: str, gpus: int) -> float | None:
+    """Time of a step on one GPU over that on several of a node (FSDP); None for what the model does not know."""
+    if objective not in MEASURED.get(tokens, {}):
+        return None
+    step = build_step(tokens, objective)
+    return step.total / estimate_step(step, gpus, 1, LINKS, fit_slowdown(LINKS))
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="What communication adds to a step on many GPUs.", allow_abbrev=False)
-    parser.add_argument("--nvlink", type=float, default=360.0, help="GB/s of a collective inside a node")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s of a GPU's network card")
-    parser.add_argument("--latency", type=float, default=8.0, help="microseconds of a step of a ring")
+    parser.add_argument("--nvlink", type=float, default=LINKS.nvlink, help="GB/s of a collective inside a node")
+    parser.add_argument("--network", type=float, default=LINKS.network, help="GB/s of a GPU's network card")
+    parser.add_argument("--latency", type=float, default=LINKS.latency, help="microseconds of a step of a ring")
     parser.add_argument("--tokens", type=int, choices=MEASURED, default=16_384, help="a GPU")
     arguments = parser.parse_args(argv)
     links = Links(arguments.nvlink, arguments.network, arguments.latency)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults import MODEL, OPTIONS, REPO, count_steps
+from benchmarks.faults import MODEL, OPTIONS, count_steps
+from benchmarks.pool import REPO
 from flame.checkpoints.manager import list_checkpoints
 from flame.config.schema import Corpus, JobConfig, Training
 from flame.data.batch import build_batch

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.fault_files import run_files
+from benchmarks.pool import REPO
 from flame.checkpoints.manager import list_checkpoints
 from flame.logging.plots import read_metrics
 from flame.weights.tensors import read_model_tensors
 
-REPO = Path(__file__).parent.parent
 COMPARED = ("loss", "ce_loss", "aux_loss", "grad_norm", "lr", "tokens_seen")
 MODEL = {
     "model_type": "llama",
@@ -96,18 +96,20 @@ class Bench:
     steps: int
     extra: list[str]
     chooser: random.Random
+    changes: dict[str, object] = field(default_factory=dict)
+    """To `OPTIONS`."""
 
-    def start(self, run: Path, *further: str) -> subprocess.Popen[bytes]:
-        options = [part for key, value in OPTIONS.items() for part in (f"--{key}", str(value))]
+    def start(self, run: Path) -> subprocess.Popen[bytes]:
+        options = [part for key, value in (OPTIONS | self.changes).items() for part in (f"--{key}", str(value))]
         options += ["--model.config", str(self.out / "model.json"), "--training.steps", str(self.steps)]
-        options += ["--job.dump_folder", str(run), *self.extra, *further]
+        options += ["--job.dump_folder", str(run), *self.extra]
         environment = os.environ | {"NGPU": str(self.ranks), "PYTHON": sys.executable}
         log = (self.out / f"{run.name}.log").open("ab")
         command = ["bash", str(REPO / "train.sh"), *options]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def finish(self, run: Path, *further: str) -> int:
-        return self.start(run, *further).wait()
+    def finish(self, run: Path) -> int:
+        return self.start(run).wait()
 
     def disturb(self, run: Path, times: int, strike: Callable[[subprocess.Popen[bytes]], None], fault: str) -> Outcome:
         """Start the run again and again; strike at a random moment each time, `times` times, then let it end."""
@@ -116,7 +118,7 @@ class Bench:
             starts_before = len(read_lines(run / "starts.jsonl"))
             process = self.start(run)
             if self.chooser.random() > 0.2:  # else somewhere in its start
-                self._wait_for_step(process, run, starts_before)
+                wait_for_step(process, run, starts_before)
                 time.sleep(self.chooser.uniform(0.0, 3.0))
             else:
                 time.sleep(self.chooser.uniform(0.0, 10.0))
@@ -134,13 +136,14 @@ class Bench:
         assert self.finish(run) == 0, f"see {self.out}/{run.name}.log"
         return outcome
 
-    def _wait_for_step(self, process: subprocess.Popen[bytes], run: Path, starts_before: int) -> None:
-        """Until this start has made a step."""
-        while process.poll() is None:
-            starts = read_lines(run / "starts.jsonl")
-            if len(starts) > starts_before and count_steps(run) > starts[-1]["start_step"]:
-                return
-            time.sleep(0.05)
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, starts_before: int, least: int = 0) -> None:
+    """Until this start has made a step, and has come to step `least`, or has ended."""
+    while process.poll() is None:
+        starts = read_lines(run / "starts.jsonl")
+        if len(starts) > starts_before and count_steps(run) > max(starts[-1]["start_step"], least - 1):
+            return
+        time.sleep(0.05)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -170,14 +173,19 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def find_differences(found: dict, expected: dict) -> dict[str, float]:
+    """How far two rows of metrics of one step are apart, by name."""
+    return {name: abs(expected[name] - found[name]) for name in COMPARED if expected.get(name) is not None}
+
+
 def compare(outcome: Outcome, run: Path, reference: Path) -> Outcome:
     """Fill in how the run differs from the uninterrupted one."""
     found, expected = ({row["step"]: row for row in read_metrics(folder)} for folder in (run, reference))
     assert found.keys() == expected.keys(), f"steps {sorted(found.keys() ^ expected.keys())} are logged by one run only"
     for step, row in expected.items():
-        differences = [abs(row[name] - found[step][name]) for name in COMPARED if row.get(name) is not None]
-        outcome.differing_steps += any(differences)
-        outcome.largest_difference = max(outcome.largest_difference, *differences)
+        differences = find_differences(found[step], row)
+        outcome.differing_steps += any(differences.values())
+        outcome.largest_difference = max(outcome.largest_difference, *differences.values())
     one, other = (read_model_tensors(list_checkpoints(folder / "checkpoint")[-1]) for folder in (run, reference))
     outcome.weights_equal = all(torch.equal(one[name], other[name]) for name in other)
     return outcome

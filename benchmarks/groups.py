@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,8 +16,8 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.step import show_range
 from benchmarks.timing import Report
+from flame.compare.tables import show_range
 from flame.models import parallelize
 from flame.runtime.distributed import end_processes, set_single_process_defaults
 from flame.train import Trainer
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
             gc.collect()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
     report = Report(arguments.out / "groups.md")
-    rows = [[name, show_range([statistics.median(taken), min(taken), max(taken)])] for name, taken in times.items()]
+    rows = [[name, show_range(taken, "{:,.1f}")] for name, taken in times.items()]
     report.table(f"{arguments.config}, {arguments.tokens:,} tokens a step on {device}", ["", "ms a step"], rows)
 
 

@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.faults import REPO
+from benchmarks.pool import REPO
 from flame.data.encoding import END_OF_TEXT, encode_documents
 from flame.data.tokenizer import load_tokenizer
 

@@ -231,8 +231,9 @@ class LRScheduler(Section):
 class ActivationCheckpoint(Section):
     """Less memory for more arithmetic."""
 
-    mode: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing, the cheap half of each layer, or whole layers."""
+    mode: Literal["none", "pointwise", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing; all of a layer but matrix products and attention, which takes little time;
+    every second matrix product too; or whole layers."""
 
 
 @dataclass(kw_only=True)

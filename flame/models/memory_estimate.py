@@ -25,8 +25,8 @@ GATHERED_LAYERS = 2
 """Layers whose whole weights are there at once: the one that is computed and the next."""
 EAGER = 2.2
 """Times as much is kept without training.compile: each operation keeps its own input, norms in float32. A guess."""
-SELECTIVE = 0.62
-"""Share that activation_checkpoint.mode = "selective" keeps. A guess."""
+KEPT = {"pointwise": 0.68, "selective": 0.62}
+"""Share that modes of activation_checkpoint keep. A guess."""
 
 
 class Memory(NamedTuple):
@@ -113,7 +113,7 @@ def _count_kept(layers: nn.ModuleList, config: PretrainedConfig, training: Train
     whole = [count_layer_kept(layer, config) * (1.0 if training.compile else EAGER) for layer in layers]
     if recompute == "full":
         return len(whole) * width + max(whole, default=0.0)
-    return sum(whole) * (SELECTIVE if recompute == "selective" else 1.0)
+    return sum(whole) * KEPT.get(recompute, 1.0)
 
 
 def count_layer_kept(layer: nn.Module, config: PretrainedConfig) -> float:

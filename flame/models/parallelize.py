@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from flame.config.training import Training
 from flame.kernels.float8_head import check_float8_head
@@ -85,12 +88,22 @@ def _compile(model: TrainingModel, layers: list[nn.Module], own: nn.ModuleList, 
 
 
 class _SelectiveAC(SelectiveAC):
+    """Keeps the outputs of attention and of every second matrix product."""
+
     def get_save_ops(self) -> set:
         return super().get_save_ops() | {torch.ops.flame.varlen_attention.default}
 
 
+class _PointwiseAC(_SelectiveAC):
+    """Keeps the outputs of attention and of all matrix products."""
+
+    def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
+        kept = partial(create_selective_checkpoint_contexts, list(self.get_save_ops()))
+        return checkpoint_wrapper(module, context_fn=kept, early_stop=False)
+
+
 def _checkpoint_activations(layers: nn.ModuleList, mode: str) -> None:
-    policies = {"full": FullAC, "selective": _SelectiveAC}
+    policies = {"full": FullAC, "selective": _SelectiveAC, "pointwise": _PointwiseAC}
     if mode in policies:
         policy = policies[mode]
         holder = nn.Module()  # torchtitan wraps the layers of the attribute `layers`, in place

@@ -234,7 +234,7 @@ BAD_FILES = {
     "text for bool": ('[training]\ncompile = "true"', ['training.compile = "true" (run.toml): allowed is true or false']),
     "list for choice": (
         '[activation_checkpoint]\nmode = ["full"]',
-        ['activation_checkpoint.mode = ["full"] (run.toml): allowed is "none" or "selective" or "full"'],
+        ['activation_checkpoint.mode = ["full"] (run.toml): allowed is "none" or "pointwise" or "selective" or "full"'],
     ),
     "file names a file": ('[job]\nconfig_file = "a"', ['job.config_file = "a" (run.toml): allowed only on the command line']),
     "long value": (
@@ -387,7 +387,7 @@ TEXTS = st.text(st.characters(codec="utf-8"))
     decay_ratio=st.none() | st.floats(0, 1),
     seed=st.integers(0, 2**31 - 1),
     compile=st.booleans(),
-    mode=st.sampled_from(["none", "selective", "full"]),
+    mode=st.sampled_from(["none", "pointwise", "selective", "full"]),
 )
 def test_a_written_configuration_reads_back(folder: Path, mode: Any, **values: Any) -> None:
     config = read_options(MODEL, 1)

@@ -117,14 +117,14 @@ def test_a_skipped_step_changes_nothing(workspace, tmp_path, monkeypatch):
     assert [measured & row.keys() for row in rows] == [measured, set(), measured]
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "full"])
 def test_activation_checkpointing_wraps_every_layer(workspace, tmp_path, mode):
     trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode)
     wrapped = [isinstance(layer, CheckpointWrapper) for layer in trainer.model.lm.get_submodule("model.layers").children()]
     assert wrapped == [mode != "none"] * 2
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "full"])
 def test_activation_checkpointing_wraps_the_layers_of_other_objectives(workspace, tmp_path, mode):
     changes = {"objective__name": "mtp", "mtp__tokens": 3}
     trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode, **changes)
