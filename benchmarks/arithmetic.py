@@ -3,7 +3,7 @@
     python -m benchmarks.arithmetic [--model configs/models/llama_1B.json] [--tokens 16384 65536] [--settings NAME ...]
 
 The FLOPs are those of `step_tflops`: documents of mean length 1,024, matrix products and attention forward and backward, without
-the optimizer. "future, fp8", which needs a GPU to be built, has the arithmetic of "future".
+the optimizer. 8-bit settings, which need a GPU to be built, have the arithmetic of those in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flame.trainer.options import read_options
 from flame.trainer.setup import build_cadence, build_modules
 
 REPO = Path(__file__).parent.parent
-COUNTED = [name for name in SETTINGS if "fp8" not in name]
+COUNTED = [name for name in SETTINGS if not any(word in name for word in ("fp8", "float8", "8-bit"))]
 
 
 def count_ratio(model_path: str, tokens: int, options: list[str]) -> float:

@@ -1,10 +1,11 @@
 """Worker of `benchmarks.peers`: next-token steps of torchtitan's own Llama, in a process whose torchtitan is 0.2.2.
 
-    PYTHONPATH=SITE python -m benchmarks.peer_titan MODEL.json PACK.pt
+    PYTHONPATH=SITE python -m benchmarks.peer_titan MODEL.json PACK.pt [--float8 rowwise]
 
 PACK.pt holds input_ids and labels, int64 [1, T], and cu_seqlens, int32 [S+1]. For each line "run N" on standard input it makes N
 steps, forward and backward in bfloat16 without optimizer, and answers with one line of JSON: N lists of milliseconds, peak bytes
-and bytes before, or null if memory ran out. It ends when standard input does.
+and bytes before, or null if memory ran out. It ends when standard input does. With --float8 torchtitan's own converter takes all
+linear layers but the output head to 8 bits, by that recipe of torchao.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ VERSION = "0.2.2"
 DEVICE = torch.device("cuda")
 
 
-def build_step(shape: dict, pack: dict[str, torch.Tensor]) -> Callable[[], None]:
+def build_step(shape: dict, pack: dict[str, torch.Tensor], float8: str = "") -> Callable[[], None]:
     """Build torchtitan's Llama with variable-length attention and compiled layers, as its trainer would on one GPU.
 
     Args:
         shape: a Hugging Face Llama configuration.
         pack: see the module.
+        float8: recipe of torchao; empty for bfloat16.
     """
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.attention import VarlenMetadata
@@ -61,6 +63,8 @@ def build_step(shape: dict, pack: dict[str, torch.Tensor]) -> Callable[[], None]
         model = Transformer(settings)
     with torch.no_grad():
         model.init_weights(buffer_device=DEVICE)
+    if float8:
+        convert(model, float8)
     model.bfloat16()
     for name, layer in list(model.layers.named_children()):
         assert layer.feed_forward.w1.out_features == shape["intermediate_size"]
@@ -72,6 +76,20 @@ def build_step(shape: dict, pack: dict[str, torch.Tensor]) -> Callable[[], None]
         model.zero_grad()
 
     return step
+
+
+def convert(model: torch.nn.Module, recipe: str) -> None:
+    """Exchange the linear layers in place, as torchtitan does with the converter "quantize.linear.float8"."""
+    from torchtitan.components.quantization.float8 import Float8LinearConverter
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed import ParallelDims
+
+    job = JobConfig()
+    job.compile.enable = True
+    job.quantize.linear.float8.recipe_name = recipe
+    job.quantize.linear.float8.filter_fqns = ["output"]
+    one = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    Float8LinearConverter(job, one).convert(model)
 
 
 def answer(step: Callable[[], None], count: int) -> list[Sample] | None:
@@ -86,13 +104,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("pack", type=Path)
+    parser.add_argument("--float8", default="")
     arguments = parser.parse_args(argv)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print must not mix with the replies
     found = version("torchtitan")
     if found != VERSION:
         sys.exit(f"torchtitan {found} is first on the import path: PYTHONPATH must begin with a folder that holds {VERSION}")
-    step = build_step(json.loads(arguments.model.read_text()), torch.load(arguments.pack))
+    step = build_step(json.loads(arguments.model.read_text()), torch.load(arguments.pack), arguments.float8)
     gc.collect()
     gc.disable()
     for line in sys.stdin:

@@ -126,13 +126,13 @@ class Ours(TrainingStep):
 class Peer:
     """torchtitan's Llama in its own process (`benchmarks.peer_titan`), which begins to build and compile it at once."""
 
-    def __init__(self, site: Path, batch: PackedBatch, folder: Path):
-        pack, self._log = folder / "pack.pt", folder / "peer_titan.log"
+    def __init__(self, site: Path, batch: PackedBatch, folder: Path, float8: str = ""):
+        pack, self._log = folder / f"pack{float8}.pt", folder / f"peer_titan{float8}.log"
         torch.save({"input_ids": batch.input_ids, "labels": batch.labels, "cu_seqlens": batch.cu_seqlens}, pack)
         paths = [str(site.resolve()), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack)],
+                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack), "--float8", float8],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

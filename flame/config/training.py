@@ -108,9 +108,13 @@ class Training(Corpus):
     backward, for two more bytes a parameter. One GPU, which holds all weights anyway, always does the latter."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in host memory, and update them there. Slow; for models that do not fit."""
-    float8: bool = False
-    """Training matrix products of the decoder layers in 8-bit floats, forward and backward (torchao, row-wise scales). Needs
-    a GPU of compute capability 8.9 or above, and training.compile to be fast."""
+    float8: Literal["none", "rowwise", "tensorwise", "rowwise_with_gw_hp"] = "none"
+    """Training matrix products of the decoder layers in 8-bit floats, forward and backward, by a recipe of torchao: a scale for
+    each row ("rowwise") or for each matrix ("tensorwise"); "rowwise_with_gw_hp" leaves the gradients of the weights in bfloat16.
+    Needs a GPU of compute capability 8.9 or above, and training.compile to be fast."""
+    float8_head: bool = option(False, applies=When("experimental.freeze_lm_for_infonce", (False,)))
+    """Logits of the output head, and the gradients of the hidden states, in 8-bit floats with a scale for each row. Needs a GPU
+    of compute capability 8.9 or above. Gradients of the head, validation and evaluation stay as they are."""
 
     @property
     def budget(self) -> str | None:
@@ -147,16 +151,24 @@ class Training(Corpus):
         )
 
     def _find_float8_conflicts(self) -> Iterator[str]:
-        if self.float8 and self.mixed_precision_param != "bfloat16":
+        if self.mixed_precision_param != "bfloat16":
+            for shown, off in self._list_float8():
+                yield (
+                    f'{shown} beside training.mixed_precision_param = "{self.mixed_precision_param}": set the one to {off} or '
+                    'the other to "bfloat16"'
+                )
+        if self.float8 in ("rowwise", "tensorwise") and self.seq_len % FLOAT8_SIZE_STEP:
             yield (
-                f'training.float8 = true beside training.mixed_precision_param = "{self.mixed_precision_param}": set the one to '
-                'false or the other to "bfloat16"'
+                f'training.float8 = "{self.float8}": training.seq_len = {self.seq_len} is not a multiple of {FLOAT8_SIZE_STEP}, '
+                'which the weights\' gradients need: change it, or set float8 to "none" or "rowwise_with_gw_hp"'
             )
-        if self.float8 and self.seq_len % FLOAT8_SIZE_STEP:
-            yield (
-                f"training.float8 = true: training.seq_len = {self.seq_len} is not a multiple of {FLOAT8_SIZE_STEP}, which the "
-                "weights' gradients need: change it, or set float8 to false"
-            )
+
+    def _list_float8(self) -> Iterator[tuple[str, str]]:
+        """The options that ask for 8-bit training, and what switches each off."""
+        if self.float8 != "none":
+            yield f'training.float8 = "{self.float8}"', '"none"'
+        if self.float8_head:
+            yield "training.float8_head = true", "false"
 
     def _find_parallel_conflicts(self, world_size: int) -> Iterator[str]:
         replicate, shard = self.data_parallel_replicate_degree, self.data_parallel_shard_degree

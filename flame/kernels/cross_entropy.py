@@ -1,7 +1,8 @@
 """Next-token cross entropy, computed from hidden states without storing all logits.
 
 The logits of a packed sequence (T x V) are computed chunk by chunk. Like in InfoNCE, the forward also computes the gradients.
-So forward and backward together take three matrix products (6 T d V FLOPs) and one pass of `softmax_rows_` over the logits.
+So forward and backward together take three matrix products (6 T d V FLOPs) and one pass of `softmax_rows_` over the logits. Two
+of the products can be in 8 bits, by `flame.kernels.float8_head`.
 
 With a bias b, a scale s and a cap c, as in some families, the logits are z = s (W h + b), then c tanh(z / c). As c tanh(s x / c)
 is s times x capped at c / s, the row kernel caps at c / s and scales afterwards. The backward multiplies the gradients by s.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flame.kernels.float8_head import Float8Head
 from flame.kernels.softmax_rows import count_chunk_rows, softmax_rows_
 
 IGNORED_LABEL = -100
@@ -29,7 +31,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         cap: float | None,
+        in_float8: bool,
     ) -> Tensor:
+        head = Float8Head(weight) if in_float8 else None
         rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
         factor = torch.full((), scale, dtype=wide, device=weight.device)
@@ -41,12 +45,19 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden_states), rows):
             chunk = slice(start, start + rows)
             logits = logits_buffer[: len(hidden_states[chunk])]
-            if bias is None:
+            if head is not None:
+                head.project_(hidden_states[chunk], logits)
+                if bias is not None:
+                    logits += bias
+            elif bias is None:
                 torch.mm(hidden_states[chunk], weight.t(), out=logits)
             else:
                 torch.addmm(bias, hidden_states[chunk], weight.t(), out=logits)
             losses.append(softmax_rows_(logits, labels[chunk], factor, cap=None if cap is None else cap / scale).loss.sum())
-            torch.mm(logits, weight, out=grad_hidden[chunk])
+            if head is not None:
+                head.multiply_gradient_(logits, labels[chunk], grad_hidden[chunk])
+            else:
+                torch.mm(logits, weight, out=grad_hidden[chunk])
             _add_product_(grad_weight, logits.t(), hidden_states[chunk])
             if grad_bias is not None:
                 grad_bias += logits.sum(dim=0, dtype=wide)
@@ -68,6 +79,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_bias,
             None,
             None,
+            None,
         )
 
 
@@ -86,6 +98,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     cap: float | None = None,
+    in_float8: bool = False,
 ) -> Tensor:
     """Sum over positions of the cross entropy between softmax(z) and labels, in nats, with logits
     z = scale * (hidden_states @ weight.T + bias), and cap * tanh(z / cap) instead if there is a cap.
@@ -96,8 +109,10 @@ def linear_cross_entropy(
         labels: int64 [T]; positions with `IGNORED_LABEL` (-100) do not count.
         bias: [V]; None is 0.
         scale, cap: greater than 0; no cap is None.
+        in_float8: round the factors of the logits and of the gradient of the states to 8 bits (`flame.kernels.float8_head`). On a
+            GPU, d and V must be multiples of 16 then.
 
     Returns:
         0-d float32 (float64 for float64 inputs).
     """
-    return _LinearCrossEntropySum.apply(hidden_states, weight, labels, bias, scale, cap)
+    return _LinearCrossEntropySum.apply(hidden_states, weight, labels, bias, scale, cap, in_float8)

@@ -1,7 +1,13 @@
 """Matrix products of the decoder layers in 8-bit floating point, forward and backward, by torchao.
 
-Each row of a factor is scaled to the range of float8_e4m3 by its largest entry; the scale is rounded to a power of two. Weights
-stay float32 parameters under the same names, so checkpoints and exports do not change.
+torchao's recipes differ in what shares a scale, which brings the largest entry into the range of the format:
+
+- "rowwise": each row of a factor, along the summed dimension, all in float8_e4m3. Scales are powers of two.
+- "tensorwise": a whole factor. Gradients are in float8_e5m2.
+- "rowwise_with_gw_hp": as "rowwise", with the gradients of the weights in bfloat16, and one scale for the weights in the product
+  that gives the gradients of the activations.
+
+Weights stay float32 parameters under the same names, so checkpoints and exports do not change. FSDP gathers them in bfloat16.
 """
 
 from __future__ import annotations
@@ -11,10 +17,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 from flame.errors import UserError
-from flame.kernels.fp8 import FIRST_CAPABILITY, SIZE_STEP
+from flame.kernels.fp8 import FIRST_CAPABILITY, SIZE_STEP, has_8_bit_products
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
@@ -22,49 +29,56 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flame")
 
 
-def convert_to_float8(layers: nn.ModuleList, device_type: str) -> None:
+def convert_to_float8(layers: nn.ModuleList, recipe: str, device_type: str) -> None:
     """Replace the linear layers inside `layers` by 8-bit ones that share their parameters. Call before sharding.
 
     Layers with unsupported sizes stay as they are. The log says how many were converted.
 
+    Args:
+        recipe: `training.float8`.
+
     Raises:
         UserError: the device does not support 8-bit products, or no layer can use them.
     """
-    check_float8(device_type)
+    check_float8(recipe, device_type)
     from torchao.float8 import convert_to_float8_training  # the import takes seconds, and warns of parts that its wheel lacks
 
     matrices = sum(parameter.ndim > 1 for parameter in layers.parameters())
     changed = sum(map(_can_convert, layers.modules()))
     if not changed:
         raise UserError(
-            "training.float8 = true: the decoder layers have no linear layer with sizes that are multiples of "
-            f"{SIZE_STEP}: set it to false"
+            f'training.float8 = "{recipe}": the decoder layers have no linear layer with sizes that are multiples of '
+            f'{SIZE_STEP}: set it to "none"'
         )
-    convert_to_float8_training(layers, config=choose_recipe(), module_filter_fn=lambda module, name: _can_convert(module))
-    logger.info("training in float8: %d of the %d matrices of the decoder layers", changed, matrices)
+    convert_to_float8_training(layers, config=load_recipe(recipe), module_filter_fn=lambda module, name: _can_convert(module))
+    if recipe.startswith("rowwise"):
+        # A fused norm is not rounded to bfloat16 before its rows are scaled, while a recomputed one is: with rowwise scales that
+        # has led to NaN in the backward (PyTorch's "RMS norm causes NaNs when used with torch.compile + float8").
+        torch._inductor.config.emulate_precision_casts = True
+    logger.info("training in float8, %s: %d of the %d matrices of the decoder layers", recipe, changed, matrices)
 
 
-def choose_recipe() -> Float8LinearConfig:
-    """torchao's row-wise recipe: all three products of a layer in 8 bits, with one scale per row."""
+def load_recipe(recipe: str) -> Float8LinearConfig:
+    """What torchao does with each factor of a layer's three products."""
     from torchao.float8 import Float8LinearConfig
 
-    return Float8LinearConfig.from_recipe_name("rowwise")
+    return Float8LinearConfig.from_recipe_name(recipe)
 
 
-def check_float8(device_type: str) -> None:
+def check_float8(recipe: str, device_type: str) -> None:
     """Reject devices without 8-bit products.
 
     Raises:
         UserError: the device is a CPU or a GPU below compute capability 8.9, or torchao is not installed.
     """
-    needed = ".".join(map(str, FIRST_CAPABILITY))
-    if device_type != "cuda" or torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+    if not has_8_bit_products(device_type):
+        needed = ".".join(map(str, FIRST_CAPABILITY))
         raise UserError(
-            f"training.float8 = true needs a GPU of compute capability {needed} or above, which this machine does not have: "
-            "set it to false"
+            f'training.float8 = "{recipe}" needs a GPU of compute capability {needed} or above, which this machine does not '
+            'have: set it to "none"'
         )
     if find_spec("torchao") is None:  # not in requirements.txt, since transformers would import it at every start
-        raise UserError("training.float8 = true needs torchao: pip install -r requirements-hopper.txt")
+        raise UserError(f'training.float8 = "{recipe}" needs torchao: pip install -r requirements-hopper.txt')
 
 
 def _can_convert(module: nn.Module) -> bool:

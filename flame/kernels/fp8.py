@@ -99,13 +99,18 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
+def has_8_bit_products(device_type: str) -> bool:
+    """Whether the current device multiplies 8-bit floats: a GPU of compute capability 8.9 or above."""
+    return device_type == "cuda" and torch.cuda.get_device_capability() >= FIRST_CAPABILITY
+
+
 def check_fp8(device_type: str) -> None:
     """Reject devices without 8-bit products.
 
     Raises:
         UserError: the device is a CPU or a GPU below compute capability 8.9.
     """
-    if device_type == "cuda" and torch.cuda.get_device_capability() >= FIRST_CAPABILITY:
+    if has_8_bit_products(device_type):
         return
     needed = ".".join(map(str, FIRST_CAPABILITY))
     raise UserError(

@@ -66,10 +66,13 @@ class OutputHead(NamedTuple):
     bias: Tensor | None = None
     """[V]"""
     rule: LogitRule = LogitRule()
+    trains_in_float8: bool = False
+    """Whether cross entropies with a gradient take their products in 8 bits (`training.float8_head`)."""
 
     def sum_cross_entropy(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross entropies of states [T, d] with labels int64 [T] (-100 does not count): 0-d float32 or wider."""
-        return linear_cross_entropy(hidden_states, self.weight, labels, self.bias, *self.rule)
+        in_float8 = self.trains_in_float8 and torch.is_grad_enabled()  # validation measures the head as it is exported
+        return linear_cross_entropy(hidden_states, self.weight, labels, self.bias, *self.rule, in_float8)
 
     @torch.no_grad()
     def score_labels(self, hidden_states: Tensor, labels: Tensor) -> LabelScores:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from flame.config.training import Training
+from flame.kernels.float8_head import check_float8_head
 from flame.kernels.float8_training import convert_to_float8
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.wrapper import TrainingModel
@@ -49,13 +50,17 @@ def parallelize(
         mesh: one-dimensional (FSDP) or two-dimensional, replicate x shard (HSDP).
 
     Raises:
-        UserError: the device or the model does not support `training.float8`.
+        UserError: the device or the model does not support `training.float8` or `training.float8_head`.
     """
     # Also without `training.compile`: on GPUs the estimators' functions are always compiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     layers = find_decoder_layers(model.lm)
-    if training.float8:
-        convert_to_float8(layers, mesh.device_type)
+    if training.float8 != "none":
+        convert_to_float8(layers, training.float8, mesh.device_type)
+    if training.float8_head:
+        vocabulary, width = model.output_embedding.shape
+        check_float8_head(vocabulary, width, mesh.device_type)
+        model.has_float8_head = True
     for trained in (layers, *(stack.layers for stack in stacks if stack.is_trained)):
         _checkpoint_activations(trained, recompute)
     if training.compile:

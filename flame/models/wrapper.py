@@ -35,6 +35,8 @@ class TrainingModel(nn.Module):
         self.lm = lm
         self.objective = objective
         self._backend = backend
+        self.has_float8_head = False
+        """Whether the cross entropies of the language model's head are trained in 8 bits."""
 
     def forward(self, step: Callable[..., T], *args: Any) -> T:
         """Run `step(self, *args)` with the root's weights gathered.
@@ -92,7 +94,7 @@ class TrainingModel(nn.Module):
     @property
     def output_head(self) -> OutputHead:
         """The language model's output head, with the rule of its family for logits."""
-        return read_head(self.lm)
+        return read_head(self.lm)._replace(trains_in_float8=self.has_float8_head)
 
     @property
     def output_embedding(self) -> Tensor:

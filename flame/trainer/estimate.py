@@ -148,8 +148,10 @@ def _list_caveats(config: JobConfig) -> Iterator[str]:
         yield "training.compile = false: activations are a guess."
     if config.activation_checkpoint.mode != "none":
         yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}": activations are a guess.'
-    if training.float8:
-        yield "training.float8 = true: the memory is that of bfloat16."
+    if training.float8 != "none":
+        yield f'training.float8 = "{training.float8}": the memory is that of bfloat16.'
+    if training.float8_head:
+        yield "training.float8_head = true: the memory is that of bfloat16."
 
 
 def find_shortage(config: JobConfig, model: TrainingModel, device: torch.device) -> str | None:

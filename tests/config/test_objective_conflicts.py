@@ -43,9 +43,9 @@ FROZEN = "--experimental.freeze_lm_for_infonce"
             'set the one to "bf16" or the other to "bfloat16"',
         ),
         (
-            [FUTURE, "--future_encoder.precision=fp8", "--training.float8"],
-            'future_encoder.precision = "fp8" beside training.float8 = true',
-            'set the one to "bf16" or the other to false',
+            [FUTURE, "--future_encoder.precision=fp8", "--training.float8=rowwise"],
+            'future_encoder.precision = "fp8" beside training.float8 = "rowwise"',
+            'set the one to "bf16" or the other to "none"',
         ),
         (
             ["--objective.name=infonce"],

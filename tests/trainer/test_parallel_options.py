@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 from transformers import AutoConfig
 
@@ -25,6 +25,7 @@ from flame.errors import UserError
 from flame.kernels import float8_training
 from flame.kernels.float8_training import check_float8, convert_to_float8
 from flame.models import parallelize
+from flame.objectives.future import objective as future
 from flame.train import main
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
@@ -37,9 +38,10 @@ OPTIMIZERS = [("AdamW", "bfloat16"), ("Muon", "float32"), ("Muon", "bfloat16")]
 @pytest.fixture
 def float8_on_cpu(monkeypatch) -> None:
     """The same roundings, with the products of the rounded factors taken in float32."""
-    monkeypatch.setattr(float8_training, "check_float8", lambda device_type: None)
-    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
-    monkeypatch.setattr(float8_training, "choose_recipe", lambda: recipe)
+    monkeypatch.setattr(float8_training, "check_float8", lambda recipe, device_type: None)
+    load = float8_training.load_recipe
+    monkeypatch.setattr(float8_training, "load_recipe", lambda recipe: dataclasses.replace(load(recipe), emulate=True))
+    monkeypatch.setattr(parallelize, "check_float8_head", lambda *sizes_and_device: None)
 
 
 # ---------------------------------------------------------------- declined
@@ -89,14 +91,19 @@ def test_data_parallelism_of_another_section_is_found():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"future_encoder__precision": "fp8"}, 'future_encoder.precision = "fp8" beside training.float8 = true'),
+        ({"future_encoder__precision": "fp8"}, 'future_encoder.precision = "fp8" beside training.float8 = "rowwise"'),
         ({"training__mixed_precision_param": "float32"}, 'training.mixed_precision_param = "float32"'),
         ({"training__seq_len": 72}, "training.seq_len = 72 is not a multiple of 16"),
+        ({"training__float8": True}, 'allowed is "none" or "rowwise" or "tensorwise" or "rowwise_with_gw_hp"'),
+        (
+            {"training__float8": "none", "training__float8_head": True, "training__mixed_precision_param": "float32"},
+            'training.float8_head = true beside training.mixed_precision_param = "float32": set the one to false',
+        ),
     ],
 )
 def test_combinations_that_cannot_be(workspace, tmp_path, changes, expected):
     with pytest.raises(UserError) as refusal:
-        read_options(options(workspace, tmp_path / "run", **({"training__float8": True} | changes)), 1)
+        read_options(options(workspace, tmp_path / "run", **({"training__float8": "rowwise"} | changes)), 1)
     assert len(refusal.value.lines) == 1 and expected in refusal.value.lines[0]
 
 
@@ -150,12 +157,20 @@ def test_ranks_are_interchangeable(workspace, tmp_path):
     "changes",
     [
         {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"},
-        {"training__float8": True},
+        {"training__float8": "rowwise"},
+        {"training__float8": "tensorwise", "training__float8_head": True},
         {"training__cpu_offload": True},
         {"objective__name": "mtp"},
         {"objective__name": "nitp"},
     ],
-    ids=["Muon with bfloat16 state", "float8", "cpu_offload", "layers of another objective", "a layer is read"],
+    ids=[
+        "Muon with bfloat16 state",
+        "float8",
+        "float8 by tensor, and of the head",
+        "cpu_offload",
+        "layers of another objective",
+        "a layer is read",
+    ],
 )
 def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):
     expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)
@@ -197,29 +212,54 @@ def test_on_several_devices_each_layer_is_a_group(leave_no_trace, ranks, expecte
 # ---------------------------------------------------------------- float8
 
 
-def round_rows(x: Tensor, dim: int) -> Tensor:
+def round_rows(x: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
     """Each row to float8 with a power-of-two scale from its largest entry, and back, in float64."""
     largest = x.double().abs().amax(dim=dim, keepdim=True)
-    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(torch.float8_e4m3fn).max / largest)))
-    return (x.double() * scale).to(torch.float32).to(torch.float8_e4m3fn).double() / scale
+    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / largest)))
+    return (x.double() * scale).to(torch.float32).to(dtype).double() / scale
 
 
-def test_float8_is_its_definition(float8_on_cpu):
-    """Output and both gradients are products of rounded factors, each scaled along the summed dimension."""
+def round_all(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, whole: bool = False) -> Tensor:
+    """A whole matrix to float8 with one scale, which need not be a power of two unless `whole`, and back, in float64."""
+    if whole:
+        return round_rows(x, None, dtype)
+    scale = (torch.finfo(dtype).max / x.double().abs().max()).float()
+    return (x.float() * scale).to(dtype).double() / scale.double()
+
+
+def multiply_rounded(recipe: str, x: Tensor, weight: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """The three products of a linear layer without bias."""
+    if recipe == "tensorwise":
+        g = round_all(upstream, torch.float8_e5m2)
+        return {
+            "output": round_all(x) @ round_all(weight).T,
+            "input": g @ round_all(weight),
+            "weight": g.T @ round_all(x),
+        }
+    products = {"output": round_rows(x, 1) @ round_rows(weight, 1).T}
+    if recipe == "rowwise":
+        products["input"] = round_rows(upstream, 1) @ round_rows(weight, 0)
+        products["weight"] = round_rows(upstream, 0).T @ round_rows(x, 0)
+    else:
+        products["input"] = round_rows(upstream, 1) @ round_all(weight, whole=True)
+        products["weight"] = upstream.double().T @ x.double()
+    return products
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise", "rowwise_with_gw_hp"])
+def test_float8_is_its_definition(float8_on_cpu, recipe):
+    """Output and both gradients are products of rounded factors."""
     generator = torch.Generator().manual_seed(0)
     layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 48, bias=True))])
     x = torch.randn(64, 32, generator=generator, requires_grad=True)
     upstream = torch.randn(64, 48, generator=generator)
     weight, bias = layers[0][0].weight, layers[0][0].bias
-    convert_to_float8(layers, "cuda")
+    convert_to_float8(layers, recipe, "cuda")
     assert isinstance(layers[0][0], Float8Linear) and layers[0][0].weight is weight
     output = layers[0](x)
     output.backward(upstream)
-    expected = {
-        "output": round_rows(x, 1) @ round_rows(weight, 1).T + bias.double(),
-        "input": round_rows(upstream, 1) @ round_rows(weight, 0),
-        "weight": round_rows(upstream, 0).T @ round_rows(x, 0),
-    }
+    expected = multiply_rounded(recipe, x.detach(), weight.detach(), upstream)
+    expected["output"] = expected["output"] + bias.double()
     found = {"output": output, "input": x.grad, "weight": weight.grad}
     for name, value in expected.items():
         assert (found[name].double() - value).norm() < 1e-4 * value.norm(), name
@@ -229,31 +269,60 @@ def test_float8_is_its_definition(float8_on_cpu):
 def test_float8_leaves_names_and_weights_alone(float8_on_cpu, caplog):
     config = future_config()
     plain, model = build_unsharded(config), build_unsharded(config)
-    convert_to_float8(model.lm.model.layers, "cuda")
-    assert "training in float8: 14 of the 14 matrices of the decoder layers" in caplog.text
+    convert_to_float8(model.lm.model.layers, "rowwise", "cuda")
+    assert "training in float8, rowwise: 14 of the 14 matrices of the decoder layers" in caplog.text
     assert type(model.lm.lm_head) is nn.Linear and type(model.objective.predictor.out) is nn.Linear
     found, expected = model.state_dict(), plain.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
     some = nn.ModuleList([nn.Linear(32, 20), nn.Linear(32, 32)])
-    convert_to_float8(some, "cuda")
+    convert_to_float8(some, "tensorwise", "cuda")
     assert "1 of the 2 matrices" in caplog.text and type(some[0]) is nn.Linear and type(some[1]) is Float8Linear
-    with pytest.raises(UserError, match=r"training\.float8 = true: the decoder layers have no linear layer"):
-        convert_to_float8(nn.ModuleList([nn.Linear(24, 20)]), "cuda")
+    with pytest.raises(UserError, match=r'training\.float8 = "rowwise": the decoder layers have no linear layer'):
+        convert_to_float8(nn.ModuleList([nn.Linear(24, 20)]), "rowwise", "cuda")
 
 
 def test_float8_exports_as_ever(workspace, tmp_path, float8_on_cpu):
     run_here(workspace, tmp_path / "plain", training__steps=1)
-    run_here(workspace, tmp_path / "float8", training__steps=1, training__float8=True)
+    run_here(workspace, tmp_path / "float8", training__steps=1, training__float8="tensorwise")
     found, expected = (final_weights(tmp_path / name) for name in ("float8", "plain"))
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == torch.float32 and found[name].shape == expected[name].shape for name in expected)
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_second_network_is_rounded_beside_float8(workspace, tmp_path, float8_on_cpu, monkeypatch):
+    """Each by its own switch: the trained network in all passes, the other one in the only pass that it has."""
+    monkeypatch.setattr(future, "check_fp8", lambda device_type: None)
+    kinds = {}
+    real = parallelize._shard
+
+    def shard(model, *rest):
+        layers = {"trained": model.lm.model.layers, "second": model.objective.teacher.model.layers}
+        kinds.update({name: type(stack[0].mlp.up_proj).__name__ for name, stack in layers.items()})
+        real(model, *rest)
+
+    monkeypatch.setattr(parallelize, "_shard", shard)
+    changes = {"future_encoder__target": "random", "future_encoder__precision": "fp8", "training__float8": "rowwise"}
+    rows = run_here(workspace, tmp_path / "run", training__steps=3, checkpoint__export_hf=False, **changes)
+    assert kinds == {"trained": "Float8Linear", "second": "_Fp8Linear"}
+    assert rows[-1]["ce_loss"] < rows[0]["ce_loss"]
+
+
+def test_the_output_head_trains_in_float8_and_is_validated_without(workspace, tmp_path, float8_on_cpu):
+    """The rounded loss is close, and not the exact one; validation at the same weights is the exact one."""
+    changes = {"training__steps": 1, "checkpoint__export_hf": False, "validation__interval": 1, "validation__holdout_every": 3}
+    found, expected = (
+        dict(ChainMap(*run_here(workspace, tmp_path / str(on), training__float8_head=on, optimizer__lr=1e-12, **changes)))
+        for on in (True, False)
+    )
+    assert found["ce_loss"] != expected["ce_loss"] and found["ce_loss"] == pytest.approx(expected["ce_loss"], rel=1e-2)
+    assert found["validation_ce_loss"] == pytest.approx(expected["validation_ce_loss"], rel=1e-6)
+
+
 def test_a_device_without_float8_is_refused():
-    with pytest.raises(UserError, match=r"training\.float8 = true needs a GPU of compute capability 8\.9"):
-        check_float8("cpu")
+    with pytest.raises(UserError, match=r'training\.float8 = "tensorwise" needs a GPU of compute capability 8\.9'):
+        check_float8("tensorwise", "cpu")
 
 
 # ---------------------------------------------------------------- on GPUs
@@ -283,12 +352,37 @@ def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_float8_trains(workspace, tmp_path, compiled):
+@pytest.mark.parametrize(
+    ("float8", "compiled"),
+    [("rowwise", False), ("rowwise", True), ("tensorwise", True), ("rowwise_with_gw_hp", True)],
+)
+def test_float8_trains(workspace, tmp_path, float8, compiled):
     changes = {"training__steps": 12, "training__compile": compiled, "checkpoint__export_hf": False}
     expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
-    found = run_ranks(1, workspace, tmp_path / "float8", training__float8=True, **changes)
+    found = run_ranks(1, workspace, tmp_path / "float8", training__float8=float8, **changes)
     assert measured(found) != measured(expected)
     assert found[-1]["ce_loss"] < found[0]["ce_loss"]
     for row, other in zip(found, expected, strict=True):
         assert row["ce_loss"] == pytest.approx(other["ce_loss"], rel=5e-2)
+
+
+@pytest.mark.gpu
+def test_the_output_head_trains_in_float8(workspace, tmp_path):
+    changes = {"training__steps": 12, "training__compile": True, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
+    found = run_ranks(1, workspace, tmp_path / "float8", training__float8_head=True, **changes)
+    assert measured(found) != measured(expected)
+    assert found[-1]["ce_loss"] < found[0]["ce_loss"]
+    for row, other in zip(found, expected, strict=True):
+        assert row["ce_loss"] == pytest.approx(other["ce_loss"], rel=5e-2)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("float8", ["rowwise", "tensorwise"])
+def test_float8_on_two_gpus(workspace, tmp_path, float8):
+    """Weights are gathered before they are rounded, so ranks share their scales."""
+    changes = {"training__float8": float8, "training__float8_head": True, "checkpoint__export_hf": False}
+    expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=2, **changes)
+    found = run_ranks(2, workspace, tmp_path / "two", **changes)
+    for row, other in zip(measured(found), measured(expected), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)

@@ -214,8 +214,8 @@ class FutureOptions(ObjectiveOptions):
                 f'{name}.precision = "fp8" beside training.mixed_precision_param = "{job.training.mixed_precision_param}": set '
                 'the one to "bf16" or the other to "bfloat16"'
             )
-        if job.training.float8:
+        if job.training.float8 != "none" and self.target not in TAUGHT:
             yield (
-                f'{name}.precision = "fp8" beside training.float8 = true, which already runs both passes of the trained network '
-                '(though not those of target = "random" or "ema") in 8-bit floats: set the one to "bf16" or the other to false'
+                f'{name}.precision = "fp8" beside training.float8 = "{job.training.float8}", which already runs both passes of '
+                'the trained network in 8-bit floats: set the one to "bf16" or the other to "none"'
             )
