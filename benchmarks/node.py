@@ -44,7 +44,7 @@ CHARACTERS = 8_000_000
 """Of the corpus: 16 steps of 65,536 tokens on 8 GPUs hardly read one twice."""
 SHORT, LONG = 16_384, 65_536
 NEXT_TOKEN, FUTURE, CHEAP = "next token", "future", "first 4 layers, 8,192 anchors"
-FLOAT8 = ("--training.float8", "true")
+FLOAT8 = ("--training.float8", "rowwise")
 RECOMPUTE = ("--activation_checkpoint.mode", "full")
 HALVED_MOMENTS = ("--optimizer.state_dtype", "bfloat16")
 
