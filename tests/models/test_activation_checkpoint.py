@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from flame.attention import varlen
 from flame.models import parallelize
 
 WIDTH, HEADS, LENGTH = 32, 4, 96
+CU_SEQLENS = torch.tensor([0, 40, LENGTH], dtype=torch.int32)
 
 
 class Layer(nn.Module):
@@ -26,42 +33,64 @@ class Layer(nn.Module):
         return states + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
 
 
-def run(mode: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int, list[Tensor]]:
-    """Bytes kept for the backward, FLOPs of products, times that scores were computed, and gradients."""
+def build(mode: str) -> nn.ModuleList:
     torch.manual_seed(0)
-    torch.compiler.reset()
-    scored, real = [], varlen._score_all
-    monkeypatch.setattr(varlen, "_score_all", lambda *args: scored.append(1) or real(*args))
-    layers, states, kept = nn.ModuleList([Layer()]), torch.randn(LENGTH, WIDTH, requires_grad=True), {}
+    layers = nn.ModuleList([Layer()])
     parallelize._checkpoint_activations(layers, mode)
-    if is_compiled:
-        layers[0].compile(dynamic=False, backend="aot_eager_decomp_partition")
+    return layers
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
+def list_gradients(layers: nn.ModuleList) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    layers[0](torch.randn(LENGTH, WIDTH, generator=generator), CU_SEQLENS).square().sum().backward()
+    return [parameter.grad for parameter in layers.parameters() if parameter.grad is not None]
+
+
+@dataclass
+class Graphs:
+    """What a compiler was given."""
+
+    kept: int = 0
+    """Numbers that go from the forward to the backward."""
+    backward: Counter[object] = field(default_factory=Counter)
+    """How often the backward has each operation."""
+
+    def read_forward(self, graph: GraphModule, _: object) -> object:
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        made = {node for node in output.args[0][1:] if node.op != "placeholder"}
+        self.kept = sum(node.meta["val"].numel() for node in made if isinstance(node.meta.get("val"), Tensor))
+        return make_boxed_func(graph.forward)
+
+    def read_backward(self, graph: GraphModule, _: object) -> object:
+        self.backward = Counter(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+
+def compile_layer(mode: str) -> tuple[Graphs, list[Tensor]]:
+    torch.compiler.reset()
+    graphs, layers = Graphs(), build(mode)
+    compilers = {"fw_compiler": graphs.read_forward, "bw_compiler": graphs.read_backward}
+    backend = aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition)
+    layers[0].compile(fullgraph=True, dynamic=False, backend=backend)
+    return graphs, list_gradients(layers)
+
+
+def test_less_is_kept_and_nothing_costly_is_computed_again() -> None:
+    plain, expected = compile_layer("none")
+    pointwise, found = compile_layer("pointwise")
+    assert pointwise.kept < 0.8 * plain.kept
+    for op in (torch.ops.aten.mm.default, torch.ops.flame.varlen_attention.default):
+        assert pointwise.backward[op] == plain.backward[op]
+    assert plain.backward[torch.ops.aten.mm.default] == 9, "two for each matrix, but for the first layer's input"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert compile_layer("full")[0].backward[torch.ops.flame.varlen_attention.default] == 1
+
+
+@pytest.mark.parametrize(("mode", "is_equal"), [("pointwise", True), ("full", False)])
+def test_without_compilation_too(mode: str, is_equal: bool) -> None:
+    with FlopCounterMode(display=False) as plain:
+        expected = list_gradients(build("none"))
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = layers[0](states, torch.tensor([0, 40, LENGTH], dtype=torch.int32))
-        out.square().sum().backward()
-    parameters = list(layers.parameters())
-    given = {tensor.untyped_storage().data_ptr() for tensor in (*parameters, states, out)}
-    size = sum(size for pointer, size in kept.items() if pointer not in given)
-    return size, counter.get_total_flops(), len(scored), [p.grad for p in parameters if p.grad is not None]
-
-
-def test_less_is_kept_and_nothing_costly_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, flops, scored, expected = run("none", True, monkeypatch)
-    less, flops_again, scored_again, found = run("pointwise", True, monkeypatch)
-    assert less < 0.8 * whole
-    assert flops_again == flops and scored_again == scored == 2, "in the forward and in the backward"
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert run("full", True, monkeypatch)[1] > flops
-
-
-def test_without_compilation_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, flops, scored, expected = run("none", False, monkeypatch)
-    _, flops_again, scored_again, found = run("pointwise", False, monkeypatch)
-    assert flops_again == flops and scored_again == scored == 2
+        found = list_gradients(build(mode))
+    assert (counter.get_total_flops() == plain.get_total_flops()) == is_equal
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_loss_and_gradients_are_those_of_a_cpu(name, compiled):
     """STP is left out: a GPU draws other triples."""
     config, model_config = configure(name), tiny_llama(**SHAPE)
     exact = build_unsharded(config, model_config).double()
-    model = build_modules(config, model_config, "cuda")
+    model = build_modules(config, copy.deepcopy(model_config), "cuda")  # each writes its attention into the configuration
     materialize(model, torch.device("cuda"), seed=0)
     model.load_state_dict(exact.state_dict())
     model.to(torch.bfloat16)

@@ -128,7 +128,8 @@ def check_packed_equals_one_by_one(name: str, device: torch.device) -> None:
 
 def check_first_layers(name: str, device: torch.device) -> None:
     """The anti-causal pass of the first two layers is that of a model of two layers."""
-    whole, short = (build_model(name, device, num_hidden_layers=layers) for layers in (3, 2))
+    changes = {"use_lower_bound": False} if name == "hgrn2" else {}  # its bounds depend on how many layers there are
+    whole, short = (build_model(name, device, num_hidden_layers=layers, **changes) for layers in (3, 2))
     assert not short.load_state_dict(whole.state_dict(), strict=False).missing_keys
     cu, tokens = _boundaries(device)
     batch = pack(tokens, cu).to(device)

@@ -368,7 +368,9 @@ def test_float8_trains(workspace, tmp_path, float8, compiled):
 
 @pytest.mark.gpu
 def test_the_output_head_trains_in_float8(workspace, tmp_path):
+    tiny_llama(vocab_size=272).save_pretrained(tmp_path / "model")  # a multiple of 16
     changes = {"training__steps": 12, "training__compile": True, "checkpoint__export_hf": False}
+    changes["model__config"] = tmp_path / "model"
     expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
     found = run_ranks(1, workspace, tmp_path / "float8", training__float8_head=True, **changes)
     assert measured(found) != measured(expected)
@@ -381,7 +383,9 @@ def test_the_output_head_trains_in_float8(workspace, tmp_path):
 @pytest.mark.parametrize("float8", ["rowwise", "tensorwise"])
 def test_float8_on_two_gpus(workspace, tmp_path, float8):
     """Weights are gathered before they are rounded, so ranks share their scales."""
+    tiny_llama(vocab_size=272).save_pretrained(tmp_path / "model")  # a multiple of 16
     changes = {"training__float8": float8, "training__float8_head": True, "checkpoint__export_hf": False}
+    changes["model__config"] = tmp_path / "model"
     expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=2, **changes)
     found = run_ranks(2, workspace, tmp_path / "two", **changes)
     for row, other in zip(measured(found), measured(expected), strict=True):
