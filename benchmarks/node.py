@@ -2,7 +2,8 @@
 
     python -m benchmarks.node OUT [--parts weak-scaling layouts negatives kill 8b] [--gpus 1 2 4 8] [--seconds LIMIT]
 
-    weak-scaling   the shape of Llama-3.2-1B, 16,384 and 65,536 tokens a GPU, on 1, 2, 4, 8 GPUs
+    weak-scaling   the shape of Llama-3.2-1B, 16,384 and 65,536 tokens a GPU, on 1, 2, 4, 8 GPUs;
+                   --tokens and --settings choose others
     layouts        FSDP against HSDP, 16,384 tokens a GPU
     negatives      negatives of all ranks against those of each sequence, 16,384 tokens a GPU
     kill           `benchmarks.fault_ranks` on all GPUs: a rank killed, then half of them lost
@@ -37,6 +38,7 @@ from benchmarks.fault_ranks import COLUMNS, Stage
 from benchmarks.node_runs import Case, Column, Host, median_ms, show_ms, show_number
 from benchmarks.packs import write_corpus
 from benchmarks.pool import Ended, Job, explain, list_gpus
+from benchmarks.settings import SETTINGS
 from benchmarks.timing import Report
 from flame.trainer.estimate import GIB
 
@@ -44,6 +46,8 @@ CHARACTERS = 8_000_000
 """Of the corpus: 16 steps of 65,536 tokens on 8 GPUs hardly read one twice."""
 SHORT, LONG = 16_384, 65_536
 NEXT_TOKEN, FUTURE, CHEAP = "next token", "future", "first 4 layers, 8,192 anchors"
+GATHERED = {f"{setting}, weights kept gathered": setting for setting in (NEXT_TOKEN, FUTURE)}
+"""Settings that differ from others on several GPUs alone."""
 FLOAT8 = ("--training.float8", "rowwise")
 RECOMPUTE = ("--activation_checkpoint.mode", "full")
 HALVED_MOMENTS = ("--optimizer.state_dtype", "bfloat16")
@@ -64,11 +68,12 @@ OPTIONS: dict[str, Column] = {"options": lambda case, _: " ".join(case.further).
 
 def measure_scaling(host: Host, seconds: float) -> None:
     """The same work for each GPU on more and more of them."""
-    order = [(tokens, gpus) for tokens in (SHORT, LONG) for gpus in reversed(host.counts)]
-    cases = [Case("1B", tokens, gpus, setting) for tokens, gpus in order for setting in (NEXT_TOKEN, FUTURE, CHEAP)]
+    order = [(tokens, gpus) for tokens in host.lengths for gpus in reversed(host.counts)]
+    cases = [Case("1B", tokens, gpus, setting) for tokens, gpus in order for setting in host.settings]
+    cases = [case for case in cases if case.gpus > 1 or case.setting not in GATHERED]
 
     def efficiency(case: Case, result: Mapping[str, Any]) -> str:
-        alone = host.results.get(case._replace(gpus=1))
+        alone = host.results.get(case._replace(gpus=1, setting=GATHERED.get(case.setting, case.setting)))
         return f"{median_ms(alone) / median_ms(result):.3f}" if alone and result else "-"
 
     def predicted(case: Case, _: Mapping[str, Any]) -> str:
@@ -241,6 +246,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path, help="folder for node.md, node.json and logs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs (default: powers of two)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[SHORT, LONG], metavar="N", help="of weak-scaling, a GPU")
+    usual = [NEXT_TOKEN, FUTURE, CHEAP, *GATHERED]
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=usual, metavar="NAME", help="of weak-scaling")
     parser.add_argument("--seconds", type=float, help="limit of each part (default: its own)")
     arguments = parser.parse_args(argv)
     gpus = list_gpus()
@@ -252,7 +260,8 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     name, memory = describe_gpu()
     with tempfile.TemporaryDirectory(prefix="flame-node-") as scratch:
-        host = Host(out, Path(scratch), gpus, counts, memory, Report(out / "node.md"))
+        report = Report(out / "node.md")
+        host = Host(out, Path(scratch), gpus, counts, memory, report, arguments.tokens, arguments.settings)
         host.report.write(f"{len(gpus)} x {name}, {memory:.0f} GiB each; measured on {', '.join(map(str, counts))}")
         write_corpus(host.scratch / "corpus.jsonl", CHARACTERS)
         measure_host(host, arguments.parts, arguments.seconds)

@@ -63,6 +63,10 @@ class Host:
     memory: float
     """GiB of one GPU."""
     report: Report
+    lengths: Sequence[int] = ()
+    """Tokens a GPU of weak scaling."""
+    settings: Sequence[str] = ()
+    """Of `benchmarks.settings`, of weak scaling."""
     results: dict[Case, dict[str, Any]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """Why runs gave no result, by name."""

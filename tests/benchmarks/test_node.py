@@ -64,7 +64,8 @@ def build_host(tmp_path: Path, gpus: int) -> Host:
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "some words " * 10_000}) + "\n")
     names = [str(gpu) for gpu in range(gpus)]
-    return Host(tmp_path, tmp_path, names, node.choose_counts(None, gpus), MEMORY, Report(tmp_path / "node.md"))
+    scaling = ([node.SHORT, node.LONG], [node.NEXT_TOKEN, node.FUTURE, node.CHEAP, *node.GATHERED])
+    return Host(tmp_path, tmp_path, names, node.choose_counts(None, gpus), MEMORY, Report(tmp_path / "node.md"), *scaling)
 
 
 def read_cells(path: Path, title: str) -> list[dict[str, str]]:
@@ -82,7 +83,7 @@ def test_powers_of_two_are_measured():
 def test_efficiencies_are_of_one_gpu(workers: Workers, tmp_path: Path):
     assert node.main([str(tmp_path), "--parts", "weak-scaling", "negatives"]) == 0
     rows = read_cells(tmp_path / "node.md", "Weak scaling, Llama-3.2-1B")
-    assert len(rows) == 12
+    assert len(rows) == 16
     for row in rows:
         alone = row["GPUs"] == "1"
         assert row["ms [low, high]"] == ("100.0" if alone else "125.0") and row["note"] == ""
@@ -90,9 +91,9 @@ def test_efficiencies_are_of_one_gpu(workers: Workers, tmp_path: Path):
         assert row["exposed communication, %"] == ("0.00" if alone else "2.00") and row["idle, %"] == "1.00"
     predicted = {row["by docs/scaling.md's model"] for row in rows if row["tokens a GPU"] == "16,384" and row["GPUs"] == "2"}
     assert predicted == {"-", "0.962", "0.964"}  # as docs/scaling.md has them
-    assert len(workers.started) == 13  # the run with local negatives is one of the other part's
+    assert len(workers.started) == 17  # the run with local negatives is one of the other part's
     kept = json.loads((tmp_path / "node.json").read_text())
-    assert len(kept["runs"]) == 13 and not kept["problems"]
+    assert len(kept["runs"]) == 17 and not kept["problems"]
     assert "(negatives: 0 s)" in (tmp_path / "node.md").read_text()
 
 
