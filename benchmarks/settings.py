@@ -14,6 +14,9 @@ SETTINGS: dict[str, list[str]] = {
     "next token, weights kept gathered": [*NEXT_TOKEN, "--training.fsdp_reshard_after_forward", "false"],
     "future, weights kept gathered": [*FUTURE, "--training.fsdp_reshard_after_forward", "false"],
     "future, pointwise recomputed": [*FUTURE, "--activation_checkpoint.mode", "pointwise"],
+    "future, pointwise recomputed, bfloat16 moments": [
+        *(*FUTURE, "--activation_checkpoint.mode", "pointwise", "--optimizer.state_dtype", "bfloat16")
+    ],
     "future, fp8": [*FUTURE, *FP8],
     "8,192 anchors": [*FUTURE, "--future_encoder.max_anchors", "8192"],
     "projection to 256": [*FUTURE, "--future_encoder.projection_dim", "256"],
