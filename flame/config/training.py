@@ -87,6 +87,9 @@ class Training(Corpus):
     max_skipped_steps: PositiveInt = 10
     """Stop after this many steps in a row whose loss or gradient norm is not finite. Such steps are skipped; 1 stops at the
     first."""
+    dropout: Probability = option(0.0, applies=When("experimental.freeze_lm_for_infonce", (False,)))
+    """Dropout in the causal pass of a step: on the embeddings, and on what attention and feed-forward blocks add to the residual
+    stream. Not on attention weights, and in no other pass."""
     deterministic: bool = False
     """Use only deterministic GPU kernels: a resumed run then repeats to the bit. Slower. CPU runs always do."""
     audit: bool = False

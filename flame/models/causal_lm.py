@@ -89,7 +89,8 @@ def _find_unsupported(config: PretrainedConfig, given: dict[str, Any]) -> list[s
         unused = key.startswith(("classifier", "summary"))  # heads of other tasks
         is_random = key.endswith("_pdrop") or any(word in key for word in ("dropout", "layerdrop", "jitter"))
         if is_random and not unused and isinstance(value, int | float) and value != 0:
-            faults.append(f"{key} = {value} is not supported: the attention kernels here have no dropout; set it to 0.0")
+            reason = "it would make labels random, and the attention kernels here have none"
+            faults.append(f"{key} = {value} is not supported: {reason}; set it to 0.0, and training.dropout for the causal pass")
     return faults + find_misspelt_keys(config, given)
 
 

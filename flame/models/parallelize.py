@@ -1,4 +1,4 @@
-"""8-bit training products, activation checkpointing, compilation and FSDP2, in the order in which they must be applied."""
+"""8-bit products, dropout, activation checkpointing, compilation and FSDP2, in the order in which they must be applied."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flame.config.training import Training
 from flame.kernels.float8_head import check_float8_head
 from flame.kernels.float8_training import convert_to_float8
 from flame.models.causal_lm import find_decoder_layers
+from flame.models.dropout import add_dropout
 from flame.models.wrapper import TrainingModel
 from flame.runtime.torchtitan import FullAC, SelectiveAC
 
@@ -50,7 +51,7 @@ def parallelize(
         mesh: one-dimensional (FSDP) or two-dimensional, replicate x shard (HSDP).
 
     Raises:
-        UserError: the device or the model does not support `training.float8` or `training.float8_head`.
+        UserError: the device or the model does not support `training.float8`, `training.float8_head` or `training.dropout`.
     """
     # Also without `training.compile`: on GPUs the estimators' functions are always compiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
@@ -61,6 +62,9 @@ def parallelize(
         vocabulary, width = model.output_embedding.shape
         check_float8_head(vocabulary, width, mesh.device_type)
         model.has_float8_head = True
+    if training.dropout and any(parameter.requires_grad for parameter in model.lm.parameters()):
+        add_dropout(model.lm, training.dropout)
+        model.has_dropout = True
     for trained in (layers, *(stack.layers for stack in stacks if stack.is_trained)):
         _checkpoint_activations(trained, recompute)
     if training.compile:

@@ -37,6 +37,8 @@ class TrainingModel(nn.Module):
         self._backend = backend
         self.has_float8_head = False
         """Whether the cross entropies of the language model's head are trained in 8 bits."""
+        self.has_dropout = False
+        """Whether the language model has `training.dropout`, which acts where gradients are recorded."""
 
     def forward(self, step: Callable[..., T], *args: Any) -> T:
         """Run `step(self, *args)` with the root's weights gathered.
@@ -66,8 +68,12 @@ class TrainingModel(nn.Module):
             window_k: tokens that each layer attends ahead; 0 is up to the end of the document.
             network: network of the same family that runs the pass; None is the language model.
             layers: decoder layers that run, from the first; 0 is all.
+
+        Raises:
+            RuntimeError: `training.dropout` would act in it.
         """
         network = self.lm if network is None else network
+        self._check_no_dropout(network)
         with record_function("anti-causal forward"), run_first_layers(network, layers):
             return self._backend.encode_future(network, batch, window_k)
 
@@ -78,10 +84,23 @@ class TrainingModel(nn.Module):
 
     def encode_reversed(self, network: PreTrainedModel, batch: PackedBatch) -> Tensor:
         """Causal forward of a network of the same family that reads each document from its end: states [T, d], of which that of
-        a token has read it and those after it."""
+        a token has read it and those after it.
+
+        Raises:
+            RuntimeError: `training.dropout` would act in it.
+        """
+        self._check_no_dropout(network)
         with record_function("reversed forward"):
             order = reverse_documents(batch.cu_seqlens, batch.input_ids.shape[1])
             return self._backend.encode_past(network, replace(batch, input_ids=batch.input_ids[:, order]))[order]
+
+    def _check_no_dropout(self, network: PreTrainedModel) -> None:
+        """Summaries must not be random. Those that all objectives here make are made without gradient."""
+        if self.has_dropout and network is self.lm and network.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "training.dropout would act in a pass of the language model that reads the future, since it records gradients: "
+                "run it under torch.no_grad(), or set training.dropout = 0"
+            )
 
     def encode_embeddings(self, part: PreTrainedModel, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Causal forward of a few layers of the same family over embeddings [T, d]: hidden states [T, d]."""

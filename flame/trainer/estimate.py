@@ -154,6 +154,8 @@ def _list_caveats(config: JobConfig) -> Iterator[str]:
         yield f'training.float8 = "{training.float8}": the memory is that of bfloat16.'
     if training.float8_head:
         yield "training.float8_head = true: the memory is that of bfloat16."
+    if training.dropout:
+        yield f"training.dropout = {training.dropout}: its masks, two bytes for each token, width and layer, are not counted."
 
 
 def find_shortage(config: JobConfig, model: TrainingModel, device: torch.device) -> str | None:
