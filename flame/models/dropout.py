@@ -129,8 +129,7 @@ def _find_terms(layer: nn.Module, stream: Tensor, values: dict[str, Tensor], len
     alone = {name: run([name]) for name in values}
     factors = {name: (alone[name] * value).sum() / value.square().sum() for name, value in values.items()}
     terms = {name: factors[name] * value for name, value in values.items()}
-    pairs = [(run([]), torch.zeros_like(stream)), (run(list(values)), torch.stack(list(terms.values())).sum(0))]
-    pairs += [(alone[name], terms[name]) for name in values]
+    pairs = [(run(list(values)), torch.stack(list(terms.values())).sum(0)), *((alone[name], terms[name]) for name in values)]
     if not all(torch.allclose(found, expected, rtol=0, atol=LARGEST_ERROR) for found, expected in pairs):
         return []
     return [name for name, factor in factors.items() if abs(factor) > LARGEST_ERROR]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from flame.attention.backends import build_backend
 from flame.errors import UserError
@@ -93,7 +92,9 @@ def test_states_and_gradients_are_those_of_a_plain_loop():
         states = states + F.dropout(layer.mlp(layer.post_attention_layernorm(states)), P)
     expected = plain.norm(states)[0]
     torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(s.sin().sum(), list(m.parameters())) for s, m in ((found, model.lm.base_model), (expected, plain))]
+    gradients = [
+        torch.autograd.grad(s.sin().sum(), list(m.parameters())) for s, m in ((found, model.lm.base_model), (expected, plain))
+    ]
     torch.testing.assert_close(*gradients)
 
 
@@ -105,15 +106,15 @@ WRITERS = {
     "gpt_neox": ["post_attention_dropout", "post_mlp_dropout"],
     "phi3": ["resid_attn_dropout", "resid_mlp_dropout"],
     "phi": ["resid_dropout"],
-    **dict.fromkeys(["gpt2", "gptj", "codegen"], ["attn", "mlp"]),
-    **dict.fromkeys(["persimmon", "stablelm"], ["self_attn", "dropout"]),
+    **{name: ["attn", "mlp"] for name in ("gpt2", "gptj", "codegen")},
+    **{name: ["self_attn", "dropout"] for name in ("persimmon", "stablelm")},
 }
 """Where they are not attention and MLP themselves: norms after the blocks, and the families' own dropout, which is 0."""
 
 
 @pytest.mark.parametrize("name", [*TOYS, *OTHERS])
 def test_what_each_family_adds_to_its_stream_is_found(name):
-    """With all of it dropped, each layer of the real pass returns its input; with the embeddings dropped too, that is 0."""
+    """With all of it dropped, each layer of the real pass returns its input."""
     config = build_toy(name) if name in TOYS else build_other(name)
     attention = list_paths(name)[0] if name in TOYS else "sdpa"
     lm = build_on_meta(config, "cpu", attention)
@@ -126,7 +127,9 @@ def test_what_each_family_adds_to_its_stream_is_found(name):
     initialize(lm, CPU, seed=0)
     streams = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda _, args, kwargs: streams.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: streams.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
         layer.register_forward_hook(lambda _, args, output: streams.append(output[0] if isinstance(output, tuple) else output))
     drops = iter(lambda: len(streams), None)  # nothing has run before the embeddings
     with patch.object(F, "dropout", lambda states, *_, **__: states if next(drops) == 0 else states * 0.0):
@@ -238,9 +241,13 @@ def test_a_model_whose_layers_are_not_understood_is_rejected_in_a_line():
 
 # ---------------------------------------------------------------- where it acts
 
+TARGETS = ("causal", "mean_embedding", "random", "ema", "shuffled")
 VARIANTS = {
     **{name: (name, {}) for name in sorted({*OPTIONS, *BUILT_IN})},
-    **{f"future, {target}": ("future", {"target": target}) for target in ("causal", "mean_embedding", "random", "ema", "shuffled")},
+    **{
+        f"future, {target}": ("future", {"target": target})
+        for target in ("causal", "mean_embedding", "random", "ema", "shuffled")
+    },
     "future, global": ("future", {"negatives": "global"}),
     "fsp_revlm, trained": ("fsp_revlm", {"train_reverse": True}),
 }
@@ -312,9 +319,52 @@ def test_what_is_recomputed_has_the_same_masks(mode):
     assert all(map(torch.equal, differentiate(build()), differentiate(build(mode))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full", "pointwise"])
 def test_compiled_layers_have_the_same_masks(mode):
+    """And the anti-causal pass none. Later steps compile nothing."""
     model, expected = build(mode), differentiate(build())
+    batch = random_batch(random_cu_seqlens(24, 4, seed=3))
     for layer in find_decoder_layers(model.lm):
         layer.compile(dynamic=False, backend="aot_eager")
     torch.testing.assert_close(differentiate(model), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_future(batch), build(probability=0.0).encode_future(batch))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert not torch.equal(differentiate(model, seed=1)[0], expected[0])
+        with torch.no_grad():
+            model.encode_future(batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full", "pointwise"])
+def test_the_backward_has_the_masks_of_the_forward(mode, compiled):
+    """The loss is linear in the last matrix, so its gradient times the matrix is the part of the loss that comes from it. In
+    compiled layers the compiler's own code draws the masks."""
+    torch.compiler.reset()
+    shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    lm = build_on_meta(tiny_llama(**shape), "cuda", "flex")
+    add_dropout(lm, P)
+    layers = find_decoder_layers(lm)
+    _checkpoint_activations(layers, mode)
+    initialize(lm, torch.device("cuda"), seed=0)
+    for layer in layers if compiled else ():
+        layer.compile(dynamic=False)
+    lm.base_model.norm = nn.Identity()
+    model = TrainingModel(lm, build_backend("flex", lm.config, 256, compiled))
+    batch = random_batch(random_cu_seqlens(256, 4, seed=3)).to("cuda")
+    direction = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)).cuda()
+    (matrix,) = (each for name, each in lm.named_parameters() if "layers.1." in name and "down_proj" in name)
+
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        return (model.encode_past(batch) * direction).double().sum()
+
+    loss = run()
+    (gradient,) = torch.autograd.grad(loss, matrix)
+    assert run() == loss
+    part = (gradient * matrix).double().sum()
+    with torch.no_grad():
+        matrix.zero_()
+    torch.testing.assert_close(part, loss - run(), rtol=1e-3, atol=1e-3)

@@ -394,10 +394,11 @@ def check_rows(rows: list[dict], others: list[dict]) -> None:
     [
         {},
         {"training__compile": True},
+        {"training__compile": True, "training__dropout": 0.1, "activation_checkpoint__mode": "full"},
         {"future_encoder__negatives": "global", "future_encoder__exclude_duplicates": True},
         {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5},
     ],
-    ids=["eager", "compiled", "global negatives", "averaged weights"],
+    ids=["eager", "compiled", "dropout", "global negatives", "averaged weights"],
 )
 def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, object]):
     tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
