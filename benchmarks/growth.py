@@ -29,9 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.growth_report import draw, write_tables
 from benchmarks.packs import LONGEST, MEAN_LENGTH, draw_batch, draw_cu_seqlens
-from benchmarks.pool import list_gpus
+from benchmarks.pool import Job, launch, list_gpus, run_jobs, wait_for_turn
 from benchmarks.settings import SETTINGS
-from benchmarks.spread import Job, run_jobs, wait_for_turn
 from benchmarks.timing import measure_in_turns
 from benchmarks.training_step import (
     OUT_OF_MEMORY,
@@ -53,6 +52,8 @@ MODELS = Path(__file__).parent.parent / "configs" / "models"
 NEXT_TOKEN, FUTURE, CHEAP = "next token", "future", "first 4 layers, 8,192 anchors"
 MOST_SEEDS = 500
 NO_TIME = "no time was left"
+GRACE = 10.0
+"""Seconds that a point may go on after the deadline."""
 SHAPE_125M = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -267,16 +268,17 @@ def measure_plans(plans: Sequence[Plan], out: Path, gpus: Sequence[str], seconds
         plan.write(out)
         (out / f"{plan.name}.jsonl").write_text("")
 
-    def on_end(job: Job, fault: str | None) -> None:
-        print(f"[{time.time() - began:6.1f} s] {job.name}: {fault or 'done'}", file=sys.stderr, flush=True)
-        if fault is not None:
-            notes.append(f"{job.name}: {fault.splitlines()[0]}")
+    jobs = [
+        Job(plan.name, 1, launch(1, "benchmarks.growth", [str(out), "--worker", plan.name]), expected=plan.seconds, waits=True)
+        for plan in plans
+    ]
+    for ended in run_jobs(jobs, gpus, out, seconds + GRACE):
+        print("\n".join([str(ended), *ended.lines]), file=sys.stderr, flush=True)
+        if ended.problem is not None:
+            notes.append(f"{ended.job.name}: {ended.problem}")
         rows = read_results(out, plans)
         (out / "growth.json").write_text(json.dumps(rows, indent=1))
         write_tables(rows, notes, title, out / "growth.md")
-
-    jobs = [Job(plan.name, ["-m", "benchmarks.growth", str(out), "--worker", plan.name], plan.seconds) for plan in plans]
-    run_jobs(jobs, gpus, out, began + seconds, on_end)
     print((out / "growth.md").read_text(), flush=True)
     draw(read_results(out, plans), out / "growth.png", title)
 
