@@ -54,15 +54,6 @@ MOST_SEEDS = 500
 NO_TIME = "no time was left"
 GRACE = 10.0
 """Seconds that a point may go on after the deadline."""
-SHAPE_125M = {
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "vocab_size": 50_304,
-}
-"""Beside llama_340M.json."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ def list_plans(out: Path, parts: Sequence[str]) -> list[Plan]:
             Plan(f"models-{name}", path, [Point("models", name, 16_384)], 35)
             for name, path in {
                 "15M": str(MODELS / "llama_15M.json"),
-                "125M": str(out / "llama_125M.json"),
+                "125M": str(MODELS / "llama_125M.json"),
                 "340M": str(MODELS / "llama_340M.json"),
                 "1B": big,
             }.items()
@@ -296,8 +287,6 @@ def main(argv: list[str]) -> None:
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
     out.mkdir(parents=True, exist_ok=True)
-    shape = json.loads((MODELS / "llama_340M.json").read_text()) | SHAPE_125M
-    (out / "llama_125M.json").write_text(json.dumps(shape))
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {flash_kernels.describe(64)}"
     measure_plans(list_plans(out, arguments.parts), out, list_gpus(), arguments.seconds, title)
 
