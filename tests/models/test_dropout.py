@@ -23,6 +23,7 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.probe import measure_step
 from flame.objectives.registry import BUILT_IN
 from flame.objectives.step import Requested, compute_losses
+from tests.support import fla_families
 from tests.support.families import OTHERS, TOYS, build_other, build_toy, list_paths
 from tests.support.models import CPU, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective
@@ -136,6 +137,16 @@ def test_what_each_family_adds_to_its_stream_is_found(name):
         TrainingModel(lm, build_backend(attention, config, 64)).encode_past(random_batch(random_cu_seqlens(24, 4, seed=3)))
     assert len(streams) == 4 and streams[0].any()
     assert all(torch.equal(stream, streams[0]) for stream in streams)
+
+
+@pytest.mark.slow
+def test_fused_norms_of_flash_linear_attention_hide_what_is_added():
+    """Their norms add to the stream themselves. Mamba-2 and RWKV-7 have layers that do more than add."""
+    for name in fla_families.TOYS:
+        for is_fused in (True, False):
+            lm = build_on_meta(fla_families.build_toy(name, fuse_norm=is_fused), "cuda", "none")
+            expected = [] if is_fused or name in ("mamba2", "rwkv7") else ["attn", "mlp"]
+            assert [find_stream_writers(layer, 128) for layer in find_decoder_layers(lm)] == [expected] * 2, name
 
 
 class Block(nn.Module):
