@@ -28,7 +28,6 @@ CHANGES = {
     "training__num_streams": 12,
     "training__gradient_accumulation_steps": 1,
     "checkpoint__interval": 2,
-    "checkpoint__export_hf": False,
     "metrics__log_freq": 1,
 }
 

@@ -90,7 +90,7 @@ def test_the_command_of_the_documentation_trains(tmp_path):
 
 def test_the_example_trains_and_its_export_loads(workspace, tmp_path):
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json"}
-    rows = run_here(workspace, tmp_path / "run", **changes)
+    rows = run_here(workspace, tmp_path / "run", **changes, checkpoint__export_hf=True)
     assert len(rows) == 6 and rows[-1]["ce_loss"] < rows[0]["ce_loss"] and rows[-1]["aux_loss"] > 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
     weights = {k.removeprefix("lm."): v for k, v in final_weights(tmp_path / "run").items() if k.startswith("lm.")}

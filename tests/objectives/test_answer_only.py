@@ -217,7 +217,6 @@ GRAPHS = {
     "validation__dataset_name": "2x3,3x3",
     "validation__interval": 3,
     "validation__num_sequences": 3,
-    "checkpoint__export_hf": False,
 }
 COUNTS = ("anchors", "tokens_seen")
 

@@ -151,7 +151,7 @@ def test_the_loss_is_the_mean_over_its_sequences(workspace, tmp_path):
 
 def test_steps_without_the_loss_train_on_the_next_token_alone(workspace, tmp_path):
     """Until the first of them, a run is next-token training to the bit."""
-    changes = {"training__steps": 3, "checkpoint__export_hf": False}
+    changes = {"training__steps": 3}
     plain = run_here(workspace, tmp_path / "plain", objective__name="next_token", **changes)
     skipping = run_here(workspace, tmp_path / "run", future_encoder__every=3, **changes)
     names = ("ce_loss", "grad_norm")

@@ -54,7 +54,6 @@ COMMON = {
     "training__steps": STEPS,
     "training__gradient_accumulation_steps": RANKS,
     "checkpoint__interval": 2,
-    "checkpoint__export_hf": False,
     "future_encoder__learnable_temperature": None,
     "metrics__diagnostics_interval": 0,
     "objective__name": "future",

@@ -23,7 +23,7 @@ MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy",
 
 
 def options(workspace: Path, run: Path, **changes: object) -> list[str]:
-    """Command line of a toy run. A change to None leaves the option out."""
+    """Command line of a toy run, which exports no model: few tests look at one. A change to None leaves the option out."""
     values = {
         "job.dump_folder": run,
         "model.config": workspace / "model",
@@ -42,6 +42,7 @@ def options(workspace: Path, run: Path, **changes: object) -> list[str]:
         "future_encoder.learnable_temperature": True,
         "future_predictor.dropout": 0.1,
         "checkpoint.interval": 3,
+        "checkpoint.export_hf": False,
         "metrics.log_freq": 1,
     } | {key.replace("__", "."): value for key, value in changes.items()}
     return [

@@ -16,7 +16,7 @@ from flame.train import Trainer
 from flame.trainer.options import read_options
 from tests.support.runs import measured, options, read_metrics, run_here, run_ranks
 
-HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5, "checkpoint__export_hf": False}
+HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_losses_are_means_over_the_tokens_of_the_set(workspace, tmp_path, held_o
 
 
 def test_training_does_not_notice(workspace, tmp_path, held_out):
-    plain = run_here(workspace, tmp_path / "plain", checkpoint__export_hf=False)
+    plain = run_here(workspace, tmp_path / "plain")
     validated = [row for row in run_here(workspace, tmp_path / "validated", **held_out) if "loss" in row]
     assert measured(validated) == measured(plain)
 
