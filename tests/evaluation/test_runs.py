@@ -26,7 +26,7 @@ from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from research.bits_per_byte import cut, measure
 from tests.support.evaluation import make_questions, write_requests
-from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here
 
 CONTEXT_LEN = 48  # of the toy runs
 LONG_TEXT = "alpha beta gamma delta " * 9
@@ -147,7 +147,7 @@ def test_held_out_sets_have_the_bits_per_byte_of_the_exported_model(evaluated_ru
 @pytest.mark.long
 def test_two_ranks_measure_as_one(workspace, asked, tmp_path, evaluated_run):
     """Under FSDP. The weights agree to rounding, so the losses do; shares of few questions may differ by one of them."""
-    two = pick(run_ranks(2, workspace, tmp_path / "two", **asked, training__gradient_accumulation_steps=2))
+    two = pick(fork_ranks(2, workspace, tmp_path / "two", **asked, training__gradient_accumulation_steps=2))
     for found, expected in zip(two, pick(read_metrics(evaluated_run)), strict=True):
         assert set(found) == set(expected)
         for name, value in expected.items():

@@ -37,7 +37,7 @@ from tests.support.models import (
     tiny_llama,
 )
 from tests.support.paths import REPO
-from tests.support.runs import final_weights, run_here, run_ranks
+from tests.support.runs import final_weights, fork_ranks, run_here
 
 EXAMPLE = REPO / "docs" / "examples" / "tiny_transformer"
 CU = torch.tensor([0, 1, 25, 26, 50, 60], dtype=torch.int32)
@@ -358,7 +358,7 @@ def test_ranks_agree(workspace, tmp_path):
     """Two ranks, sharded: the run with the check in it is the run of one rank."""
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json", "training__steps": 2}
     one = run_here(workspace, tmp_path / "one", **changes)
-    two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
+    two = fork_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-4)
 
 

@@ -17,6 +17,7 @@ from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from flame.weights.tensors import read_model_tensors
 from tests.support.paths import REPO
+from tests.support.ranks import train_on_ranks
 
 SEQ_LEN = 64
 MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
@@ -80,6 +81,12 @@ def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
     done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return read_metrics(run)
+
+
+def fork_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
+    """As `run_ranks`, without the launcher and by processes that have imported everything."""
+    train_on_ranks(ranks, [options(workspace, run, **changes)])
     return read_metrics(run)
 
 

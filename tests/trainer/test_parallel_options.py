@@ -30,7 +30,7 @@ from flame.train import main
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
 from tests.support.models import build_unsharded, future_config, tiny_llama
-from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here, run_ranks
 
 OPTIMIZERS = [("AdamW", "bfloat16"), ("Muon", "float32"), ("Muon", "bfloat16")]
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):
 def test_ranks_are_interchangeable(workspace, tmp_path):
     changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"}
     alone = run_here(workspace, tmp_path / "alone", **changes)
-    both = run_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
+    both = fork_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
     for found, expected in zip(measured(both), measured(alone), strict=True):  # each shard draws its own roundings
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3), (found, expected)
 

@@ -24,11 +24,11 @@ from tests.support.runs import (
     SEQ_LEN,
     cut_power_after,
     final_weights,
+    fork_ranks,
     measured,
     options,
     read_metrics,
     run_here,
-    run_ranks,
 )
 
 
@@ -99,7 +99,7 @@ def test_a_finished_run_is_left_as_it_is(workspace, plain_run):
 def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_run, ranks, changes):
     """1 rank x 4 micro-steps = 2 ranks x 2 = 4 ranks (2 x 2 HSDP) x 1, dropout included."""
     accumulation = 4 // ranks
-    rows = run_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=accumulation, **changes)
+    rows = fork_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=accumulation, **changes)
     for found, expected in zip(measured(rows), measured(read_metrics(plain_run)), strict=True):
         assert found == pytest.approx(expected, rel=2e-4), (found, expected)
     torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(plain_run), rtol=0, atol=2e-3)
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_one_rank_resumes_on_two(workspace, tmp_path, plain_run)
     reference = run_here(workspace, tmp_path / "reference", lr_scheduler__decay_type="linear")
     first = json.loads((list_checkpoints(run / "checkpoint")[-1] / "trainer.json").read_text())
     assert first["data"]["next_sequence"] == 12
-    rows = run_ranks(2, workspace, run, training__gradient_accumulation_steps=2, lr_scheduler__decay_type="linear")
+    rows = fork_ranks(2, workspace, run, training__gradient_accumulation_steps=2, lr_scheduler__decay_type="linear")
     # Steps 1 to 3 were made with the schedule of a three-step run; the data goes on exactly.
     assert [row["anchors"] for row in rows] == [row["anchors"] for row in reference]
     assert rows[-1]["tokens_seen"] == reference[-1]["tokens_seen"]
