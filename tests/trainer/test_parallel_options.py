@@ -173,6 +173,7 @@ def test_ranks_are_interchangeable(workspace, tmp_path):
     ],
 )
 def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):
+    changes = changes | {"training__steps": 3, "checkpoint__enable_checkpoint": False}
     expected = run_here(workspace, tmp_path / "none", **changes)
     assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
     for mode in ("full", "selective"):
@@ -185,11 +186,12 @@ def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp
 def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):
     """A small model on one device is one FSDP group, a large one has one for each layer."""
     counts, numbers, weights = [], [], []
+    changes = {"future_encoder__target": target, "training__steps": 3, "training__gradient_accumulation_steps": 2}
     for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
         monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
         run = tmp_path / str(most)
         with patch.object(parallelize, "fully_shard", wraps=parallelize.fully_shard) as shard:
-            rows = run_here(workspace, run, future_encoder__target=target, training__gradient_accumulation_steps=2)
+            rows = run_here(workspace, run, **changes)
         counts.append(shard.call_count)
         numbers.append(measured(rows))
         weights.append(final_weights(run))
