@@ -13,26 +13,29 @@ import pytest
 from benchmarks.profile_pictures import OTHERS, main, read_memory, read_trace
 
 
-def span(kind: str, name: str, start: float, length: float) -> dict[str, object]:
-    return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": length}
+def span(kind: str, name: str, start: float, length: float, **args: object) -> dict[str, object]:
+    return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": length, "args": args}
 
 
-def test_rows_of_a_trace(tmp_path: Path) -> None:
+def test_the_gpus_work_belongs_to_the_part_that_launched_it(tmp_path: Path) -> None:
     events = [
         span("user_annotation", "causal forward", 5000, 2000),
         span("user_annotation", "FSDP::pre_forward", 5000, 100),
-        span("gpu_user_annotation", "causal forward", 6000, 3000),
-        span("kernel", "gemm", 6000, 1000),
-        span("kernel", "ncclDevKernel_AllGather", 6500, 500),
+        span("user_annotation", "backward", 7500, 1000),
+        span("cuda_runtime", "cudaLaunchKernel", 6900, 10, correlation=1),
+        span("cuda_driver", "cuLaunchKernelEx", 7000, 10, correlation=2),
+        span("cuda_runtime", "cudaLaunchKernel", 7200, 10, correlation=3),
+        span("kernel", "gemm", 7000, 2000, correlation=1),
+        span("kernel", "ncclDevKernel_AllGather", 7500, 500, correlation=2),
+        span("gpu_memset", "Memset", 9000, 1, correlation=3),
         {"ph": "M", "name": "process_name"},
     ]
     path = tmp_path / "trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
     assert read_trace(path) == {
-        "Python: parts of a step": [(0.0, 2.0, "causal forward")],
-        "GPU: parts of a step": [(1.0, 3.0, "causal forward")],
-        "GPU: computation": [(1.0, 1.0, "")],
-        "GPU: communication": [(1.5, 0.5, "")],
+        "Python": [(0.0, 2.0, "causal forward"), (2.5, 1.0, "backward")],
+        "GPU: computation": [(2.0, 2.0, "causal forward"), (4.0, 0.001, "between parts")],
+        "GPU: communication": [(2.5, 0.5, "causal forward")],
     }
     main([str(tmp_path / "out"), "--trace", str(path)])
     assert (tmp_path / "out" / "trace.png").stat().st_size > 1000
@@ -57,9 +60,12 @@ def test_areas_are_what_each_function_holds(tmp_path: Path) -> None:
     path = tmp_path / "memory.pickle"
     path.write_bytes(pickle.dumps({"device_traces": [[], events]}))
     moments, areas = read_memory(path)
+    moments = moments + 40
     held = {name: np.interp([5, 15, 25, 35], moments, values) for name, values in areas.items()}
     np.testing.assert_allclose(held["models/wrapper: f"], [2, 2, 0, 3])
     np.testing.assert_allclose(held[OTHERS], [0, 1, 1, 1])
+    last, _ = read_memory(path, last_ms=15)
+    assert (last[0], last[-1]) == (-15, 0)
     main([str(tmp_path / "out"), "--memory", str(path)])
     assert (tmp_path / "out" / "memory.png").stat().st_size > 1000
 

@@ -55,6 +55,13 @@ def test_peaks_are_those_of_measured_runs(
     assert memory.find_peak(keeps_gradients=micro_steps > 1) / GIB == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize(("moment_bytes", "measured"), [(8, 72.8), (4, 68.2)])
+def test_peaks_with_pointwise_recomputation_are_those_of_measured_runs(moment_bytes: int, measured: float):
+    training, future = Training(seq_len=65_536, compile=True), 20.0 * 65_536 * LLAMA_1B.hidden_size
+    memory = estimate_memory(build(LLAMA_1B), [], training, "pointwise", 1, moment_bytes, future)
+    assert memory.find_peak(keeps_gradients=False) / GIB == pytest.approx(measured, rel=0.05)
+
+
 def test_what_a_llama_layer_keeps():
     layer = build(LLAMA_1B).lm.model.layers[0]
     stream_and_norms, queries_keys_values, attended, feed_forward = 4 * 2048, 2048 + 2 * 512, 2048, 3 * 8192
