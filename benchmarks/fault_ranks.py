@@ -17,8 +17,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -93,24 +95,31 @@ def lose_ranks(bench: Bench, run: Path, reference: Path) -> list[Stage]:
     Raises:
         SystemExit: one ends where it should not.
     """
-    alone = bench.start(reference)
-    half = replace(bench, ranks=bench.ranks // 2)
-    key = "training.gradient_accumulation_steps"
-    half.changes = bench.changes | {key: int(str(OPTIONS[key])) * bench.ranks // half.ranks}
-    codes = []
-    for each, strikes_at in ((bench, bench.steps // 3), (bench, 2 * bench.steps // 3), (half, None)):
-        before = len(read_lines(run / "starts.jsonl"))
-        process = each.start(run)
-        if strikes_at is not None:
-            wait_for_step(process, run, before, strikes_at)
-            if workers := find_workers(process.pid):
-                os.kill(bench.chooser.choice(workers), signal.SIGKILL)
-        codes.append(process.wait())
-        print(f"{each.ranks} ranks: exit code {codes[-1]} at step {count_steps(run)} of {bench.steps}", file=sys.stderr)
-        if (codes[-1] == 0) != (strikes_at is None):
-            raise SystemExit(f"see {bench.out}/{run.name}.log")
-    if alone.wait() != 0:
-        raise SystemExit(f"see {bench.out}/{reference.name}.log")
+    with ExitStack() as running:  # what is left after a failure is asked to end
+
+        def start(each: Bench, folder: Path) -> subprocess.Popen[bytes]:
+            process = each.start(folder)
+            running.callback(lambda: process.poll() is None and process.terminate())
+            return process
+
+        alone = start(bench, reference)
+        half = replace(bench, ranks=bench.ranks // 2)
+        key = "training.gradient_accumulation_steps"
+        half.changes = bench.changes | {key: int(str(OPTIONS[key])) * bench.ranks // half.ranks}
+        codes = []
+        for each, strikes_at in ((bench, bench.steps // 3), (bench, 2 * bench.steps // 3), (half, None)):
+            before = len(read_lines(run / "starts.jsonl"))
+            process = start(each, run)
+            if strikes_at is not None:
+                wait_for_step(process, run, before, strikes_at)
+                if workers := find_workers(process.pid):
+                    os.kill(bench.chooser.choice(workers), signal.SIGKILL)
+            codes.append(process.wait())
+            print(f"{each.ranks} ranks: exit code {codes[-1]} at step {count_steps(run)} of {bench.steps}", file=sys.stderr)
+            if (codes[-1] == 0) != (strikes_at is None):
+                raise SystemExit(f"see {bench.out}/{run.name}.log")
+        if alone.wait() != 0:
+            raise SystemExit(f"see {bench.out}/{reference.name}.log")
     starts = [row["start_step"] for row in read_lines(run / "starts.jsonl")]
     ends = [*starts[1:], bench.steps]
     ranks = (bench.ranks, bench.ranks, half.ranks)

@@ -29,9 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.growth_report import draw, write_tables
 from benchmarks.packs import LONGEST, MEAN_LENGTH, draw_batch, draw_cu_seqlens
-from benchmarks.pool import list_gpus
+from benchmarks.pool import Job, launch, list_gpus, run_jobs, wait_for_turn
 from benchmarks.settings import SETTINGS
-from benchmarks.spread import Job, run_jobs, wait_for_turn
 from benchmarks.timing import measure_in_turns
 from benchmarks.training_step import (
     OUT_OF_MEMORY,
@@ -53,15 +52,8 @@ MODELS = Path(__file__).parent.parent / "configs" / "models"
 NEXT_TOKEN, FUTURE, CHEAP = "next token", "future", "first 4 layers, 8,192 anchors"
 MOST_SEEDS = 500
 NO_TIME = "no time was left"
-SHAPE_125M = {
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "vocab_size": 50_304,
-}
-"""Beside llama_340M.json."""
+GRACE = 10.0
+"""Seconds that a point may go on after the deadline."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def list_plans(out: Path, parts: Sequence[str]) -> list[Plan]:
             Plan(f"models-{name}", path, [Point("models", name, 16_384)], 35)
             for name, path in {
                 "15M": str(MODELS / "llama_15M.json"),
-                "125M": str(out / "llama_125M.json"),
+                "125M": str(MODELS / "llama_125M.json"),
                 "340M": str(MODELS / "llama_340M.json"),
                 "1B": big,
             }.items()
@@ -267,16 +259,17 @@ def measure_plans(plans: Sequence[Plan], out: Path, gpus: Sequence[str], seconds
         plan.write(out)
         (out / f"{plan.name}.jsonl").write_text("")
 
-    def on_end(job: Job, fault: str | None) -> None:
-        print(f"[{time.time() - began:6.1f} s] {job.name}: {fault or 'done'}", file=sys.stderr, flush=True)
-        if fault is not None:
-            notes.append(f"{job.name}: {fault.splitlines()[0]}")
+    jobs = [
+        Job(plan.name, 1, launch(1, "benchmarks.growth", [str(out), "--worker", plan.name]), expected=plan.seconds, waits=True)
+        for plan in plans
+    ]
+    for ended in run_jobs(jobs, gpus, out, seconds + GRACE):
+        print("\n".join([str(ended), *ended.lines]), file=sys.stderr, flush=True)
+        if ended.problem is not None:
+            notes.append(f"{ended.job.name}: {ended.problem}")
         rows = read_results(out, plans)
         (out / "growth.json").write_text(json.dumps(rows, indent=1))
         write_tables(rows, notes, title, out / "growth.md")
-
-    jobs = [Job(plan.name, ["-m", "benchmarks.growth", str(out), "--worker", plan.name], plan.seconds) for plan in plans]
-    run_jobs(jobs, gpus, out, began + seconds, on_end)
     print((out / "growth.md").read_text(), flush=True)
     draw(read_results(out, plans), out / "growth.png", title)
 
@@ -294,8 +287,6 @@ def main(argv: list[str]) -> None:
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
     out.mkdir(parents=True, exist_ok=True)
-    shape = json.loads((MODELS / "llama_340M.json").read_text()) | SHAPE_125M
-    (out / "llama_125M.json").write_text(json.dumps(shape))
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {flash_kernels.describe(64)}"
     measure_plans(list_plans(out, arguments.parts), out, list_gpus(), arguments.seconds, title)
 

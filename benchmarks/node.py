@@ -13,8 +13,8 @@ Each part has a limit of time, and so has each run. A run that exceeds one is ki
 table says so; the others go on. OUT gets node.md, after each part; node.json, after each run; and logs/, a file for each run.
 
 Runs on fewer GPUs than there are run several at once, on GPUs of their own. Power is limited for each card, so they do not slow
-each other's kernels. They share the host's cores: "idle" shows whether one waits for them. Runs with the same graphs find them
-compiled: the first of each shape takes longer to start.
+each other's kernels. They share the host's cores: "idle" shows whether one waits for them. The next run on the same GPUs imports
+its libraries meanwhile. Runs with the same graphs find them compiled: the first of each shape takes longer to start.
 """
 
 from __future__ import annotations

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.pool import Ended, Job, explain, run_jobs
+from benchmarks.pool import Ended, Job, run_jobs
 from benchmarks.settings import SETTINGS
 from benchmarks.shapes import write_shape
 from benchmarks.step_worker import Spec, build_job, list_options
@@ -25,7 +24,7 @@ from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
 
 RUN_SECONDS = 170.0
-"""Limit of one run: start, compilation and steps take 30 to 60 s."""
+"""Limit of one run, from its turn on: compilation and steps take less than a minute."""
 
 
 class Case(NamedTuple):
@@ -102,22 +101,18 @@ class Host:
 
     def run(self, jobs: Sequence[Job], seconds: float, then: Callable[[Ended], None]) -> None:
         """Run jobs. As each ends, report it if it has failed, and call `then`."""
-        logs = self.out / "logs"
-        with closing(run_jobs(jobs, self.gpus, logs, seconds)) as all_ended:  # whatever is raised here ends the jobs
+        with closing(run_jobs(jobs, self.gpus, self.out / "logs", seconds)) as all_ended:  # whatever is raised here ends the jobs
             for ended in all_ended:
-                name = ended.job.name
-                print(f"{time.strftime('%H:%M:%S')} {name}: {ended.problem or 'done'}, {ended.seconds:.0f} s", flush=True)
-                if ended.problem is not None:
-                    ended = self._report(ended, explain(logs / f"{name}.log") if ended.seconds else [])
-                then(ended)
+                print(ended, flush=True)
+                then(ended if ended.problem is None else self._report(ended))
 
-    def _report(self, ended: Ended, lines: list[str]) -> Ended:
+    def _report(self, ended: Ended) -> Ended:
         name = ended.job.name
-        if any("OutOfMemoryError" in line for line in lines):
+        if any("OutOfMemoryError" in line for line in ended.lines):
             ended = ended._replace(problem=f"out of memory ({ended.problem})")
         self.problems[name] = str(ended.problem)
-        if lines:
-            self.report.write("\n".join([f"\n{name}: {ended.problem}", "", "```", *lines, "```"]))
+        if ended.lines:
+            self.report.write("\n".join([f"\n{name}: {ended.problem}", "", "```", *ended.lines, "```"]))
         return ended
 
     def keep(self) -> None:

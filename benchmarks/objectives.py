@@ -25,8 +25,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.packs import draw_batch
-from benchmarks.pool import list_gpus
-from benchmarks.spread import Job, run_jobs, wait_for_turn
+from benchmarks.pool import Job, launch, list_gpus, run_jobs, wait_for_turn
 from benchmarks.timing import Timing, measure_in_turns
 from benchmarks.training_step import Guard, Rebuilt, TrainingStep, describe_fault, read_step_options
 from flame.attention import flash as flash_kernels
@@ -153,25 +152,23 @@ def compare_all(
     compiled: bool = True,
 ) -> None:
     """Run a process for each objective, and write objectives.md and objectives.json after each."""
-    began = time.time()
     (out / "plan.json").write_text(json.dumps({"model": str(model), "lengths": list(lengths), "compiled": compiled}))
     notes: dict[str, str] = {}
+    jobs = []
     for name in names:
         (out / f"{name}.jsonl").write_text("")
-
-    def on_end(job: Job, fault: str | None) -> None:
-        print(f"[{time.time() - began:6.1f} s] {job.name}: {fault or 'done'}", file=sys.stderr, flush=True)
-        if fault is not None:
-            notes[job.name] = fault.splitlines()[0]
+        command = launch(1, "benchmarks.objectives", [str(out), "--worker", name])
+        jobs.append(Job(name, 1, command, expected=SECONDS.get(name, 55), waits=True))
+    for ended in run_jobs(jobs, gpus, out, seconds):
+        print("\n".join([str(ended), *ended.lines]), file=sys.stderr, flush=True)
+        if ended.problem is not None:
+            notes[ended.job.name] = ended.problem
         rows = [json.loads(line) for name in names for line in (out / f"{name}.jsonl").read_text().splitlines()]
         (out / "objectives.json").write_text(json.dumps(rows, indent=1))
         rows.sort(key=lambda row: row["tokens"])
         lines = [title, "", *format_table(COLUMNS, map(list_cells, rows)), ""]
-        lines += [f"- {name}: {fault}" for name, fault in notes.items()]
+        lines += [f"- {name}: {problem}" for name, problem in notes.items()]
         (out / "objectives.md").write_text("\n".join(lines).rstrip() + "\n")
-
-    jobs = [Job(name, ["-m", "benchmarks.objectives", str(out), "--worker", name], SECONDS.get(name, 55)) for name in names]
-    run_jobs(jobs, gpus, out, began + seconds, on_end)
     print((out / "objectives.md").read_text(), flush=True)
 
 
@@ -179,7 +176,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="What each objective costs.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder for objectives.md, objectives.json and what processes print")
     parser.add_argument("--only", nargs="+", choices=list(BUILT_IN), default=list(BUILT_IN), help="objectives (all)")
-    parser.add_argument("--seconds", type=float, default=235.0, help="after which no more is begun (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=235.0, help="limit of all (%(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     out: Path = arguments.out.resolve()

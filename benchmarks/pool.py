@@ -1,4 +1,7 @@
-"""Jobs on disjoint GPUs of one host, several at once, each with a time limit.
+"""Jobs on the GPUs of one host, several at once, each with GPUs of its own and a time limit.
+
+Where a job's processes call `wait_for_turn`, they start while another job has their GPUs, and import their libraries, which takes
+many seconds. All that uses a GPU comes after: compilation too, so that nothing runs beside what is timed.
 
 A job that exceeds its limit is killed with all its processes: also those that a launcher has put in sessions of their own, as
 torchrun does with its workers, and torch with those that compile. All of a job's processes inherit a variable that names the job,
@@ -15,7 +18,8 @@ import sys
 import time
 import uuid
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +29,8 @@ import torch
 REPO = Path(__file__).parent.parent
 MARK = "FLAME_BENCHMARK_JOB"
 """Variable that all processes of a job inherit."""
+GO = b"g"
+"""What each rank of a job that waits reads from its input when its turn has come."""
 POLL = 0.05
 """Seconds between looks at the running jobs."""
 GONE = 20.0
@@ -42,7 +48,11 @@ class Job:
     gpus: int
     command: Sequence[str]
     seconds: float = inf
-    """Limit of its run."""
+    """Limit of its turn."""
+    expected: float = 0.0
+    """About how many seconds its turn takes. The longest start first; jobs of the same length, in their order."""
+    waits: bool = False
+    """Whether each of its ranks calls `wait_for_turn` before it uses a GPU, so that they may start early."""
 
 
 class Ended(NamedTuple):
@@ -50,21 +60,66 @@ class Ended(NamedTuple):
 
     job: Job
     seconds: float
-    problem: str | None
+    """From its turn on; 0 if it had none."""
+    problem: str | None = None
     """None: its exit code was 0."""
+    lines: Sequence[str] = ()
+    """If it failed: what `explain` shows of its log."""
+
+    def __str__(self) -> str:
+        return f"{time.strftime('%H:%M:%S')} {self.job.name}: {self.problem or 'done'}, {self.seconds:.0f} s"
 
 
-@dataclass
-class _Running:
-    job: Job
-    process: subprocess.Popen[bytes]
-    gpus: list[str]
-    mark: str
-    begun: float = field(default_factory=time.monotonic)
+class _Started:
+    """A job's processes. They wait for their turn, if the job does."""
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.begun
+    def __init__(self, job: Job, gpus: list[str], log: Path, threads: int):
+        self.job, self.log = job, log
+        self.unclaimed, self.next = gpus, list[_Started]()  # GPUs for which no job waits, and those that wait for the others
+        self.begun = inf
+        self._mark = uuid.uuid4().hex
+        environment = os.environ | {MARK: self._mark, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        stdin = subprocess.PIPE if job.waits else subprocess.DEVNULL
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                job.command, cwd=REPO, env=environment, stdin=stdin, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def begin(self) -> None:
+        self.begun = time.monotonic()
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError), self.process.stdin as stdin:
+                stdin.write(GO * self.job.gpus)
+
+    def find_end(self, is_over: bool) -> Ended | None:
+        """What became of it; None if it goes on."""
+        code, seconds = self.process.poll(), time.monotonic() - self.begun
+        if code is None and seconds <= self.job.seconds and not is_over:
+            return None
+        whose = "its limit" if seconds > self.job.seconds else "the limit of all"
+        problem = f"killed after {seconds:.0f} s, {whose}" if code is None else f"ended with {code}" if code else None
+        return Ended(self.job, seconds, problem, explain(self.log) if problem else ())
+
+    def kill(self) -> None:
+        """Kill its processes, and return when they are gone."""
+        if self.process.poll() is None:
+            self.process.kill()  # first, so that it starts no others
+            self.process.wait()
+        until = time.monotonic() + GONE
+        while (left := list_marked(self._mark)) and time.monotonic() < until:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL)
+
+
+def wait_for_turn() -> bool:
+    """In a rank of a job that `waits`: return when its GPUs are free. False if they never will be, since the scheduler is gone.
+
+    A process that is no job's has its turn at once.
+    """
+    return MARK not in os.environ or os.read(sys.stdin.fileno(), 1) == GO
 
 
 def list_gpus() -> list[str]:
@@ -82,6 +137,9 @@ def launch(gpus: int, module: str, arguments: Sequence[str]) -> list[str]:
 def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], logs: Path, seconds: float = inf) -> Generator[Ended, None, None]:
     """Run jobs, and yield each as it ends. The first job that the free GPUs suffice for starts first.
 
+    Then jobs that can wait start early, on GPUs of one running job each, so that no GPU is idle until others are free: the job
+    that is expected to end first has the first ones. Nothing waits for what waits.
+
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them.
         logs: folder of NAME.log, the output of each job.
@@ -91,63 +149,51 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], logs: Path, seconds: floa
     """
     logs.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
-    pending, free, running = list(jobs), list(gpus), list[_Running]()
+    pending, free, running = sorted(jobs, key=lambda job: -job.expected), list(gpus), list[_Started]()
     for job in [job for job in pending if job.gpus > len(gpus)]:
         pending.remove(job)
         yield Ended(job, 0.0, f"needs {job.gpus} GPUs, of {len(gpus)}")
     share = max(1, (os.cpu_count() or 1) // max(1, len(gpus)))
+
+    def start_on(available: list[str], kinds: Sequence[bool]) -> Generator[_Started, None, None]:
+        """Start jobs, those that wait or others too, while the GPUs suffice, and take these."""
+        while job := next((job for job in pending if job.gpus <= len(available) and job.waits in kinds), None):
+            pending.remove(job)
+            own, available[:] = available[: job.gpus], available[job.gpus :]
+            yield _Started(job, own, logs / f"{job.name}.log", share)
+
     try:
         while pending or running:
-            while time.monotonic() < deadline and (job := next((job for job in pending if job.gpus <= len(free)), None)):
-                pending.remove(job)
-                own, free = free[: job.gpus], free[job.gpus :]
-                running.append(_start(job, own, logs / f"{job.name}.log", share))
-            for each in list(running):
-                code, limit = each.process.poll(), each.job.seconds
-                is_late = each.seconds > limit or time.monotonic() > deadline
-                if code is None and not is_late:
-                    continue
-                ended = Ended(each.job, each.seconds, None if code == 0 else f"ended with {code}")
-                if code is None:
-                    whose = "its limit" if each.seconds > limit else "the limit of all"
-                    ended = ended._replace(problem=f"killed after {each.seconds:.0f} s, {whose}")
-                _kill(each)  # of a job that has ended, what it left
-                running.remove(each)
-                free += each.gpus
-                yield ended
-            if not running and time.monotonic() >= deadline:
+            is_over = time.monotonic() >= deadline
+            if not is_over:
+                for each in start_on(free, (True, False)):
+                    running.append(each)
+                    each.begin()
+                for each in sorted(running, key=lambda each: each.begun + each.job.expected):
+                    for early in start_on(each.unclaimed, (True,)):
+                        each.next.append(early)
+            elif not running:
                 yield from (Ended(job, 0.0, "not started: the time was over") for job in pending)
                 return
+            for each in list(running):
+                if (ended := each.find_end(is_over)) is None:
+                    continue
+                each.kill()  # of a job that has ended, what it left
+                for early in each.next:
+                    if is_over:
+                        early.kill()
+                        pending.append(early.job)
+                    else:
+                        running.append(early)
+                        early.begin()
+                running.remove(each)
+                free += each.unclaimed
+                yield ended
             time.sleep(POLL)
     finally:
         for each in running:
-            _kill(each)
-
-
-def _start(job: Job, gpus: list[str], log: Path, threads: int) -> _Running:
-    mark = uuid.uuid4().hex
-    environment = os.environ | {MARK: mark, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            job.command, cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
-    return _Running(job, process, gpus, mark)
-
-
-def _kill(running: _Running) -> None:
-    """Kill the job's processes, and wait until they are gone."""
-    if running.process.poll() is None:
-        running.process.kill()  # first, so that it starts no others
-        running.process.wait()
-    until = time.monotonic() + GONE
-    while (left := list_marked(running.mark)) and time.monotonic() < until:
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(POLL)
+            for one in (*each.next, each):
+                one.kill()
 
 
 def list_marked(mark: str) -> list[int]:

@@ -7,7 +7,7 @@ NEXT_TOKEN = ["--objective.name", "next_token"]
 RANDOM = [*FUTURE, "--future_encoder.target", "random"]
 FP8 = ["--future_encoder.precision", "fp8"]
 HEAD = ["--training.float8_head", "true"]
-ROWWISE, TENSORWISE, MIXED = (["--training.float8", recipe] for recipe in ("rowwise", "tensorwise", "rowwise_with_gw_hp"))
+ROWWISE, MIXED = (["--training.float8", recipe] for recipe in ("rowwise", "rowwise_with_gw_hp"))
 SETTINGS: dict[str, list[str]] = {
     "next token": NEXT_TOKEN,
     "future": FUTURE,
@@ -30,15 +30,11 @@ SETTINGS: dict[str, list[str]] = {
         *(*FUTURE, "--future_encoder.target", "random", "--future_encoder.layers", "4", "--future_encoder.max_anchors", "8192")
     ],
     "next token, float8 rowwise": [*NEXT_TOKEN, *ROWWISE],
-    "next token, float8 tensorwise": [*NEXT_TOKEN, *TENSORWISE],
     "next token, float8 rowwise_with_gw_hp": [*NEXT_TOKEN, *MIXED],
     "next token, 8-bit head": [*NEXT_TOKEN, *HEAD],
     "next token, float8 rowwise, 8-bit head": [*NEXT_TOKEN, *ROWWISE, *HEAD],
-    "next token, float8 tensorwise, 8-bit head": [*NEXT_TOKEN, *TENSORWISE, *HEAD],
     "future, float8 rowwise": [*FUTURE, *ROWWISE],
-    "future, float8 tensorwise": [*FUTURE, *TENSORWISE],
     "future, float8 rowwise, 8-bit head": [*FUTURE, *ROWWISE, *HEAD],
-    "future, float8 tensorwise, 8-bit head": [*FUTURE, *TENSORWISE, *HEAD],
     "random": RANDOM,
     "random, float8 rowwise": [*RANDOM, *ROWWISE],
     "random, float8 rowwise, fp8": [*RANDOM, *ROWWISE, *FP8],

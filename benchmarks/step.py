@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.packs import write_corpus
-from benchmarks.pool import explain, list_gpus, run_jobs
+from benchmarks.pool import list_gpus, run_jobs
 from benchmarks.settings import MEASURED, SETTINGS
 from benchmarks.shapes import write_shape
 from benchmarks.step_worker import Spec, build_job, list_options
@@ -34,23 +35,26 @@ from flame.compare.tables import show_range
 PHASES = ["anti-causal forward", "causal forward", "cross entropy", "predictor and InfoNCE", "backward", "clipping", "optimizer"]
 
 
-def run_variant(variant: str, arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
-    """The result of a worker.
+def run_variants(arguments: argparse.Namespace, corpus: Path) -> dict[str, dict[str, Any]]:
+    """The results of the workers, one after another.
 
     Raises:
-        SystemExit: it fails.
+        SystemExit: one fails.
     """
-    name = variant.replace(", ", "_").replace(",", "").replace(" ", "_")
-    run, result = arguments.out / name, arguments.out / f"{name}.json"
-    run.mkdir(parents=True, exist_ok=True)
-    options = list_options(run, write_shape("1B", arguments.out), corpus, arguments.tokens, SETTINGS[variant])
-    spec = Spec(options, str(result), steps=arguments.steps, layouts=arguments.layouts)
-    job = build_job(name, arguments.gpus, spec, run / "spec.json", float("inf"))
-    (ended,) = run_jobs([job], list_gpus()[: arguments.gpus], arguments.out)
-    if ended.problem:
-        print("\n".join(explain(arguments.out / f"{name}.log")), file=sys.stderr)
-        raise SystemExit(f"{variant}: {ended.problem}")
-    return json.loads(result.read_text())
+    model, jobs, files = write_shape("1B", arguments.out), [], {}
+    for variant in arguments.variants:
+        name = variant.replace(", ", "_").replace(",", "").replace(" ", "_")
+        run, files[variant] = arguments.out / name, arguments.out / f"{name}.json"
+        run.mkdir(parents=True, exist_ok=True)
+        options = list_options(run, model, corpus, arguments.tokens, SETTINGS[variant])
+        spec = Spec(options, str(files[variant]), steps=arguments.steps, layouts=arguments.layouts)
+        jobs.append(build_job(name, arguments.gpus, spec, run / "spec.json", float("inf")))
+    with closing(run_jobs(jobs, list_gpus()[: arguments.gpus], arguments.out)) as all_ended:
+        for ended in all_ended:
+            if ended.problem:
+                print("\n".join(ended.lines), file=sys.stderr)
+                raise SystemExit(f"{ended.job.name}: {ended.problem}")
+    return {variant: json.loads(file.read_text()) for variant, file in files.items()}
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -83,7 +87,7 @@ def main(argv: list[str]) -> None:
     corpus = arguments.out / "corpus.jsonl"
     total = (arguments.steps + arguments.layouts + 30) * arguments.tokens * arguments.gpus
     write_corpus(corpus, min(total, 40_000_000))
-    results = {variant: run_variant(variant, arguments, corpus) for variant in arguments.variants}
+    results = run_variants(arguments, corpus)
     for result in results.values():
         result["parts_ms"]["rest"] = max(0.0, statistics.median(result["steps_ms"]) - sum(result["parts_ms"].values()))
     title = f"{arguments.tokens:,} tokens on each of {arguments.gpus} x {torch.cuda.get_device_name()}, ms a step"

@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import flame.train
-from benchmarks.pool import Job, launch
+from benchmarks.pool import Job, launch, wait_for_turn
 from flame.logging.plots import read_metrics
 from flame.models import output_head
 from flame.runtime.distributed import end_processes, get_world_size, set_single_process_defaults
@@ -79,7 +79,7 @@ def list_options(run: Path, model: Path, corpus: Path, tokens: int, further: Seq
 def build_job(name: str, gpus: int, spec: Spec, file: Path, seconds: float) -> Job:
     """A job whose processes are ranks of one run. Writes its spec to a file."""
     file.write_text(json.dumps(asdict(spec)))
-    return Job(name, gpus, launch(gpus, "benchmarks.step_worker", [str(file)]), seconds)
+    return Job(name, gpus, launch(gpus, "benchmarks.step_worker", [str(file)]), seconds, waits=True)
 
 
 class Phases:
@@ -205,6 +205,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Timed steps of the trainer.", allow_abbrev=False)
     parser.add_argument("spec", type=Path, help="JSON file, see Spec")
     arguments = parser.parse_args(argv)
+    if not wait_for_turn():
+        return
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
     run_worker(Spec(**json.loads(arguments.spec.read_text())))

@@ -183,7 +183,13 @@ def _complete(saved: dict[str, Any], config: JobConfig) -> dict[str, Any]:
         for each in fields(section)  # type: ignore[arg-type]  # every section is a dataclass
         if (parts := name.partition("."))[0] not in NAMED or parts[2] in saved.get(parts[0], {})
     }
-    return flatten(known) | flatten(saved)
+    found = flatten(saved)
+    older = {key: spelled for (key, value), spelled in _SPELLED.items() if found.get(key) is value}
+    return flatten(known) | found | older
+
+
+_SPELLED: dict[tuple[str, Any], str] = {("training.float8", False): "none", ("training.float8", True): "rowwise"}
+"""Values of older releases, as they are written now."""
 
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:

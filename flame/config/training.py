@@ -108,13 +108,14 @@ class Training(Corpus):
     backward, for two more bytes a parameter. One GPU, which holds all weights anyway, always does the latter."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in host memory, and update them there. Slow; for models that do not fit."""
-    float8: Literal["none", "rowwise", "tensorwise", "rowwise_with_gw_hp"] = "none"
-    """Training matrix products of the decoder layers in 8-bit floats, forward and backward, by a recipe of torchao: a scale for
-    each row ("rowwise") or for each matrix ("tensorwise"); "rowwise_with_gw_hp" leaves the gradients of the weights in bfloat16.
+    float8: Literal["none", "rowwise", "rowwise_with_gw_hp"] = "none"
+    """Training matrix products of the decoder layers in 8-bit floats, forward and backward, by a recipe of torchao, with a scale
+    for each row. "rowwise_with_gw_hp" leaves the gradients of the weights in bfloat16. Validation and evaluation are not rounded.
     Needs a GPU of compute capability 8.9 or above, and training.compile to be fast."""
     float8_head: bool = option(False, applies=When("experimental.freeze_lm_for_infonce", (False,)))
-    """Logits of the output head, and the gradients of the hidden states, in 8-bit floats with a scale for each row. Needs a GPU
-    of compute capability 8.9 or above. Gradients of the head, validation and evaluation stay as they are."""
+    """Logits of the output head in next-token cross entropies, and the gradients of the hidden states there, in 8-bit floats with
+    a scale for each row. Needs a GPU of compute capability 8.9 or above. Gradients of the head, validation, evaluation and what
+    else an objective does with the head stay as they are."""
 
     @property
     def budget(self) -> str | None:
@@ -157,7 +158,7 @@ class Training(Corpus):
                     f'{shown} beside training.mixed_precision_param = "{self.mixed_precision_param}": set the one to {off} or '
                     'the other to "bfloat16"'
                 )
-        if self.float8 in ("rowwise", "tensorwise") and self.seq_len % FLOAT8_SIZE_STEP:
+        if self.float8 == "rowwise" and self.seq_len % FLOAT8_SIZE_STEP:
             yield (
                 f'training.float8 = "{self.float8}": training.seq_len = {self.seq_len} is not a multiple of {FLOAT8_SIZE_STEP}, '
                 'which the weights\' gradients need: change it, or set float8 to "none" or "rowwise_with_gw_hp"'
@@ -232,8 +233,17 @@ class ActivationCheckpoint(Section):
     """Less memory for more arithmetic."""
 
     mode: Literal["none", "pointwise", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing; all of a layer but matrix products and attention, which takes little time;
-    every second matrix product too; or whole layers."""
+    """What the backward pass recomputes. "none": nothing. "pointwise": all of a layer but its matrix products and attention on
+    flash kernels, which takes little time. "selective": every second matrix product too. "full": whole layers. "pointwise" and
+    "selective" need training.compile."""
+
+    def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
+        # Without it, a layer that changes a product in place (OLMo's clip_qkv) changes what was kept: wrong gradients.
+        if self.mode in ("pointwise", "selective") and not job.training.compile:
+            yield (
+                f'activation_checkpoint.mode = "{self.mode}" beside training.compile = false: only compiled layers leave what is '
+                'kept unchanged; set training.compile to true, or mode to "full"'
+            )
 
 
 @dataclass(kw_only=True)

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LONGEST_SPAN = 4096  # rows
-CHARACTERS_IN_SPAN = 1 << 19  # about a tenth of a second, so that workers finish together
+CHARACTERS_IN_SPAN = 1 << 17  # on average: long rows come in clusters, of which no worker should get a whole one
+SPANS_OF_WORKER = 32  # at least, so that workers finish together
 SAMPLED_ROWS = 32
 CHARACTERS_AT_ONCE = 1 << 18  # per call of the tokenizer, which needs about 100 bytes of memory for each
-SPANS_AHEAD = 4  # queued for each worker
+SPANS_AHEAD = 32  # queued for each worker, so that all go on while one encodes a long row
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class EncodedSpan:
 
 
 def plan_spans(done: int, rows: int, num_workers: int, mean_length: float) -> Iterator[Span]:
-    """Cut the rows from `done` on into spans, short enough that every worker gets several.
+    """Cut the rows from `done` on into spans, so short that every worker gets many.
 
     Args:
         mean_length: characters of a row.
     """
-    longest = min(LONGEST_SPAN, -(-rows // (8 * max(1, num_workers))))
+    longest = min(LONGEST_SPAN, -(-rows // (SPANS_OF_WORKER * max(1, num_workers))))
     length = max(1, min(longest, int(CHARACTERS_IN_SPAN / max(1.0, mean_length))))
     return (Span(start, min(start + length, rows)) for start in range(done, rows, length))
 

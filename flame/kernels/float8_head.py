@@ -16,6 +16,7 @@ Shape legend: c rows of a chunk, d width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -98,21 +99,25 @@ class Float8Head:
         grad_hidden.copy_((product * rounded.scales) * weight.scales.t() + exact)
 
 
-def check_float8_head(vocabulary: int, width: int, device_type: str) -> None:
-    """Reject devices without 8-bit products, and heads whose sizes they do not allow.
+def find_float8_head_conflicts(vocabulary: int, width: int) -> Iterator[str]:
+    """Sizes of the head that 8-bit products do not allow."""
+    if vocabulary % SIZE_STEP or width % SIZE_STEP:
+        yield (
+            f"training.float8_head = true: the output head is {vocabulary} x {width}, and both must be multiples of {SIZE_STEP}: "
+            "set it to false"
+        )
+
+
+def check_float8_head(device_type: str) -> None:
+    """Reject devices without 8-bit products.
 
     Raises:
-        UserError: the device is a CPU or a GPU below compute capability 8.9, or a size is not a multiple of `SIZE_STEP`.
+        UserError: the device is a CPU or a GPU below compute capability 8.9.
     """
     if not has_8_bit_products(device_type):
         needed = ".".join(map(str, FIRST_CAPABILITY))
         raise UserError(
             f"training.float8_head = true needs a GPU of compute capability {needed} or above, which this machine does not have: "
-            "set it to false"
-        )
-    if vocabulary % SIZE_STEP or width % SIZE_STEP:
-        raise UserError(
-            f"training.float8_head = true: the output head is {vocabulary} x {width}, and both must be multiples of {SIZE_STEP}: "
             "set it to false"
         )
 

@@ -1,11 +1,13 @@
 """Matrix products of the decoder layers in 8-bit floating point, forward and backward, by torchao.
 
-torchao's recipes differ in what shares a scale, which brings the largest entry into the range of the format:
+A scale brings the largest entry into the range of the format. torchao's recipes that are taken:
 
-- "rowwise": each row of a factor, along the summed dimension, all in float8_e4m3. Scales are powers of two.
-- "tensorwise": a whole factor. Gradients are in float8_e5m2.
+- "rowwise": a scale for each row of a factor, along the summed dimension, all in float8_e4m3. Scales are powers of two.
 - "rowwise_with_gw_hp": as "rowwise", with the gradients of the weights in bfloat16, and one scale for the weights in the product
   that gives the gradients of the activations.
+
+A scale for all activations of a packed sequence ("tensorwise") would let the rounding of a token depend on later tokens and on
+other documents, so it is left out.
 
 Weights stay float32 parameters under the same names, so checkpoints and exports do not change. FSDP gathers them in bfloat16.
 """
@@ -13,12 +15,14 @@ Weights stay float32 parameters under the same names, so checkpoints and exports
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 import torch._inductor.config
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flame.errors import UserError
 from flame.kernels.fp8 import FIRST_CAPABILITY, SIZE_STEP, has_8_bit_products
@@ -41,7 +45,9 @@ def convert_to_float8(layers: nn.ModuleList, recipe: str, device_type: str) -> N
         UserError: the device does not support 8-bit products, or no layer can use them.
     """
     check_float8(recipe, device_type)
-    from torchao.float8 import convert_to_float8_training  # the import takes seconds, and warns of parts that its wheel lacks
+    # The import takes seconds, and warns of parts that its wheel lacks.
+    from torchao.float8 import convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
 
     matrices = sum(parameter.ndim > 1 for parameter in layers.parameters())
     changed = sum(map(_can_convert, layers.modules()))
@@ -51,11 +57,25 @@ def convert_to_float8(layers: nn.ModuleList, recipe: str, device_type: str) -> N
             f'{SIZE_STEP}: set it to "none"'
         )
     convert_to_float8_training(layers, config=load_recipe(recipe), module_filter_fn=lambda module, name: _can_convert(module))
-    if recipe.startswith("rowwise"):
-        # A fused norm is not rounded to bfloat16 before its rows are scaled, while a recomputed one is: with rowwise scales that
-        # has led to NaN in the backward (PyTorch's "RMS norm causes NaNs when used with torch.compile + float8").
-        torch._inductor.config.emulate_precision_casts = True
+    for module in layers.modules():
+        if isinstance(module, Float8Linear):
+            module.__class__ = _build_class(Float8Linear)
+    # A fused norm is not rounded to bfloat16 before its rows are scaled, while a recomputed one is: with rowwise scales that has
+    # led to NaN in the backward (PyTorch's "RMS norm causes NaNs when used with torch.compile + float8"). It holds for all that
+    # this process compiles.
+    torch._inductor.config.emulate_precision_casts = True
     logger.info("training in float8, %s: %d of the %d matrices of the decoder layers", recipe, changed, matrices)
+
+
+@cache
+def _build_class(rounded: type[nn.Linear]) -> type[nn.Linear]:
+    class TrainedInFloat8(rounded):  # type: ignore[misc, valid-type]  # torchao is imported late
+        """Not rounded in validation and evaluation, which measure the model that is exported."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if self.training else F.linear(input, self.weight, self.bias)
+
+    return TrainedInFloat8
 
 
 def load_recipe(recipe: str) -> Float8LinearConfig:

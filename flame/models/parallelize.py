@@ -58,8 +58,7 @@ def parallelize(
     if training.float8 != "none":
         convert_to_float8(layers, training.float8, mesh.device_type)
     if training.float8_head:
-        vocabulary, width = model.output_embedding.shape
-        check_float8_head(vocabulary, width, mesh.device_type)
+        check_float8_head(mesh.device_type)
         model.has_float8_head = True
     for trained in (layers, *(stack.layers for stack in stacks if stack.is_trained)):
         _checkpoint_activations(trained, recompute)
@@ -88,14 +87,18 @@ def _compile(model: TrainingModel, layers: list[nn.Module], own: nn.ModuleList, 
 
 
 class _SelectiveAC(SelectiveAC):
-    """Keeps the outputs of attention and of every second matrix product."""
+    """Keeps the outputs of attention and of every second matrix product. Compiled layers alone: a layer may change a product in
+    place, and the compiler takes such changes out."""
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() | {torch.ops.flame.varlen_attention.default}
+        aten = torch.ops.aten
+        further = {aten._grouped_mm.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+        return super().get_save_ops() | further | {torch.ops.flame.varlen_attention.default}
 
 
 class _PointwiseAC(_SelectiveAC):
-    """Keeps the outputs of attention and of all matrix products."""
+    """Keeps the outputs of all matrix products, and of attention where it is an operator of torch's or ours: FlexAttention and
+    fla's kernels run again."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
         # The set also has higher-order operators, with which dynamo does not compile the layer.

@@ -18,6 +18,7 @@ from flame.data.mixture import Mixture, open_held_out, open_mixture
 from flame.data.tokenizer import load_tokenizer
 from flame.errors import UserError
 from flame.evaluation.evaluator import Evaluator
+from flame.kernels.float8_head import find_float8_head_conflicts
 from flame.models.causal_lm import (
     build_on_meta,
     find_decoder_layers,
@@ -68,6 +69,8 @@ def open_inputs(config: JobConfig) -> RunInputs:
     resize_vocabulary(model_config, len(tokenizer), is_wanted=model.resize_embeddings and bool(start))
     exports = config.checkpoint.enable_checkpoint and config.checkpoint.export_hf
     faults = list(find_model_conflicts(model_config, len(tokenizer), config.training.context_len, exports=exports))
+    if config.training.float8_head:
+        faults += find_float8_head_conflicts(model_config.vocab_size, model_config.hidden_size)
     kind = choose_objective(config)
     if kind is not None:
         faults += call_rules(kind.load().find_model_conflicts, config.get(kind.options), model_config)

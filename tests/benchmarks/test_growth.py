@@ -1,4 +1,4 @@
-"""What the benchmarks of growth and of objectives measure with: the step in this process, processes in turn, tables."""
+"""What the benchmarks of growth and of objectives measure with: the step in this process, tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import growth, growth_report, objectives
 from benchmarks.growth import CHEAP, FUTURE, NEXT_TOKEN, Plan, Point, Worker
 from benchmarks.packs import draw_batch, draw_cu_seqlens
-from benchmarks.spread import GO, Job, deal, run_jobs
 from benchmarks.timing import Timing
 from benchmarks.training_step import OUT_OF_MEMORY, TrainingStep, launch_for, read_step_options
 from flame.attention import flash
@@ -198,41 +197,6 @@ def test_an_objective_beside_next_token(toy, mesh, name):
     row = objectives.Comparison(name, toy, 96, mesh, compiled=False).measure(64)
     assert row[name]["flops"] > row["next_token"]["flops"] > 0
     assert row[name]["timing"]["median_ms"] > 0 and row["next_token"]["is_finite"]
-
-
-def test_jobs_are_dealt_longest_first():
-    jobs = [Job(name, [], seconds) for name, seconds in (("a", 10), ("b", 50), ("c", 20), ("d", 25))]
-    dealt = deal(jobs, ["0", "1"])
-    assert {gpu: [job.name for job in own] for gpu, own in dealt.items()} == {"0": ["b"], "1": ["d", "c", "a"]}
-
-
-CHILD = f"""
-import os, sys, time
-assert sys.stdin.readline() == {GO!r}
-log = open(sys.argv[1], "a")
-for word in ("begins", "ends"):
-    log.write(os.environ["CUDA_VISIBLE_DEVICES"] + sys.argv[2] + word + "\\n"); log.flush()
-    time.sleep(0.05)
-sys.exit(int(sys.argv[3]))
-"""
-
-
-def run_children(tmp_path, codes, seconds):
-    jobs = [Job(name, ["-c", CHILD, str(tmp_path / "seen"), name, str(code)], 1) for name, code in codes.items()]
-    ends = {}
-    run_jobs(jobs, ["7"], tmp_path, time.time() + seconds, lambda job, fault: ends.update({job.name: fault}))
-    seen = tmp_path / "seen"
-    return ends, seen.read_text().split() if seen.exists() else []
-
-
-def test_jobs_of_a_gpu_follow_one_another_and_outlive_those_that_fail(tmp_path):
-    ends, seen = run_children(tmp_path, {"a": 0, "b": 3, "c": 0}, 60)
-    assert seen == ["7abegins", "7aends", "7bbegins", "7bends", "7cbegins", "7cends"]
-    assert ends["a"] is None and ends["c"] is None and ends["b"].startswith("ended with 3")
-
-
-def test_no_job_begins_after_the_deadline(tmp_path):
-    assert run_children(tmp_path, {"a": 0}, -1) == ({"a": "no time was left"}, [])
 
 
 @pytest.mark.gpu

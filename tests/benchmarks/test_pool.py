@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from itertools import combinations
 from math import inf
 from pathlib import Path
 
 import pytest
 
-from benchmarks.pool import Ended, Job, explain, launch, list_gpus, run_jobs
+from benchmarks.pool import GO, MARK, Ended, Job, explain, launch, list_gpus, run_jobs, wait_for_turn
 
 NAMED = "echo $CUDA_VISIBLE_DEVICES; date +%s.%N; sleep 0.15; date +%s.%N"
+WAIT = "test $(head -c 1) || exit 9; "
+"""A rank's `wait_for_turn`."""
 
 
-def shell(name: str, script: str, gpus: int = 1, seconds: float = inf) -> Job:
-    return Job(name, gpus, ["sh", "-c", script], seconds)
+def shell(name: str, script: str, gpus: int = 1, seconds: float = inf, expected: float = 0.0) -> Job:
+    return Job(name, gpus, ["sh", "-c", script], seconds, expected, waits=WAIT in script)
 
 
 def run_all(jobs: list[Job], gpus: list[str], logs: Path, seconds: float = inf) -> dict[str, Ended]:
@@ -34,23 +38,79 @@ def read_pid(path: Path) -> int:
     return int(path.read_text())
 
 
-def test_jobs_share_the_host_but_no_gpu(tmp_path: Path):
+@pytest.mark.parametrize("early", [(), (0, 2, 3, 5), range(7)])
+def test_jobs_share_the_host_but_no_gpu(tmp_path: Path, early):
     sizes = [4, 2, 1, 2, 1, 1, 3]
-    jobs = [shell(f"job{n}", NAMED, gpus) for n, gpus in enumerate(sizes)]
+    jobs = [shell(f"job{n}", (WAIT if n in early else "") + NAMED, gpus) for n, gpus in enumerate(sizes)]
     ended = run_all(jobs, ["3", "4", "GPU-x", "6"], tmp_path)
     assert len(ended) == len(jobs) and all(each.problem is None for each in ended.values())
-    spans = []
+    turns = []
     for job in jobs:
         names, start, end = (tmp_path / f"{job.name}.log").read_text().split()
         assert len(set(names.split(","))) == job.gpus and set(names.split(",")) <= {"3", "4", "GPU-x", "6"}
-        spans.append((set(names.split(",")), float(start), float(end)))
-    overlaps = 0
-    for n, (names, start, end) in enumerate(spans):
-        for others, other_start, other_end in spans[:n]:
-            beside = start < other_end and other_start < end
-            assert not (beside and names & others)
-            overlaps += beside
-    assert overlaps >= 2
+        turns.append((set(names.split(",")), float(start), float(end)))
+    beside = [a[0] & b[0] for a, b in combinations(turns, 2) if a[1] < b[2] and b[1] < a[2]]
+    assert len(beside) >= 2 and not any(beside)
+
+
+def test_jobs_start_beside_others_and_wait(tmp_path: Path):
+    """Two on halves of the first one's GPUs, and a third when one of them has its turn."""
+    script = f"date +%s.%N; {WAIT} date +%s.%N; sleep 0.2; date +%s.%N"
+    jobs = [shell("first", script, 2), *(shell(name, script) for name in ("left", "right", "last"))]
+    assert all(each.problem is None for each in run_all(jobs, ["0", "1"], tmp_path).values())
+    read = {job.name: list(map(float, (tmp_path / f"{job.name}.log").read_text().split())) for job in jobs}
+    for name in ("left", "right"):
+        assert read[name][0] < read["first"][2] <= read[name][1]
+    assert read["first"][2] <= read["last"][0] < min(read["left"][2], read["right"][2]) <= read["last"][1]
+
+
+def test_the_longest_start_first_and_the_next_ones_where_gpus_are_free_first(tmp_path: Path):
+    expected = {"a": 10, "b": 50, "c": 20, "d": 25}
+    jobs = [shell(name, f"{WAIT} echo $CUDA_VISIBLE_DEVICES", expected=seconds) for name, seconds in expected.items()]
+    run_all(jobs, ["0", "1"], tmp_path)
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in "bdc"] == ["0", "1", "1"]
+
+
+def test_limits_count_from_the_turn(tmp_path: Path):
+    ended = run_all([shell("first", "sleep 0.8"), shell("second", WAIT, seconds=0.7)], ["0"], tmp_path)
+    assert ended["second"].problem is None and ended["second"].seconds < 0.7
+
+
+def test_what_waits_when_the_time_is_over_has_no_turn(tmp_path: Path):
+    script = f"echo $$ > {tmp_path}/pid; {WAIT} touch {tmp_path}/turn"
+    ended = run_all([shell("first", "sleep 60"), shell("second", script)], ["0"], tmp_path, seconds=0.5)
+    assert ended["second"] == Ended(shell("second", script), 0.0, "not started: the time was over")
+    assert not is_alive(read_pid(tmp_path / "pid")) and not (tmp_path / "turn").exists()
+
+
+def test_closing_kills_what_waits(tmp_path: Path):
+    quick = shell("quick", f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done", expected=20)
+    jobs = [quick, shell("slow", "sleep 60", expected=10), shell("waiting", f"echo $$ > {tmp_path}/pid; {WAIT}")]
+    ended = run_jobs(jobs, ["0", "1"], tmp_path)
+    assert next(ended).job.name == "quick" and is_alive(read_pid(tmp_path / "pid"))
+    ended.close()
+    assert not is_alive(read_pid(tmp_path / "pid"))
+
+
+def test_a_turn_comes_once_for_each_rank_and_never_when_the_scheduler_is_gone(monkeypatch: pytest.MonkeyPatch):
+    assert wait_for_turn()  # no job
+    monkeypatch.setenv(MARK, "some job")
+    reads, writes = os.pipe()
+    os.write(writes, GO * 2)
+    os.close(writes)
+    with open(reads) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert [wait_for_turn() for _ in range(3)] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_wait(tmp_path: Path):
+    """Each rank reads the input of its launcher."""
+    script = tmp_path / "rank.py"
+    script.write_text("import sys\nsys.exit(sys.stdin.buffer.raw.read(1) != b'g')")
+    torchrun = launch(2, "", [])[:-2]
+    ended = run_all([Job("ranks", 2, [*torchrun, str(script)], waits=True)], ["0", "1"], tmp_path)
+    assert ended["ranks"].problem is None, ended["ranks"].lines
 
 
 def test_a_job_over_its_limit_leaves_no_process(tmp_path: Path):

@@ -456,3 +456,40 @@ def test_spans_are_short_where_rows_are_long() -> None:
     for spans in plan:
         assert [span.start for span in spans] == [5, *(span.stop for span in spans[:-1])] and spans[-1].stop == 1_000_005
     assert [spans[0].stop - spans[0].start for spans in plan] == [3, 3, 1]
+
+
+class OneLong:
+    """Stands for a `SpanEncoder`: row 0 is through when the next 40 are. Names of files say which rows are."""
+
+    def __init__(self, done: Path):
+        self.done = done
+
+    def check_rows(self) -> None: ...
+
+    def reopen_rows(self) -> None: ...
+
+    def encode(self, span: span_encoder.Span) -> span_encoder.EncodedSpan:
+        until = time.monotonic() + 10
+        while span.start == 0 and len(list(self.done.iterdir())) < 40 and time.monotonic() < until:
+            time.sleep(0.01)
+        (self.done / str(span.start)).touch()
+        none = np.empty(0, np.int64)
+        return span_encoder.EncodedSpan(np.array([span.start]), none, int(time.monotonic() > until), none)
+
+
+def test_workers_go_on_beside_a_long_row_and_order_stays(tmp_path: Path) -> None:
+    spans = [span_encoder.Span(row, row + 1) for row in range(100)]
+    found = list(span_encoder.encode_in_order(OneLong(tmp_path), spans, 2))  # type: ignore[arg-type]
+    assert [(span, encoded.tokens.item()) for span, encoded in found] == [(span, span.start) for span in spans]
+    assert not found[0][1].bad_rows, "the others stood still"
+
+
+def test_a_cluster_of_long_rows_has_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain loop gives each span to the worker that is free first."""
+    monkeypatch.setattr(span_encoder, "LONGEST_SPAN", 4096)
+    lengths = np.full(2000, 10_000)
+    lengths[1900:1920] = 200_000  # as the Python files of some packages
+    free = [0] * 16
+    for span in span_encoder.plan_spans(0, len(lengths), 16, lengths.mean()):
+        free[free.index(min(free))] += int(lengths[span.start : span.stop].sum())
+    assert max(free) < 1.4 * lengths.sum() / 16

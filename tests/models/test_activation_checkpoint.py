@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from flame.attention import varlen
+from flame.errors import UserError
 from flame.models import parallelize
+from flame.models.causal_lm import find_decoder_layers
+from flame.objectives.step import Requested, compute_losses
+from flame.trainer.options import read_options
+from tests.support.families import build_toy
+from tests.support.models import build_unsharded, future_config, random_batch, random_cu_seqlens
+from tests.support.runs import options
 
 WIDTH, HEADS, LENGTH = 32, 4, 96
 CU_SEQLENS = torch.tensor([0, 40, LENGTH], dtype=torch.int32)
@@ -84,6 +92,33 @@ def test_less_is_kept_and_nothing_costly_is_computed_again() -> None:
     assert plain.backward[torch.ops.aten.mm.default] == 9, "two for each matrix, but for the first layer's input"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert compile_layer("full")[0].backward[torch.ops.flame.varlen_attention.default] == 1
+
+
+@pytest.mark.parametrize("mode", ["selective", "pointwise"])
+@pytest.mark.parametrize(("name", "changes"), [("olmo", {"clip_qkv": 0.01}), ("mixtral", {}), ("qwen3_moe", {})])
+def test_layers_that_change_products_in_place_have_the_right_gradients(name: str, changes: dict[str, object], mode: str) -> None:
+    """Compiled. OLMo clips its queries in place, Mixtral divides the router's choice."""
+    found = []
+    for each in ("none", mode):
+        torch.compiler.reset()
+        model = build_unsharded(future_config(), build_toy(name, **changes))
+        layers = find_decoder_layers(model.lm)
+        parallelize._checkpoint_activations(layers, each)
+        for layer in layers:
+            layer.compile(dynamic=False, backend="aot_eager_decomp_partition")
+        model(compute_losses, random_batch(random_cu_seqlens(64, 3, seed=1)), Requested(aux=False)).ce_sum.backward()
+        found.append([parameter.grad for parameter in model.lm.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["selective", "pointwise"])
+def test_uncompiled_layers_are_refused(workspace: Path, tmp_path: Path, mode: str) -> None:
+    """Such gradients would be wrong, in silence."""
+    with pytest.raises(UserError) as refusal:
+        read_options(options(workspace, tmp_path / "run", activation_checkpoint__mode=mode), 1)
+    (line,) = refusal.value.lines
+    assert line.startswith(f'activation_checkpoint.mode = "{mode}" beside training.compile = false')
 
 
 @pytest.mark.parametrize(("mode", "is_equal"), [("pointwise", True), ("full", False)])

@@ -119,7 +119,7 @@ def test_a_skipped_step_changes_nothing(workspace, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "full"])
 def test_activation_checkpointing_wraps_every_layer(workspace, tmp_path, mode):
-    trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode)
+    trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode, training__compile=True)
     wrapped = [isinstance(layer, CheckpointWrapper) for layer in trainer.model.lm.get_submodule("model.layers").children()]
     assert wrapped == [mode != "none"] * 2
 
@@ -127,7 +127,9 @@ def test_activation_checkpointing_wraps_every_layer(workspace, tmp_path, mode):
 @pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "full"])
 def test_activation_checkpointing_wraps_the_layers_of_other_objectives(workspace, tmp_path, mode):
     changes = {"objective__name": "mtp", "mtp__tokens": 3}
-    trainer = build_trainer(Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode, **changes)
+    trainer = build_trainer(
+        Trainer, workspace, tmp_path / "run", activation_checkpoint__mode=mode, training__compile=True, **changes
+    )
     wrapped = [isinstance(head.layers[0], CheckpointWrapper) for head in trainer.model.objective.layers]
     assert wrapped == [mode != "none"] * 2
 

@@ -87,7 +87,7 @@ class ActionOptions(Section):
     """Divides the scores of candidates, which are cosines, in the softmax that makes rewards of them."""
     label_bias: NonNegativeFloat = option(0.0, applies=_HAS_ACTIONS)
     """Added to the score of the true next token."""
-    loss_weight: NonNegativeFloat = option(1.0, applies=_HAS_ACTIONS)
+    loss_weight: PositiveFloat = option(1.0, applies=_HAS_ACTIONS)
     """Factor of the action loss beside the loss of the summaries. Both are then multiplied by future_encoder.loss_weight."""
 
     def find_conflicts(self, job: JobConfig, name: str) -> Iterator[str]:
