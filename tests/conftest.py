@@ -64,9 +64,9 @@ def leave_no_trace() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
-    """A toy model and a corpus of short documents."""
+    """A toy model and a corpus of short documents. No test changes them."""
     from tests.support.models import tiny_llama  # not at the top: the environment is set first
 
     folder = tmp_path_factory.mktemp("workspace")
@@ -78,13 +78,23 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain_run(workspace, tmp_path_factory) -> Path:
-    """The folder of a finished run with no changes."""
+    """The folder of a finished run with no changes. A test that would change it takes a copy."""
     from tests.support.runs import run_here
 
     run = tmp_path_factory.mktemp("runs") / "plain"
     run_here(workspace, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported_run(workspace, tmp_path_factory) -> Path:
+    """As `plain_run`, with the model that it exports at its end."""
+    from tests.support.runs import run_here
+
+    run = tmp_path_factory.mktemp("runs") / "exported"
+    run_here(workspace, run, checkpoint__export_hf=True)
     return run
 
 

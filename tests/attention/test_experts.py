@@ -75,6 +75,7 @@ def test_a_run_keeps_the_correction_that_it_loads(workspace, tmp_path):
     model.save_pretrained(source)
     build_bytes_tokenizer().save_pretrained(source)
     changes = {"model__config": None, "model__tokenizer_path": None, "checkpoint__initial_load_path": source}
+    changes |= {"checkpoint__export_hf": True}
     cut_power_after(4, options(workspace, run, **changes))
     run_here(workspace, run, **changes)
     trained, exported = final_weights(run), AutoModelForCausalLM.from_pretrained(run / "hf")

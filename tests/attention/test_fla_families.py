@@ -189,7 +189,7 @@ def test_it_trains_and_its_export_gives_its_logits(name, workspace, tmp_path, qu
     config.save_pretrained(tmp_path / "model")
 
     def train() -> None:
-        changes = {"training__steps": 20, "checkpoint__interval": 20, "optimizer__lr": 3e-3}
+        changes = {"training__steps": 20, "checkpoint__interval": 20, "checkpoint__export_hf": True, "optimizer__lr": 3e-3}
         rows = run_here(workspace, tmp_path / "run", model__config=tmp_path / "model", **changes)
         assert rows[-1]["ce_loss"] < 0.9 * rows[0]["ce_loss"] and rows[-1]["aux_loss"] > 0
 

@@ -34,7 +34,7 @@ def test_only_complete_folders_count_in_the_order_of_steps(tmp_path):
 @pytest.mark.parametrize(("keep", "kept"), [(1, [6]), (2, [4, 6]), (0, [2, 4, 6])])
 def test_old_checkpoints_are_purged(workspace, tmp_path, keep, kept):
     torn = make_folder(tmp_path / "run" / "checkpoint" / "step-1.partial", "half")
-    run_here(workspace, tmp_path / "run", checkpoint__keep_latest_k=keep, checkpoint__interval=2, checkpoint__export_hf=False)
+    run_here(workspace, tmp_path / "run", checkpoint__keep_latest_k=keep, checkpoint__interval=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint")] == [f"step-{step}" for step in kept]
     assert not torn.exists()
 

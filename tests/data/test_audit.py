@@ -21,14 +21,13 @@ from flame.cli.audit import main as check
 from flame.data import audit
 from flame.data.audit import read_audit
 from tests.support.paths import REPO
-from tests.support.runs import SEQ_LEN, options, run_here, run_ranks
+from tests.support.runs import SEQ_LEN, fork_ranks, options, run_here
 
 CHANGES = {
     "training__audit": True,
     "training__num_streams": 12,
     "training__gradient_accumulation_steps": 1,
     "checkpoint__interval": 2,
-    "checkpoint__export_hf": False,
     "metrics__log_freq": 1,
 }
 
@@ -84,7 +83,7 @@ def test_every_token_once_over_kills_and_changed_ranks(workspace, tmp_path, caps
         kill_after_step(count, workspace, run, 3 + 7 * number, **CHANGES, training__steps=1000)
     resumed = json.loads((list_checkpoints(run / "checkpoint")[-1] / TRAINER_FILE).read_text())["step"]
     assert resumed >= 2 + 7 * (len(killed) - 1)
-    run_ranks(last, workspace, run, **CHANGES, training__steps=resumed + 240 // last)
+    fork_ranks(last, workspace, run, **CHANGES, training__steps=resumed + 240 // last)
 
     documents = [json.loads(line)["text"] for line in (workspace / "corpus.jsonl").read_text().splitlines()]
     lengths = {document: len(text.encode()) + 1 for document, text in enumerate(documents)}

@@ -163,7 +163,6 @@ def test_a_run_trains_on_problems_and_lets_the_model_answer_held_out_ones(worksp
         "held_out__sums__dataset": "reasoning_gym:sums",
         "held_out__sums__dataset_name": "below = 30",
         "held_out__sums__num_documents": 12,
-        "checkpoint__export_hf": False,
         "objective__name": "next_token",
     }
     rows = run_here(workspace, tmp_path / "run", **changes)

@@ -151,7 +151,6 @@ def test_a_run_validates_on_held_out_pairs(workspace, tmp_path: Path):
         "validation__dataset": "siblings",
         "validation__interval": 3,
         "validation__num_sequences": 3,
-        "checkpoint__export_hf": False,
     }
     rows = [row for row in run_here(workspace, tmp_path / "run", **changes) if "validation_loss" in row]
     assert [row["step"] for row in rows] == [3, 6]

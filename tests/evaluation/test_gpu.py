@@ -24,6 +24,7 @@ def test_bits_per_byte_are_those_of_the_exported_model_on_the_cpu(workspace, tmp
         "evaluation__tasks": write_requests(tmp_path / "toy.jsonl", questions),
         "evaluation__prompts": tmp_path / "prompts.txt",
         "evaluation__completion_tokens": 5,
+        "checkpoint__export_hf": True,
     }
     (tmp_path / "prompts.txt").write_text("alpha\nbeta")
     row = run_here(workspace, tmp_path / "run", **changes)[-1]

@@ -26,7 +26,7 @@ from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from research.bits_per_byte import cut, measure
 from tests.support.evaluation import make_questions, write_requests
-from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here
 
 CONTEXT_LEN = 48  # of the toy runs
 LONG_TEXT = "alpha beta gamma delta " * 9
@@ -63,7 +63,7 @@ def leave(rows: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def evaluated_run(workspace, asked, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "evaluated"
-    run_here(workspace, run, **asked)
+    run_here(workspace, run, **asked, checkpoint__export_hf=True)
     return run
 
 
@@ -89,9 +89,8 @@ def test_training_does_not_notice(plain_run, evaluated_run):
 def test_a_resumed_run_neither_notices_nor_evaluates_twice(workspace, asked, tmp_path, plain_run, evaluated_run):
     """After a power cut right after an evaluation that no checkpoint knows of."""
     run = tmp_path / "run"
-    changes = asked | {"checkpoint__export_hf": False}
-    cut_power_after(5, options(workspace, run, **changes))
-    rows = run_here(workspace, run, **changes)
+    cut_power_after(5, options(workspace, run, **asked))
+    rows = run_here(workspace, run, **asked)
     assert pick(rows) == pick(read_metrics(evaluated_run))
     assert leave(rows) == leave(read_metrics(plain_run))
     found, expected = final_weights(run), final_weights(plain_run)
@@ -110,7 +109,7 @@ def test_a_stop_while_evaluating_leaves_the_evaluation_to_the_resumed_run(
 
     monkeypatch.setattr(Evaluator, "run", interrupted)
     set_single_process_defaults()
-    changes = asked | {"checkpoint__export_hf": False, "checkpoint__interval": 100}
+    changes = asked | {"checkpoint__interval": 100}
     assert not Trainer(read_options(options(workspace, run, **changes), 1), lambda: len(calls) == 2).train()
     assert [row["step"] for row in pick(read_metrics(run))] == [2]
     monkeypatch.undo()
@@ -148,7 +147,7 @@ def test_held_out_sets_have_the_bits_per_byte_of_the_exported_model(evaluated_ru
 @pytest.mark.long
 def test_two_ranks_measure_as_one(workspace, asked, tmp_path, evaluated_run):
     """Under FSDP. The weights agree to rounding, so the losses do; shares of few questions may differ by one of them."""
-    two = pick(run_ranks(2, workspace, tmp_path / "two", **asked, training__gradient_accumulation_steps=2))
+    two = pick(fork_ranks(2, workspace, tmp_path / "two", **asked, training__gradient_accumulation_steps=2))
     for found, expected in zip(two, pick(read_metrics(evaluated_run)), strict=True):
         assert set(found) == set(expected)
         for name, value in expected.items():
@@ -199,7 +198,8 @@ def test_scores_are_those_of_lm_eval_on_the_exported_model(workspace, tmp_path, 
     level, run = logging.getLogger().level, tmp_path / "run"
     files = [write_requests(tmp_path / f"{name}.jsonl", questions) for name, questions in TASKS.items()]
     tasks = ",".join(map(str, files))
-    row = pick(run_here(workspace, run, evaluation__interval=6, evaluation__tasks=tasks, optimizer__lr=0.05))[-1]
+    changes = {"evaluation__interval": 6, "evaluation__tasks": tasks, "optimizer__lr": 0.05, "checkpoint__export_hf": True}
+    row = pick(run_here(workspace, run, **changes))[-1]
     if dist.is_initialized():
         dist.destroy_process_group()
     for name, questions in TASKS.items():
@@ -262,6 +262,7 @@ def test_completions_are_logged_and_given_to_loggers(workspace, tmp_path, caplog
         metrics__logger_path=tmp_path / "own_logger_texts.py",
         objective__name="next_token",
         training__steps=2,
+        checkpoint__export_hf=True,
     )
     assert [row["step"] for row in rows] == [1, 2]
     (line,) = (run / "texts.jsonl").read_text().splitlines()

@@ -37,7 +37,7 @@ def exports(workspace, tmp_path_factory):
 
     def get(name: str) -> Path:
         if not (folder / name).exists():
-            run_here(workspace, folder / name, training__steps=2, **CASES[name])
+            run_here(workspace, folder / name, training__steps=2, checkpoint__export_hf=True, **CASES[name])
         return folder / name / "hf"
 
     return get
@@ -151,6 +151,6 @@ def test_mistakes_are_one_line(exports, capsys, argv, expected):
 def test_what_has_no_summaries_is_told(workspace, tmp_path):
     with pytest.raises(UserError, match=r"future_modules.safetensors: no such file: give the export"):
         load_modules(tmp_path, CPU)
-    run_here(workspace, tmp_path / "run", training__steps=1, future_encoder__target="random")
+    run_here(workspace, tmp_path / "run", training__steps=1, checkpoint__export_hf=True, future_encoder__target="random")
     with pytest.raises(UserError, match=r'future_encoder.target = "random": its summaries come from what is not exported'):
         load_modules(tmp_path / "run" / "hf", CPU)

@@ -85,10 +85,10 @@ def test_the_next_token_of_a_pattern_is_in_the_states():
     assert all(each.known > 1.0 for each in found[:2])
 
 
-def test_the_command_reads_an_export(workspace, plain_run, tmp_path, capsys):
+def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"alpha beta gamma {number}"}) + "\n" for number in range(10)))
-    argv = [str(plain_run / "hf"), "--data_files", str(texts), "--device", "cpu", "--horizons", "1", "4"]
+    argv = [str(exported_run / "hf"), "--data_files", str(texts), "--device", "cpu", "--horizons", "1", "4"]
     assert main([*argv, "--out", str(tmp_path / "out.csv")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith("8 documents to learn from, 2 held out") and len(printed) == 4
@@ -107,9 +107,9 @@ def test_the_command_reads_an_export(workspace, plain_run, tmp_path, capsys):
         (["--data_files", "nothing.jsonl"], '--data_files: "nothing.jsonl" matches no file'),
     ],
 )
-def test_mistakes_are_one_line(plain_run, tmp_path, capsys, changes, expected):
+def test_mistakes_are_one_line(exported_run, tmp_path, capsys, changes, expected):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": "alpha beta gamma"}) + "\n" for _ in range(10)))
-    assert main([str(plain_run / "hf"), "--data_files", str(texts), "--device", "cpu", *changes]) == 2
+    assert main([str(exported_run / "hf"), "--data_files", str(texts), "--device", "cpu", *changes]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and error.startswith(expected), error

@@ -32,7 +32,7 @@ class Lines(MetricWriter):
         self.file.close()
 """
 FAILING = LOGGER.replace('self.write("log"', 'assert step != 2, "gone"; self.write("log"').replace('"lines"', '"failing lines"')
-SHORT = {"training__gradient_accumulation_steps": 1, "checkpoint__export_hf": False, "lr_scheduler__warmup_steps": 0}
+SHORT = {"training__gradient_accumulation_steps": 1, "lr_scheduler__warmup_steps": 0}
 
 
 def write_file(folder: Path, name: str, text: str) -> Path:

@@ -37,7 +37,7 @@ from tests.support.models import (
     tiny_llama,
 )
 from tests.support.paths import REPO
-from tests.support.runs import final_weights, run_here, run_ranks
+from tests.support.runs import final_weights, fork_ranks, run_here
 
 EXAMPLE = REPO / "docs" / "examples" / "tiny_transformer"
 CU = torch.tensor([0, 1, 25, 26, 50, 60], dtype=torch.int32)
@@ -90,7 +90,7 @@ def test_the_command_of_the_documentation_trains(tmp_path):
 
 def test_the_example_trains_and_its_export_loads(workspace, tmp_path):
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json"}
-    rows = run_here(workspace, tmp_path / "run", **changes)
+    rows = run_here(workspace, tmp_path / "run", **changes, checkpoint__export_hf=True)
     assert len(rows) == 6 and rows[-1]["ce_loss"] < rows[0]["ce_loss"] and rows[-1]["aux_loss"] > 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
     weights = {k.removeprefix("lm."): v for k, v in final_weights(tmp_path / "run").items() if k.startswith("lm.")}
@@ -358,7 +358,7 @@ def test_ranks_agree(workspace, tmp_path):
     """Two ranks, sharded: the run with the check in it is the run of one rank."""
     changes = {"experimental__custom_model_path": EXAMPLE, "model__config": EXAMPLE / "config.json", "training__steps": 2}
     one = run_here(workspace, tmp_path / "one", **changes)
-    two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
+    two = fork_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-4)
 
 

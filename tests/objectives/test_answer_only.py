@@ -35,7 +35,7 @@ from tests.support.answers import SEPARATOR, pack_documents
 from tests.support.documents import ListSource, encode_numbers, tokenize_rows
 from tests.support.models import build_unsharded, count_flops, future_config
 from tests.support.refusals import expect_one_line
-from tests.support.runs import measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import fork_ranks, measured, options, read_metrics, run_here
 from tests.support.sources import choose_kind
 
 SEQ_LEN, CONTEXT_LEN = 24, 9
@@ -217,7 +217,6 @@ GRAPHS = {
     "validation__dataset_name": "2x3,3x3",
     "validation__interval": 3,
     "validation__num_sequences": 3,
-    "checkpoint__export_hf": False,
 }
 COUNTS = ("anchors", "tokens_seen")
 
@@ -229,7 +228,7 @@ def validated(rows: list[dict]) -> list[dict]:
 @pytest.mark.slow
 def test_ranks_and_accumulation_divide_by_the_same_counts(workspace, tmp_path):
     one = run_here(workspace, tmp_path / "one", **GRAPHS)
-    two = run_ranks(2, workspace, tmp_path / "two", **GRAPHS, training__gradient_accumulation_steps=2)
+    two = fork_ranks(2, workspace, tmp_path / "two", **GRAPHS, training__gradient_accumulation_steps=2)
     assert {"validation_exact_match", "validation_first_branch"} <= set(validated(one)[0])
     assert [row["step"] for row in validated(one)] == [3, 6]
     for a, b in zip(one, two, strict=True):

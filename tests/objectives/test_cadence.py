@@ -19,7 +19,7 @@ from flame.train import Trainer
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
 from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
-from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here
 
 WITHOUT_SAVING = {"checkpoint__enable_checkpoint": False, "metrics__diagnostics_interval": 0}
 EVERY_SECOND = {"future_encoder__every": 2, "future_encoder__draw_step": True, "future_encoder__sequence_share": 0.5}
@@ -151,7 +151,7 @@ def test_the_loss_is_the_mean_over_its_sequences(workspace, tmp_path):
 
 def test_steps_without_the_loss_train_on_the_next_token_alone(workspace, tmp_path):
     """Until the first of them, a run is next-token training to the bit."""
-    changes = {"training__steps": 3, "checkpoint__export_hf": False}
+    changes = {"training__steps": 3}
     plain = run_here(workspace, tmp_path / "plain", objective__name="next_token", **changes)
     skipping = run_here(workspace, tmp_path / "run", future_encoder__every=3, **changes)
     names = ("ce_loss", "grad_norm")
@@ -173,7 +173,7 @@ def test_two_ranks_choose_the_same(workspace, tmp_path):
     changes = EVERY_SECOND | {"training__steps": 4, "future_encoder__negatives": "global"}
     alone = run_here(workspace, tmp_path / "alone", **changes, **WITHOUT_SAVING)
     halves = changes | {"training__gradient_accumulation_steps": 2}
-    two = run_ranks(2, workspace, tmp_path / "two", **halves, **WITHOUT_SAVING)
+    two = fork_ranks(2, workspace, tmp_path / "two", **halves, **WITHOUT_SAVING)
     for found, expected in zip(measured(two), measured(alone), strict=True):
         assert found == pytest.approx(expected, rel=2e-4)
 

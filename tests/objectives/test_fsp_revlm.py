@@ -102,11 +102,11 @@ def test_a_frozen_model_without_weights_is_refused():
     assert any(line.startswith("fsp_revlm.train_reverse = false") for line in caught.value.lines)
 
 
-def test_weights_without_a_reverse_model_are_refused(workspace, tmp_path, plain_run, capsys):
+def test_weights_without_a_reverse_model_are_refused(workspace, tmp_path, exported_run, capsys):
     """A frozen network of random weights would have nothing to teach."""
     changes = {"objective__name": "fsp_revlm", "future_encoder__learnable_temperature": None, "fsp_revlm__train_reverse": False}
     with pytest.raises(SystemExit) as stop:
-        run_here(workspace, tmp_path / "run", checkpoint__initial_load_path=plain_run / "hf", **changes)
+        run_here(workspace, tmp_path / "run", checkpoint__initial_load_path=exported_run / "hf", **changes)
     line = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in line
     assert "lacks reverse of the objective fsp_revlm, which this run does not train: give the export of a run that" in line
@@ -115,10 +115,10 @@ def test_weights_without_a_reverse_model_are_refused(workspace, tmp_path, plain_
 def test_the_papers_two_stages(workspace, tmp_path):
     """A second run takes the reverse model of the first, and leaves it as it is."""
     changes = {"objective__name": "fsp_revlm", "future_encoder__learnable_temperature": None, "training__steps": 2}
-    run_here(workspace, tmp_path / "first", **changes)
+    run_here(workspace, tmp_path / "first", **changes, checkpoint__export_hf=True)
     source: Path = tmp_path / "first" / "hf"
     assert (source / name_objective_file("fsp_revlm")).exists()
-    second = {"fsp_revlm__train_reverse": False, "checkpoint__initial_load_path": source, "checkpoint__export_hf": False}
+    second = {"fsp_revlm__train_reverse": False, "checkpoint__initial_load_path": source}
     run_here(workspace, tmp_path / "second", **changes | second)
     first, last = (read_model_tensors(max((tmp_path / run / "checkpoint").glob("step-*"))) for run in ("first", "second"))
     reverse = [name for name in first if name.startswith("objective.reverse.")]

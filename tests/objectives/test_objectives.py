@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import settings as how_often
 from hypothesis import strategies as st
@@ -34,7 +30,6 @@ from flame.objectives.future.summaries import average_ahead, shuffle_valid
 from flame.objectives.probe import measure_step
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import Requested, compute_losses
-from flame.runtime import distributed
 from flame.runtime.distributed import set_single_process_defaults
 from flame.runtime.seeds import derive_seed
 from flame.train import Trainer, main
@@ -45,7 +40,7 @@ from flame.weights.tensors import read_model_tensors
 from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.models import pack as pack_tokens
 from tests.support.objectives import OPTIONS, choose
-from tests.support.ranks import PROCESSES
+from tests.support.ranks import train_on_ranks
 from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here
 
 RANKS = 2
@@ -54,7 +49,6 @@ COMMON = {
     "training__steps": STEPS,
     "training__gradient_accumulation_steps": RANKS,
     "checkpoint__interval": 2,
-    "checkpoint__export_hf": False,
     "future_encoder__learnable_temperature": None,
     "metrics__diagnostics_interval": 0,
     "objective__name": "future",
@@ -153,22 +147,6 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, wh
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def train_on_rank(rank: int, folder: str, argvs: list[list[str]]) -> None:
-    """One run after another; the ranks of each meet in a file of its own."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "a file", "MASTER_PORT": "of the test"}
-    for number, argv in enumerate(argvs):
-        distributed._open_store = partial(open_store, f"{folder}/{number}")
-        main(argv)
-
-
-def open_store(path: str, timeout: timedelta) -> dist.Store:
-    store = dist.FileStore(path, RANKS)
-    store.set_timeout(timeout)
-    return store
-
-
 ALIKE = ("top", "fsp_bow", "mean_embedding", "causal", "shuffled", "embedding", "shallow, ema", "stp", "nitp")
 """Cases whose ranks exchange nothing that another case's do not."""
 
@@ -183,7 +161,7 @@ def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, whole_r
     """1 rank x 2 micro-steps = 2 ranks x 1, dropout included."""
     changes = {"training__gradient_accumulation_steps": 1, "checkpoint__enable_checkpoint": False}
     argvs = [list_options(workspace, tmp_path / name, name, **changes) for name in names]
-    mp.start_processes(train_on_rank, args=(str(tmp_path), argvs), nprocs=RANKS, start_method=PROCESSES.get_start_method())
+    train_on_ranks(RANKS, argvs)
     for name in names:
         rows = zip(measured(read_metrics(tmp_path / name)), measured(read_metrics(whole_runs(name))), strict=True)
         for found, expected in rows:

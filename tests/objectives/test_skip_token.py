@@ -145,7 +145,7 @@ def list_changes(**changes: object) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def run(workspace, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "skip_token"
-    main(options(workspace, folder, **list_changes()))
+    main(options(workspace, folder, **list_changes(checkpoint__export_hf=True)))
     return folder
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 # A clean process that has imported everything; the ranks are forked from it in no time.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -45,3 +51,29 @@ def _run_rank(rank: int, ranks: int, rendezvous: Path, results: Any, scenario: S
     except BaseException:
         results.put((rank, (False, traceback.format_exc())))
     dist.destroy_process_group()
+
+
+def train_on_ranks(ranks: int, argvs: list[list[str]]) -> None:
+    """One run of the trainer after another on ranks that stay, for each command line."""
+    with TemporaryDirectory() as folder:
+        arguments, method = (ranks, folder, argvs), PROCESSES.get_start_method()
+        mp.start_processes(_train_rank, args=arguments, nprocs=ranks, start_method=method)
+
+
+def _train_rank(rank: int, ranks: int, folder: str, argvs: list[list[str]]) -> None:
+    """The ranks of each run meet in a file of its own. They draw no curves, which takes half of a toy run's time."""
+    from flame.train import main  # not at the top: this module is the first that a clean process imports
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "a file", "MASTER_PORT": "of the test"}
+    for number, argv in enumerate(argvs):
+        store = partial(_open_store, f"{folder}/{number}", ranks)
+        with patch("flame.runtime.distributed._open_store", store), patch("flame.trainer.finish.plot_run"):
+            main(argv)
+
+
+def _open_store(path: str, ranks: int, timeout: timedelta) -> dist.Store:
+    store = dist.FileStore(path, ranks)
+    store.set_timeout(timeout)
+    return store

@@ -17,13 +17,14 @@ from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from flame.weights.tensors import read_model_tensors
 from tests.support.paths import REPO
+from tests.support.ranks import train_on_ranks
 
 SEQ_LEN = 64
 MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
 
 
 def options(workspace: Path, run: Path, **changes: object) -> list[str]:
-    """Command line of a toy run. A change to None leaves the option out."""
+    """Command line of a toy run, which exports no model: few tests look at one. A change to None leaves the option out."""
     values = {
         "job.dump_folder": run,
         "model.config": workspace / "model",
@@ -42,6 +43,7 @@ def options(workspace: Path, run: Path, **changes: object) -> list[str]:
         "future_encoder.learnable_temperature": True,
         "future_predictor.dropout": 0.1,
         "checkpoint.interval": 3,
+        "checkpoint.export_hf": False,
         "metrics.log_freq": 1,
     } | {key.replace("__", "."): value for key, value in changes.items()}
     return [
@@ -79,6 +81,12 @@ def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
     done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return read_metrics(run)
+
+
+def fork_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
+    """As `run_ranks`, without the launcher and by processes that have imported everything."""
+    train_on_ranks(ranks, [options(workspace, run, **changes)])
     return read_metrics(run)
 
 

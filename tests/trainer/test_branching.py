@@ -37,7 +37,7 @@ class Known(MetricWriter):
 def logged(tmp_path_factory) -> dict[str, object]:
     path = tmp_path_factory.mktemp("logger") / "known_logger.py"
     path.write_text(LOGGER)
-    return {"metrics__logger_path": path, "checkpoint__export_hf": False}
+    return {"metrics__logger_path": path}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from flame.trainer.options import read_options
 from tests.support.options import read_mistakes
 from tests.support.runs import SEQ_LEN, final_weights, measured, options, read_metrics, run_here
 
-QUICK = {"checkpoint__export_hf": False, "training__steps": None}
+QUICK = {"training__steps": None}
 TOKENS_PER_STEP = 4 * SEQ_LEN
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,15 +30,15 @@ def test_it_makes_the_first_step_of_the_run_and_keeps_nothing(workspace: Path, t
     argv = options(workspace, tmp_path / "run", training__steps=50, validation__holdout_every=2, validation__interval=25)
     lines = dry_run(caplog, argv)
     assert not (tmp_path / "run").exists() and not list_files(tmp_path / "temporary")
-    first = run_here(workspace, tmp_path / "run", training__steps=50, validation__holdout_every=2, validation__interval=25)[0]
+    first = run_here(workspace, tmp_path / "run", training__steps=1, validation__holdout_every=2, validation__interval=1)[0]
     (step,) = (line for line in lines if line.startswith("step 1/2 "))
     assert f"ce {first['ce_loss']:6.3f}" in step and f"aux {first['aux_loss']:6.3f}" in step
     assert lines[-1].endswith(f"The run itself begins in {tmp_path / 'run'}")
     assert any(line.startswith("validation: 1 held-out sequences") for line in lines)
 
 
-def test_a_run_that_is_under_way_is_not_touched(workspace: Path, tmp_path: Path, caplog):
-    run_here(workspace, tmp_path / "run")
+def test_a_run_that_is_under_way_is_not_touched(workspace: Path, tmp_path: Path, plain_run: Path, caplog):
+    shutil.copytree(plain_run, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in list_files(tmp_path / "run")}
     lines = dry_run(caplog, options(workspace, tmp_path / "run", training__steps=12))
     assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path / "run")} == before

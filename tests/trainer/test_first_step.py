@@ -41,7 +41,7 @@ def test_what_two_runs_share(workspace: Path, tmp_path: Path, first: dict, chang
 
 
 def test_a_resumed_run_adds_a_line(workspace: Path, tmp_path: Path):
-    run_here(workspace, tmp_path, training__steps=3, checkpoint__export_hf=False)
-    run_here(workspace, tmp_path, training__steps=4, checkpoint__export_hf=False)
+    run_here(workspace, tmp_path, training__steps=3)
+    run_here(workspace, tmp_path, training__steps=4)
     lines = read_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 4] and lines[0]["weights"] != lines[1]["weights"]

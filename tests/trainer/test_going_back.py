@@ -23,7 +23,7 @@ EACH_STEP = {"checkpoint__interval": 1, "checkpoint__keep_latest_k": 0}
 def finished_run(workspace, tmp_path_factory) -> Path:
     """With a checkpoint of each step, and an export at step 3."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    run_here(workspace, run, **EACH_STEP, checkpoint__export_interval=3)
+    run_here(workspace, run, **EACH_STEP, checkpoint__export_hf=True, checkpoint__export_interval=3)
     (run / "skipped.jsonl").write_text('{"step": 2}\n{"step": 5}\n')
     return run
 
@@ -69,9 +69,8 @@ def test_going_back_is_as_if_the_run_had_been_stopped_there(workspace, run, fini
 
 
 def test_a_start_without_the_option_lets_the_run_go_back_again(workspace, run, finished_run):
-    quick = EACH_STEP | {"checkpoint__export_hf": False}
     for load_step in (4, None, 4):
-        run_here(workspace, run, **quick, checkpoint__load_step=load_step)
+        run_here(workspace, run, **EACH_STEP, checkpoint__load_step=load_step)
     assert read_starts(run) == [0, 4, 4]  # the start between them finds the run finished
     assert (run / "checkpoint" / "step-6.set-aside-2").is_dir()
     assert_same_run(run, finished_run)
@@ -98,7 +97,7 @@ def test_no_good_checkpoint_is_purged_while_steps_are_skipped(workspace, tmp_pat
     monkeypatch.setattr(
         flame.models.output_head, "linear_cross_entropy", lambda *a: real(*a) * (float("nan") if is_broken[0] else 1.0)
     )
-    saved = {"checkpoint__interval": 1, "checkpoint__export_hf": False, "training__max_skipped_steps": 4}
+    saved = {"checkpoint__interval": 1, "training__max_skipped_steps": 4}
     run_here(workspace, run, **saved, training__steps=3)
     is_broken[0] = True
     for expected_step in (7, 8):
@@ -126,7 +125,7 @@ def test_a_state_whose_weights_are_lost_is_never_saved(workspace, tmp_path, monk
         if self.step == 5:
             next(iter(self.model.parameters())).data.mul_(float("nan"))
 
-    saved = {"checkpoint__interval": 2, "checkpoint__keep_latest_k": 1, "checkpoint__export_hf": False, "training__steps": 12}
+    saved = {"checkpoint__interval": 2, "checkpoint__keep_latest_k": 1, "training__steps": 12}
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", train_step)
         with pytest.raises(SystemExit) as stop:

@@ -20,14 +20,13 @@ from tests.support.checkpoints import edit_state
 from tests.support.runs import cut_power_after, measured, options, read_metrics, run_here
 from tests.support.sources import choose_kind
 
-QUICK = {"checkpoint__export_hf": False}
 UNNAMED = {"training__dataset": None, "training__data_files": None}
 
 
 @pytest.fixture(scope="module")
 def stopped_run(workspace, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("stopped") / "run"
-    cut_power_after(4, options(workspace, run, **QUICK))
+    cut_power_after(4, options(workspace, run))
     return run
 
 
@@ -44,7 +43,7 @@ def moved(workspace, tmp_path) -> Path:
 def refuse(workspace, run: Path, capsys, **changes: object) -> str:
     before = read_metrics(run)
     with pytest.raises(SystemExit) as stop:
-        run_here(workspace, run, **QUICK | changes)
+        run_here(workspace, run, **changes)
     dist.destroy_process_group()
     assert stop.value.code == 2 and read_metrics(run) == before
     line = capsys.readouterr().err.strip()
@@ -57,7 +56,7 @@ def name_source(name: str, path: Path) -> dict[str, object]:
 
 
 def test_data_that_have_moved_are_known_again(workspace, run, moved, plain_run, caplog):
-    rows = run_here(workspace, run, **QUICK | {"training__data_files": moved})
+    rows = run_here(workspace, run, training__data_files=moved)
     assert measured(rows) == measured(read_metrics(plain_run))
     assert f'training.data_files: "{workspace}/corpus.jsonl" -> "{moved}"' in caplog.text
 
@@ -82,7 +81,7 @@ def test_another_column_of_the_same_file_is_other_data(workspace, tmp_path, caps
     rows = [json.loads(line)["text"] for line in (workspace / "corpus.jsonl").read_text().splitlines()]
     both.write_text("".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for text in rows))
     first = {"training__data_files": both, "training__steps": 1}
-    run_here(workspace, tmp_path / "run", **QUICK | first)
+    run_here(workspace, tmp_path / "run", **first)
     line = refuse(workspace, tmp_path / "run", capsys, training__data_files=both, training__text_column="body")
     assert "document 0 is another (40 of the 40 compared are)" in line and 'training.text_column = "body"' in line
 
@@ -95,9 +94,9 @@ def test_streamed_data_are_known_by_their_files(workspace, tmp_path, capsys):
             (tmp_path / name / f"{shard}.jsonl").write_text("".join(texts[shard::4]))
     streamed = {"training__streaming": True, "training__num_streams": 4}
     run = tmp_path / "run"
-    run_here(workspace, run, **QUICK | streamed | {"training__data_files": tmp_path / "here/*.jsonl", "training__steps": 1})
+    run_here(workspace, run, **streamed | {"training__data_files": tmp_path / "here/*.jsonl", "training__steps": 1})
     there = {"training__data_files": tmp_path / "there/*.jsonl"}
-    run_here(workspace, run, **QUICK | streamed | there | {"training__steps": 2})
+    run_here(workspace, run, **streamed | there | {"training__steps": 2})
     (tmp_path / "there" / "2.jsonl").write_text("".join(texts[2::4]).replace("alpha", "omega"))
     line = refuse(workspace, run, capsys, **streamed, **there)
     assert "(file 2 is another (1 of the 4 compared are))" in line
@@ -133,7 +132,7 @@ def test_streamed_folders_are_known_by_their_files(workspace, tmp_path, monkeypa
 
 
 def test_the_audit_of_a_renamed_source_is_one(workspace, tmp_path, moved, capsys):
-    audited = QUICK | {"training__audit": True}
+    audited = {"training__audit": True}
     run_here(workspace, tmp_path / "run", **audited | {"training__steps": 3})
     run_here(workspace, tmp_path / "run", **audited | UNNAMED | name_source("other", moved))
     audit([str(tmp_path / "run")])
@@ -147,7 +146,7 @@ def test_a_run_of_one_corpus_gets_a_second_source(workspace, run, moved, caplog,
     """The first keeps its position under any name, and its documents go on where they were."""
     second = moved.with_name("second.jsonl")
     second.write_text("".join(json.dumps({"text": f"second {number}"}) + "\n" for number in range(30)))
-    changes = QUICK | UNNAMED | name_source("json" if name == "text" else "also", second) | name_source(name, moved)
+    changes = UNNAMED | name_source("json" if name == "text" else "also", second) | name_source(name, moved)
     before = json.loads((list_checkpoints(run / "checkpoint")[-1] / TRAINER_FILE).read_text())
     run_here(workspace, run, **changes)
     after = json.loads((list_checkpoints(run / "checkpoint")[-1] / TRAINER_FILE).read_text())
@@ -160,7 +159,7 @@ def test_a_run_of_one_corpus_gets_a_second_source(workspace, run, moved, caplog,
 
 
 def test_a_source_under_another_name_goes_on_to_the_bit(workspace, run, moved, plain_run):
-    rows = run_here(workspace, run, **QUICK | UNNAMED | name_source("other", moved))
+    rows = run_here(workspace, run, **UNNAMED | name_source("other", moved))
     assert measured(rows) == measured(read_metrics(plain_run))
 
 
@@ -168,4 +167,4 @@ def test_a_checkpoint_that_does_not_tell_its_data_goes_on_under_the_same_options
     (checkpoint,) = list_checkpoints(run / "checkpoint")
     edit_state(checkpoint, lambda state: state["data"]["sources"]["json"].pop("content"))
     assert "(its options differ; changed: training.data_files" in refuse(workspace, run, capsys, training__data_files=moved)
-    assert measured(run_here(workspace, run, **QUICK)) == measured(read_metrics(plain_run))
+    assert measured(run_here(workspace, run)) == measured(read_metrics(plain_run))

@@ -28,7 +28,7 @@ OWN = {
 def own_run(workspace, tmp_path_factory) -> Path:
     """The folder of a finished run."""
     run = tmp_path_factory.mktemp("runs") / "own"
-    run_here(workspace, run, **OWN)
+    run_here(workspace, run, **OWN, checkpoint__export_hf=True)
     return run
 
 

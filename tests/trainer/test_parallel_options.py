@@ -31,7 +31,7 @@ from flame.trainer import setup
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
 from tests.support.models import build_unsharded, future_config, tiny_llama
-from tests.support.runs import cut_power_after, final_weights, measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here, run_ranks
 
 OPTIMIZERS = [("AdamW", "bfloat16"), ("Muon", "float32"), ("Muon", "bfloat16")]
 
@@ -114,7 +114,7 @@ def test_combinations_that_cannot_be(workspace, tmp_path, changes, expected):
 
 @pytest.mark.parametrize(("name", "state_dtype"), OPTIMIZERS)
 def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, name, state_dtype):
-    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype}
     expected = run_here(workspace, tmp_path / "whole", **changes)
     assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
     argv = options(workspace, tmp_path / "run", **changes)
@@ -139,7 +139,7 @@ def test_a_run_keeps_its_optimizer():
 
 def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):
     run = tmp_path / "run"
-    run_here(workspace, run, optimizer__state_dtype="bfloat16", training__steps=1, checkpoint__export_hf=False)
+    run_here(workspace, run, optimizer__state_dtype="bfloat16", training__steps=1)
     entries = TensorReader(list_checkpoints(run / "checkpoint")[-1]).read_metadata().state_dict_metadata
     moments = {entry.properties.dtype for name, entry in entries.items() if ".exp_avg" in name}
     weights = {entry.properties.dtype for name, entry in entries.items() if name.startswith("model.")}
@@ -148,9 +148,9 @@ def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_are_interchangeable(workspace, tmp_path):
-    changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16", "checkpoint__export_hf": False}
+    changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"}
     alone = run_here(workspace, tmp_path / "alone", **changes)
-    both = run_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
+    both = fork_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
     for found, expected in zip(measured(both), measured(alone), strict=True):  # each shard draws its own roundings
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3), (found, expected)
 
@@ -175,10 +175,11 @@ def test_ranks_are_interchangeable(workspace, tmp_path):
     ],
 )
 def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp_path, float8_on_cpu, changes):
-    expected = run_here(workspace, tmp_path / "none", checkpoint__export_hf=False, **changes)
+    changes = changes | {"training__steps": 3, "checkpoint__enable_checkpoint": False}
+    expected = run_here(workspace, tmp_path / "none", **changes)
     assert expected[-1]["ce_loss"] < expected[0]["ce_loss"]
     for mode in ("full", "selective", "pointwise"):
-        recomputed = {"activation_checkpoint__mode": mode, "training__compile": True, "checkpoint__export_hf": False}
+        recomputed = {"activation_checkpoint__mode": mode, "training__compile": True}
         with torch.compiler.set_stance("force_eager"):
             rows = run_here(workspace, tmp_path / mode, **recomputed, **changes)
         for found, row in zip(rows, expected, strict=True):
@@ -189,15 +190,16 @@ def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp
 def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):
     """A small model on one device is one FSDP group, a large one has one for each layer."""
     counts, numbers, weights = [], [], []
+    changes = {"future_encoder__target": target, "training__steps": 3, "training__gradient_accumulation_steps": 2}
     for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
         monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
         run = tmp_path / str(most)
         with patch.object(parallelize, "fully_shard", wraps=parallelize.fully_shard) as shard:
-            rows = run_here(workspace, run, future_encoder__target=target, training__gradient_accumulation_steps=2)
+            rows = run_here(workspace, run, **changes)
         counts.append(shard.call_count)
         numbers.append(measured(rows))
         weights.append(final_weights(run))
-    layers = AutoConfig.from_pretrained(run / "hf").num_hidden_layers
+    layers = AutoConfig.from_pretrained(workspace / "model").num_hidden_layers
     assert counts == [1, 1 + layers * (1 + (target == "random"))]
     assert numbers[0] == numbers[1]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -317,14 +319,14 @@ def test_a_second_network_is_rounded_beside_float8(workspace, tmp_path, float8_o
 
     monkeypatch.setattr(parallelize, "_shard", shard)
     changes = {"future_encoder__target": "random", "future_encoder__precision": "fp8", "training__float8": "rowwise"}
-    rows = run_here(workspace, tmp_path / "run", training__steps=3, checkpoint__export_hf=False, **changes)
+    rows = run_here(workspace, tmp_path / "run", training__steps=3, **changes)
     assert kinds == {"trained": "TrainedInFloat8", "second": "_Fp8Linear"}
     assert rows[-1]["ce_loss"] < rows[0]["ce_loss"]
 
 
 def test_the_output_head_trains_in_float8_and_is_validated_without(workspace, tmp_path, float8_on_cpu):
     """The rounded loss is close, and not the exact one; validation at the same weights is the exact one."""
-    changes = {"training__steps": 1, "checkpoint__export_hf": False, "validation__interval": 1, "validation__holdout_every": 3}
+    changes = {"training__steps": 1, "validation__interval": 1, "validation__holdout_every": 3}
     found, expected = (
         dict(ChainMap(*run_here(workspace, tmp_path / str(on), training__float8_head=on, optimizer__lr=1e-12, **changes)))
         for on in (True, False)
@@ -345,7 +347,7 @@ def test_a_device_without_float8_is_refused():
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_offloading_changes_no_loss(workspace, tmp_path, name, state_dtype):
-    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype, "checkpoint__export_hf": False}
+    changes = {"optimizer__name": name, "optimizer__state_dtype": state_dtype}
     expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
     found = run_ranks(1, workspace, tmp_path / "offloaded", training__cpu_offload=True, **changes)
     for row, other in zip(measured(found), measured(expected), strict=True):
@@ -355,7 +357,7 @@ def test_offloading_changes_no_loss(workspace, tmp_path, name, state_dtype):
 
 @pytest.mark.multi_gpu
 def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):
-    changes = {"optimizer__name": "Muon", "checkpoint__export_hf": False}
+    changes = {"optimizer__name": "Muon"}
     expected = run_ranks(1, workspace, tmp_path / "alone", **changes)
     changes["training__gradient_accumulation_steps"] = 2
     for offload in (False, True):
@@ -370,7 +372,7 @@ def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):
     [("rowwise", False), ("rowwise", True), ("rowwise_with_gw_hp", True)],
 )
 def test_float8_trains(workspace, tmp_path, float8, compiled):
-    changes = {"training__steps": 12, "training__compile": compiled, "checkpoint__export_hf": False}
+    changes = {"training__steps": 12, "training__compile": compiled}
     expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
     found = run_ranks(1, workspace, tmp_path / "float8", training__float8=float8, **changes)
     assert measured(found) != measured(expected)
@@ -382,8 +384,7 @@ def test_float8_trains(workspace, tmp_path, float8, compiled):
 @pytest.mark.gpu
 def test_the_output_head_trains_in_float8(workspace, tmp_path):
     tiny_llama(vocab_size=272).save_pretrained(tmp_path / "model")  # a multiple of 16
-    changes = {"training__steps": 12, "training__compile": True, "checkpoint__export_hf": False}
-    changes["model__config"] = tmp_path / "model"
+    changes = {"training__steps": 12, "training__compile": True, "model__config": tmp_path / "model"}
     expected = run_ranks(1, workspace, tmp_path / "plain", **changes)
     found = run_ranks(1, workspace, tmp_path / "float8", training__float8_head=True, **changes)
     assert measured(found) != measured(expected)
@@ -397,8 +398,7 @@ def test_the_output_head_trains_in_float8(workspace, tmp_path):
 def test_float8_on_two_gpus(workspace, tmp_path, float8):
     """Weights are gathered before they are rounded, so ranks share their scales."""
     tiny_llama(vocab_size=272).save_pretrained(tmp_path / "model")  # a multiple of 16
-    changes = {"training__float8": float8, "training__float8_head": True, "checkpoint__export_hf": False}
-    changes["model__config"] = tmp_path / "model"
+    changes = {"training__float8": float8, "training__float8_head": True, "model__config": tmp_path / "model"}
     expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=2, **changes)
     found = run_ranks(2, workspace, tmp_path / "two", **changes)
     for row, other in zip(measured(found), measured(expected), strict=True):

@@ -8,7 +8,7 @@ import torch
 from tests.support.options import read_mistakes
 from tests.support.runs import final_weights, measured, options, read_metrics, run_here
 
-DECAYING = {"objective__warmup_steps": 2, "objective__decay_steps": 3, "checkpoint__export_hf": False}
+DECAYING = {"objective__warmup_steps": 2, "objective__decay_steps": 3}
 
 
 def test_half_a_run_is_the_first_half_of_the_whole_one(workspace, tmp_path, caplog):
@@ -41,7 +41,7 @@ def test_a_jump_is_said_with_both_values(workspace, tmp_path, caplog):
 
 def test_a_jump_of_the_predictors_own_rate_is_said(workspace, tmp_path, caplog):
     """The schedule before was of fewer steps than its warm-up: no warning is about it at the resume."""
-    run, plain = tmp_path / "run", {"checkpoint__export_hf": False, "lr_scheduler__total_steps": 6}
+    run, plain = tmp_path / "run", {"lr_scheduler__total_steps": 6}
     run_here(workspace, run, **plain, training__steps=1)
     rows = run_here(workspace, run, **plain, training__steps=3, future_predictor__warmup_steps=4)
     (told,) = [message for message in caplog.messages if message.startswith("the schedule jumps: ")]
@@ -51,10 +51,10 @@ def test_a_jump_of_the_predictors_own_rate_is_said(workspace, tmp_path, caplog):
 
 def test_the_schedule_before_gives_no_warning(workspace, tmp_path, caplog):
     """It was of fewer steps than its warm-up."""
-    run_here(workspace, tmp_path / "run", checkpoint__export_hf=False, training__steps=1)
+    run_here(workspace, tmp_path / "run", training__steps=1)
     assert "exceed total steps" in caplog.text
     caplog.clear()
-    run_here(workspace, tmp_path / "run", checkpoint__export_hf=False, training__steps=3)
+    run_here(workspace, tmp_path / "run", training__steps=3)
     assert "exceed total steps" not in caplog.text
 
 

@@ -136,6 +136,7 @@ def test_activation_checkpointing_wraps_the_layers_of_other_objectives(workspace
 
 def test_a_run_says_what_has_no_effect(workspace, tmp_path, caplog):
     changes = {"training__steps": 1, "checkpoint__enable_checkpoint": False, "future_predictor__dropout": 0.1}
+    changes["checkpoint__export_hf"] = None
     run_here(workspace, tmp_path / "top", objective__name="top", **changes)
     (told,) = [line for line in caplog.messages if "without effect" in line]
     assert told.endswith(": checkpoint.interval, future_encoder.learnable_temperature, future_predictor.dropout")

@@ -171,7 +171,7 @@ def test_a_validation_that_is_owed_twice_is_logged_once(workspace, tmp_path, mon
     """Killed after the owed validation of a resumed run and before its next checkpoint."""
     run, request = tmp_path / "run", Request()
     changes = {"validation__interval": 2, "validation__dataset": "json", "validation__data_files": workspace / "corpus.jsonl"}
-    changes |= {"checkpoint__interval": 100, "validation__num_sequences": 3, "training__steps": 4, "checkpoint__export_hf": False}
+    changes |= {"checkpoint__interval": 100, "validation__num_sequences": 3, "training__steps": 4}
     real_run, real_step = Validator.run, Trainer.train_step
 
     def stop(self, *args):
@@ -218,7 +218,7 @@ sys.stdin.read()
     dist.destroy_process_group()
     process.kill()
     process.wait()
-    _, finished = train(workspace, holder, Request(), training__steps=1, checkpoint__export_hf=False)
+    _, finished = train(workspace, holder, Request(), training__steps=1)
     assert finished
 
 
@@ -241,7 +241,7 @@ def test_what_would_shift_the_data_is_refused(workspace, tmp_path, capsys, befor
         named |= {f"sources__{name}__data_files": files[name] for name in changes["sources"]}
         return named | {"training__dataset": None, "training__data_files": None}
 
-    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    quick = {"training__steps": 1}
     run_here(workspace, tmp_path / "run", **expand(before), **quick)
     with pytest.raises(SystemExit) as stop:
         run_here(workspace, tmp_path / "run", **expand(after), **quick | {"training__steps": 2})
@@ -249,7 +249,7 @@ def test_what_would_shift_the_data_is_refused(workspace, tmp_path, capsys, befor
 
 
 def test_harmless_changes_are_listed(workspace, tmp_path, caplog):
-    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    quick = {"training__steps": 1}
     run_here(workspace, tmp_path / "run", **quick)
     caplog.clear()
     run_here(workspace, tmp_path / "run", **quick | {"training__steps": 2, "optimizer__lr": 0.5})
@@ -262,7 +262,7 @@ def test_harmless_changes_are_listed(workspace, tmp_path, caplog):
 
 def test_what_nobody_has_set_is_not_listed_as_changed(workspace, tmp_path, caplog):
     """A corpus that becomes a source: neither the source's defaults nor what it replaces in [training]."""
-    quick = {"training__steps": 1, "checkpoint__export_hf": False}
+    quick = {"training__steps": 1}
     run_here(workspace, tmp_path / "run", **quick)
     caplog.clear()
     source = {"sources__json__dataset": "json", "sources__json__data_files": workspace / "corpus.jsonl"}
@@ -281,7 +281,7 @@ def test_a_source_that_has_not_been_drawn_from_is_not_new(workspace, tmp_path, c
         corpus = {"dataset": "json", "data_files": workspace / "corpus.jsonl"}
         named = {f"sources__{name}__{option}": value for name in names for option, value in corpus.items()}
         weights = {f"sources__{name}__weight": 0.0 for name in names[1:]}
-        return named | weights | {"training__dataset": None, "training__data_files": None, "checkpoint__export_hf": False}
+        return named | weights | {"training__dataset": None, "training__data_files": None}
 
     run_here(workspace, tmp_path / "run", **name_sources("a", "b"), training__steps=1)
     caplog.clear()

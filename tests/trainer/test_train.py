@@ -24,17 +24,17 @@ from tests.support.runs import (
     SEQ_LEN,
     cut_power_after,
     final_weights,
+    fork_ranks,
     measured,
     options,
     read_metrics,
     run_here,
-    run_ranks,
 )
 
 
 def test_a_run_draws_its_curves(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr("flame.trainer.finish.plot_run", plot_run)
-    run_here(workspace, tmp_path / "run", training__steps=2, checkpoint__export_hf=False)
+    run_here(workspace, tmp_path / "run", training__steps=2)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
 
 
@@ -54,13 +54,13 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(plain_run):
     assert 'tokenizer_path = "bytes"' in (plain_run / "config.toml").read_text()
 
 
-def test_the_exported_model_computes_what_was_trained(plain_run):
-    weights = final_weights(plain_run)
-    exported = AutoModelForCausalLM.from_pretrained(plain_run / "hf", dtype=torch.float32)
+def test_the_exported_model_computes_what_was_trained(exported_run):
+    weights = final_weights(exported_run)
+    exported = AutoModelForCausalLM.from_pretrained(exported_run / "hf", dtype=torch.float32)
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[f"lm.{name}"])
-    tokenizer = AutoTokenizer.from_pretrained(plain_run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(exported_run / "hf")
     assert exported.generation_config.eos_token_id == exported.config.eos_token_id == tokenizer.eos_token_id
     assert exported.config.use_cache
     text = "alpha beta\n\tgamma é"
@@ -68,7 +68,7 @@ def test_the_exported_model_computes_what_was_trained(plain_run):
     with torch.no_grad():
         logits = exported(**tokenizer("alpha beta", return_tensors="pt")).logits
     assert logits.isfinite().all() and logits.shape[-1] == 264
-    assert (plain_run / "hf" / name_objective_file("future")).exists()
+    assert (exported_run / "hf" / name_objective_file("future")).exists()
 
 
 def test_an_interrupted_run_equals_the_uninterrupted_one(workspace, tmp_path, plain_run):
@@ -99,7 +99,7 @@ def test_a_finished_run_is_left_as_it_is(workspace, plain_run):
 def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_run, ranks, changes):
     """1 rank x 4 micro-steps = 2 ranks x 2 = 4 ranks (2 x 2 HSDP) x 1, dropout included."""
     accumulation = 4 // ranks
-    rows = run_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=accumulation, **changes)
+    rows = fork_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=accumulation, **changes)
     for found, expected in zip(measured(rows), measured(read_metrics(plain_run)), strict=True):
         assert found == pytest.approx(expected, rel=2e-4), (found, expected)
     torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(plain_run), rtol=0, atol=2e-3)
@@ -108,41 +108,40 @@ def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_r
 @pytest.mark.long
 def test_a_checkpoint_of_one_rank_resumes_on_two(workspace, tmp_path, plain_run):
     run = tmp_path / "run"
-    run_here(workspace, run, training__steps=3, lr_scheduler__decay_type="linear", checkpoint__export_hf=False)
-    reference = run_here(workspace, tmp_path / "reference", lr_scheduler__decay_type="linear", checkpoint__export_hf=False)
+    run_here(workspace, run, training__steps=3, lr_scheduler__decay_type="linear")
+    reference = run_here(workspace, tmp_path / "reference", lr_scheduler__decay_type="linear")
     first = json.loads((list_checkpoints(run / "checkpoint")[-1] / "trainer.json").read_text())
     assert first["data"]["next_sequence"] == 12
-    rows = run_ranks(2, workspace, run, training__gradient_accumulation_steps=2, lr_scheduler__decay_type="linear")
+    rows = fork_ranks(2, workspace, run, training__gradient_accumulation_steps=2, lr_scheduler__decay_type="linear")
     # Steps 1 to 3 were made with the schedule of a three-step run; the data goes on exactly.
     assert [row["anchors"] for row in rows] == [row["anchors"] for row in reference]
     assert rows[-1]["tokens_seen"] == reference[-1]["tokens_seen"]
 
 
 def test_loss_weight_zero_is_the_feature_switched_off(workspace, tmp_path):
-    off = run_here(workspace, tmp_path / "off", objective__name="next_token")
-    zero = run_here(workspace, tmp_path / "zero", future_encoder__loss_weight=0.0)
+    off = run_here(workspace, tmp_path / "off", objective__name="next_token", checkpoint__export_hf=True)
+    zero = run_here(workspace, tmp_path / "zero", future_encoder__loss_weight=0.0, checkpoint__export_hf=True)
     assert measured(off) == measured(zero)
     assert "aux_loss" not in off[0]
     for run in ("off", "zero"):
-        assert not list((tmp_path / run / "hf").glob("*_modules.safetensors"))
+        assert (tmp_path / run / "hf").is_dir() and not list((tmp_path / run / "hf").glob("*_modules.safetensors"))
 
 
 def test_start_step_and_warmup(workspace, tmp_path, plain_run):
     """Before start_step the run is plain next-token training; then the weight grows. The predictor resumes from before it too."""
     changes = {"objective__start_step": 5, "objective__warmup_steps": 2, "future_encoder__loss_weight": 0.5}
-    changes["checkpoint__export_hf"] = False
     rows = run_here(workspace, tmp_path / "run", **changes)
     assert [row.get("loss_weight") for row in rows] == [None] * 4 + [0.25, 0.5]
     assert ["aux_loss" in row for row in rows] == [False] * 4 + [True] * 2
     for row in rows[4:]:
         assert row["loss"] == pytest.approx(row["ce_loss"] + row["loss_weight"] * row["aux_loss"], rel=1e-5)
-    off = run_here(workspace, tmp_path / "off", objective__name="next_token", checkpoint__export_hf=False)
+    off = run_here(workspace, tmp_path / "off", objective__name="next_token")
     assert measured(rows[:4]) == measured(off[:4])
 
 
 def test_freezing_trains_the_predictor_alone(workspace, tmp_path):
     run = tmp_path / "run"
-    rows = run_here(workspace, run, experimental__freeze_lm_for_infonce=True, checkpoint__export_hf=False)
+    rows = run_here(workspace, run, experimental__freeze_lm_for_infonce=True)
     first, last = (read_model_tensors(path) for path in list_checkpoints(run / "checkpoint"))
     assert all(torch.equal(first[name], last[name]) for name in first if name.startswith("lm."))
     assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith("objective.predictor."))
@@ -193,7 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over(workspace, tmp_path, plain_run, cap
             shard.unlink()
         else:
             (newest / "trainer.json").write_text("" if damage == "empty state" else '{"step": 6')
-        rows = run_here(workspace, run, checkpoint__export_hf=False)
+        rows = run_here(workspace, run)
         assert "step-6 cannot be read and is passed over" in caplog.text, damage
         assert reason in caplog.text, damage
         caplog.clear()

@@ -14,9 +14,9 @@ from flame.objectives.future.options import FutureOptions
 from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
-from tests.support.runs import measured, options, read_metrics, run_here, run_ranks
+from tests.support.runs import fork_ranks, measured, options, read_metrics, run_here
 
-HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5, "checkpoint__export_hf": False}
+HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5}
 
 
 @pytest.fixture
@@ -79,17 +79,16 @@ def test_losses_are_means_over_the_tokens_of_the_set(workspace, tmp_path, held_o
     assert model.lm.training is False and trainer.model.train().training
 
 
-def test_training_does_not_notice(workspace, tmp_path, held_out):
-    plain = run_here(workspace, tmp_path / "plain", checkpoint__export_hf=False)
+def test_training_does_not_notice(workspace, tmp_path, plain_run, held_out):
     validated = [row for row in run_here(workspace, tmp_path / "validated", **held_out) if "loss" in row]
-    assert measured(validated) == measured(plain)
+    assert measured(validated) == measured(read_metrics(plain_run))
 
 
 @pytest.mark.slow
 def test_any_number_of_ranks_measures_the_same(workspace, tmp_path, held_out):
     """Five sequences on two ranks: one of them has nothing left in the last round."""
     one = run_here(workspace, tmp_path / "one", **held_out)
-    two = run_ranks(2, workspace, tmp_path / "two", **held_out, training__gradient_accumulation_steps=2)
+    two = fork_ranks(2, workspace, tmp_path / "two", **held_out, training__gradient_accumulation_steps=2)
     assert len(pick(one)) == 3
     for found, expected in zip(pick(two), pick(one), strict=True):
         assert found == pytest.approx(expected, rel=2e-4)

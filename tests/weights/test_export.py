@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from tests.support.checkpoints import age, edit_state
 from tests.support.exports import build_model, make_checkpoint
 from tests.support.families import build_toy
 from tests.support.models import tiny_llama
-from tests.support.paths import REPO
+from tests.support.ranks import PROCESSES
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -195,22 +196,27 @@ def test_a_weight_that_the_model_lacks_is_no_success(tmp_path, checkpoint, monke
     assert not (tmp_path / "hf").exists()
 
 
+def export_and_die(checkpoint: Path, out: Path) -> None:
+    honest = hf_export.stream_weights
+
+    def stream(*args):
+        for number, part in enumerate(honest(*args)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield part
+
+    hf_export.stream_weights = stream
+    convert(checkpoint, out, "bfloat16")
+
+
 def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path, checkpoint):
     """Killed in the middle of the weights, over an older export: that is still there, and the next export cleans up."""
     out = tmp_path / "hf"
     convert(checkpoint, out)
-    code = (
-        "import os, signal, sys; from pathlib import Path; from flame.weights import export as hf_export\n"
-        "honest = hf_export.stream_weights\n"
-        "def die(*a):\n"
-        "    for i, part in enumerate(honest(*a)):\n"
-        "        if i == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        yield part\n"
-        "hf_export.stream_weights = die\n"
-        "hf_export.convert(Path(sys.argv[1]), Path(sys.argv[2]), 'bfloat16')"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), str(out)], cwd=REPO, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    process = PROCESSES.Process(target=export_and_die, args=(checkpoint, out))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.partial", "run"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     (out / "stale.txt").write_text("of the old export")

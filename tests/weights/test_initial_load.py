@@ -109,18 +109,20 @@ def test_settings_for_generation_come_along(source, workspace, tmp_path):
     settings = {"do_sample": True, "top_k": 7, "eos_token_id": [3, tokenizer.eos_token_id], "transformers_version": "5.0.0"}
     (weights / "generation_config.json").write_text(json.dumps(settings))
     run = tmp_path / "run"
-    run_here(workspace, run, **from_weights(weights))
+    few_steps = {"training__steps": 2, "checkpoint__interval": 1, "checkpoint__export_hf": True}
+    started = from_weights(weights) | few_steps
+    run_here(workspace, run, **started)
     expected = settings | {"pad_token_id": tokenizer.pad_token_id}
     assert read_settings(run / "hf") == expected
 
     (weights / "generation_config.json").unlink()
-    shutil.rmtree(run / "checkpoint" / "step-6")
+    shutil.rmtree(run / "checkpoint" / "step-2")
     shutil.rmtree(run / "hf")
-    run_here(workspace, run, **from_weights(weights))
+    run_here(workspace, run, **started)
     assert read_settings(run / "hf") == expected
 
-    again = {"model__config": None, "model__tokenizer_path": None, "checkpoint__initial_load_path": run / "checkpoint" / "step-6"}
-    run_here(workspace, tmp_path / "from checkpoint", **again)
+    again = {"model__config": None, "model__tokenizer_path": None, "checkpoint__initial_load_path": run / "checkpoint" / "step-2"}
+    run_here(workspace, tmp_path / "from checkpoint", **again, **few_steps)
     assert read_settings(tmp_path / "from checkpoint" / "hf") == expected
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "from checkpoint" / "hf").generation_config.top_k == 7
 

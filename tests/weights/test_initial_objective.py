@@ -34,23 +34,23 @@ def list_initial_weights(workspace: Path, run: Path, **changes: object) -> dict[
 
 
 @pytest.fixture(scope="module")
-def trained(plain_run) -> dict[str, Tensor]:
-    tensors = read_model_tensors(plain_run / "checkpoint" / "step-6")
+def trained(exported_run) -> dict[str, Tensor]:
+    tensors = read_model_tensors(exported_run / "checkpoint" / "step-6")
     return {name: tensor for name, tensor in tensors.items() if name.startswith("objective.")}
 
 
 @pytest.mark.parametrize("source", ["hf", "checkpoint/step-6"])
-def test_predictor_and_estimator_come_along(workspace, tmp_path, plain_run, trained, caplog, source):
-    found = list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=plain_run / source)
+def test_predictor_and_estimator_come_along(workspace, tmp_path, exported_run, trained, caplog, source):
+    found = list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=exported_run / source)
     assert trained and all(torch.equal(found[name], tensor) for name, tensor in trained.items())
-    label = f'checkpoint.initial_load_path = "{plain_run / source}"'
+    label = f'checkpoint.initial_load_path = "{exported_run / source}"'
     assert f"predictor from {label}: 6 tensors" in caplog.messages and f"estimator from {label}: 1 tensors" in caplog.messages
     assert "starts fresh" not in caplog.text
 
 
-def test_they_start_fresh_if_they_are_not_wanted(workspace, tmp_path, plain_run, trained, caplog):
+def test_they_start_fresh_if_they_are_not_wanted(workspace, tmp_path, exported_run, trained, caplog):
     fresh = list_initial_weights(workspace, tmp_path / "seed")
-    changes = {"checkpoint__initial_load_path": plain_run / "hf", "checkpoint__load_objective": False}
+    changes = {"checkpoint__initial_load_path": exported_run / "hf", "checkpoint__load_objective": False}
     found = list_initial_weights(workspace, tmp_path / "run", **changes)
     assert all(torch.equal(found[name], fresh[name]) for name in trained)
     assert "predictor starts fresh" in caplog.text and "predictor from" not in caplog.text
@@ -64,11 +64,11 @@ def test_they_start_fresh_if_they_are_not_wanted(workspace, tmp_path, plain_run,
         ({"future_encoder__learnable_temperature": None}, "this run's has no estimator.log_temperature"),
     ],
 )
-def test_what_does_not_fit_starts_fresh(workspace, tmp_path, plain_run, caplog, changes, told):
+def test_what_does_not_fit_starts_fresh(workspace, tmp_path, exported_run, caplog, changes, told):
     """Predictor and estimator are taken together or not at all."""
     fresh = list_initial_weights(workspace, tmp_path / "seed", **changes)
     caplog.clear()
-    found = list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=plain_run / "hf", **changes)
+    found = list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=exported_run / "hf", **changes)
     assert told in caplog.text
     misfits = [name for name in ("predictor", "estimator") if f"{name} of checkpoint.initial_load_path" in caplog.text]
     assert misfits == ["predictor", "estimator"]
@@ -78,7 +78,8 @@ def test_what_does_not_fit_starts_fresh(workspace, tmp_path, plain_run, caplog, 
 @pytest.fixture(scope="module")
 def taught_by_a_random_network(workspace, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "random"
-    run_here(workspace, run, training__steps=1, future_encoder__target="random", future_encoder__projection_dim=8)
+    changes = {"future_encoder__target": "random", "future_encoder__projection_dim": 8, "checkpoint__export_hf": True}
+    run_here(workspace, run, training__steps=1, **changes)
     return run
 
 
@@ -107,7 +108,7 @@ def test_what_was_trained_for_another_random_network_starts_fresh(
 def test_the_fixed_projection_comes_along(workspace, tmp_path, caplog):
     """Of another seed. What else differs is said."""
     width = {"future_encoder__projection_dim": 8}
-    run_here(workspace, tmp_path / "first", training__steps=1, **width)
+    run_here(workspace, tmp_path / "first", training__steps=1, checkpoint__export_hf=True, **width)
     trained = {name: tensor for name, tensor in final_weights(tmp_path / "first").items() if name.startswith("objective.")}
     changes = width | {"training__seed": 7, "future_predictor__input": "embedding", "future_encoder__target": "ema"}
     caplog.clear()
@@ -121,8 +122,8 @@ def test_the_fixed_projection_comes_along(workspace, tmp_path, caplog):
     ]
 
 
-def test_older_exports_are_taken_as_they_are(workspace, tmp_path, plain_run, trained, caplog):
-    shutil.copytree(plain_run / "hf", tmp_path / "hf")
+def test_older_exports_are_taken_as_they_are(workspace, tmp_path, exported_run, trained, caplog):
+    shutil.copytree(exported_run / "hf", tmp_path / "hf")
     modules = tmp_path / "hf" / "future_modules.safetensors"
     save_file(load_file(modules), modules)  # without metadata
     found = list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=tmp_path / "hf")
@@ -130,10 +131,10 @@ def test_older_exports_are_taken_as_they_are(workspace, tmp_path, plain_run, tra
     assert 'hf" does not say what they were trained for: it is unknown' in caplog.text
 
 
-def test_a_damaged_predictor_in_a_checkpoint_is_found(workspace, tmp_path, plain_run):
+def test_a_damaged_predictor_in_a_checkpoint_is_found(workspace, tmp_path, exported_run):
     """A changed bit in its weights, which torch.load does not see."""
     checkpoint = tmp_path / "checkpoint" / "step-6"
-    shutil.copytree(plain_run / "checkpoint" / "step-6", checkpoint)
+    shutil.copytree(exported_run / "checkpoint" / "step-6", checkpoint)
     stored = TensorReader(checkpoint).read_metadata().storage_data
     (place,) = [info for index, info in stored.items() if index.fqn == "model.objective.predictor.out.weight"]
     content = bytearray((checkpoint / place.relative_path).read_bytes())
@@ -144,10 +145,10 @@ def test_a_damaged_predictor_in_a_checkpoint_is_found(workspace, tmp_path, plain
         list_initial_weights(workspace, tmp_path / "run", checkpoint__initial_load_path=checkpoint)
 
 
-def test_another_objective_takes_nothing(workspace, tmp_path, plain_run, caplog):
+def test_another_objective_takes_nothing(workspace, tmp_path, exported_run, caplog):
     changes = {"objective__name": "mtp", "future_encoder__learnable_temperature": None}
     for source in ("hf", "checkpoint/step-6"):
-        list_initial_weights(workspace, tmp_path / source, checkpoint__initial_load_path=plain_run / source, **changes)
+        list_initial_weights(workspace, tmp_path / source, checkpoint__initial_load_path=exported_run / source, **changes)
     assert " from checkpoint.initial_load_path" in caplog.text and "does not fit" not in caplog.text
     assert "starts fresh" in caplog.text and "predictor" not in caplog.text
 
@@ -155,7 +156,7 @@ def test_another_objective_takes_nothing(workspace, tmp_path, plain_run, caplog)
 def test_a_predictor_on_the_frozen_model_first_then_both(workspace, tmp_path):
     """The recipe of docs/models.md: the second stage begins with the base model and the trained predictor."""
     frozen, both = tmp_path / "frozen", tmp_path / "both"
-    run_here(workspace, frozen, experimental__freeze_lm_for_infonce=True, training__steps=4)
+    run_here(workspace, frozen, experimental__freeze_lm_for_infonce=True, training__steps=4, checkpoint__export_hf=True)
     modules = load_file(frozen / "hf" / "future_modules.safetensors")
     start = list_initial_weights(workspace, tmp_path / "start", checkpoint__initial_load_path=frozen / "hf")
     base = list_initial_weights(workspace, tmp_path / "base")

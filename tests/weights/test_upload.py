@@ -122,7 +122,7 @@ def test_a_failed_upload_is_tried_again(
 
 def test_a_run_uploads_its_exports(workspace, tmp_path, address, monkeypatch, caplog):
     """A failed upload ends no run; starting the finished run again makes up for it."""
-    changes = {"checkpoint__export_interval": 3, "checkpoint__export_to": address}
+    changes = {"checkpoint__export_hf": True, "checkpoint__export_interval": 3, "checkpoint__export_to": address}
     with monkeypatch.context() as patched:
         refuse_files(patched, "hf/model.safetensors")
         run_here(workspace, tmp_path / "run", **changes)
@@ -133,12 +133,12 @@ def test_a_run_uploads_its_exports(workspace, tmp_path, address, monkeypatch, ca
     assert read_memory(f"{address}/hf") == read_folder(tmp_path / "run" / "hf")
 
 
-def test_the_converter_writes_to_an_address(plain_run, address, capsys):
-    checkpoint = plain_run / "checkpoint" / "step-6"
+def test_the_converter_writes_to_an_address(exported_run, address, capsys):
+    checkpoint = exported_run / "checkpoint" / "step-6"
     assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", address]) == 0
     found = read_memory(address)
-    assert found["model.safetensors"] == (plain_run / "hf" / "model.safetensors").read_bytes()
-    assert found.keys() == read_folder(plain_run / "hf").keys()
+    assert found["model.safetensors"] == (exported_run / "hf" / "model.safetensors").read_bytes()
+    assert found.keys() == read_folder(exported_run / "hf").keys()
     assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", "http://host/x"]) == 2
     assert capsys.readouterr().err.startswith('--out "http://host/x": it must be an address that can be written')
 
@@ -166,19 +166,19 @@ def test_mistakes_are_reported_at_once(section: str, key: str, value: str, says:
 # ---------------------------------------------------------------- initial weights
 
 
-def test_a_run_starts_from_weights_elsewhere(plain_run, workspace, tmp_path, address):
+def test_a_run_starts_from_weights_elsewhere(exported_run, workspace, tmp_path, address):
     """Weights, objective's modules, configuration and tokenizer, as from the folder here."""
-    put(plain_run / "hf", address)
+    put(exported_run / "hf", address)
     changes = {"model__config": None, "model__tokenizer_path": None, "training__steps": 2}
-    here = run_here(workspace, tmp_path / "here", checkpoint__initial_load_path=plain_run / "hf", **changes)
+    here = run_here(workspace, tmp_path / "here", checkpoint__initial_load_path=exported_run / "hf", **changes)
     there = run_here(workspace, tmp_path / "there", checkpoint__initial_load_path=address, **changes)
     assert measured(there) == measured(here)
     fsspec.filesystem("memory").rm(address, recursive=True)
     run_here(workspace, tmp_path / "there", checkpoint__initial_load_path=address, **changes | {"training__steps": 3})
 
 
-def test_a_checkpoint_elsewhere_is_initial_weights(plain_run, address):
-    checkpoint = plain_run / "checkpoint" / "step-6"
+def test_a_checkpoint_elsewhere_is_initial_weights(exported_run, address):
+    checkpoint = exported_run / "checkpoint" / "step-6"
     put(checkpoint, address)
     found, expected = find_weights(address), find_weights(str(checkpoint))
     assert found.entries == expected.entries and found.is_native
@@ -189,30 +189,30 @@ def test_a_checkpoint_elsewhere_is_initial_weights(plain_run, address):
 
 
 @pytest.mark.parametrize("lists", [True, False])
-def test_a_web_server_has_a_model(plain_run, tmp_path, lists):
-    with serve(plain_run, lists=lists) as (server, gets):
+def test_a_web_server_has_a_model(exported_run, tmp_path, lists):
+    with serve(exported_run, lists=lists) as (server, gets):
         config = load_model_config(f"{server}/hf")
         assert not any("safetensors" in path and "index" not in path for path in gets), "weights are not needed yet"
-        assert describe(config) == describe(load_model_config(str(plain_run / "hf")))
+        assert describe(config) == describe(load_model_config(str(exported_run / "hf")))
         assert describe(load_model_config(f"{server}/hf/config.json")) == describe(config)
         for path in (f"{server}/hf", f"{server}/hf/tokenizer.json"):
             assert load_tokenizer(path).get_vocab() == load_tokenizer("bytes").get_vocab()
-        found, expected = find_weights(f"{server}/hf"), find_weights(str(plain_run / "hf"))
+        found, expected = find_weights(f"{server}/hf"), find_weights(str(exported_run / "hf"))
     assert found.entries == expected.entries
     for key, entry in expected.entries.items():
         assert torch.equal(found.read(key, 0, entry.shape[0]), expected.read(key, 0, entry.shape[0]))
 
 
-def test_a_model_elsewhere_is_converted(plain_run, tmp_path, address):
-    put(plain_run / "hf", address)
+def test_a_model_elsewhere_is_converted(exported_run, tmp_path, address):
+    put(exported_run / "hf", address)
     assert convert_hf_to_dcp.main(["--model", address, "--out", str(tmp_path / "step-0")]) == 0
-    found, expected = find_weights(str(tmp_path / "step-0")), find_weights(str(plain_run / "checkpoint" / "step-6"))
+    found, expected = find_weights(str(tmp_path / "step-0")), find_weights(str(exported_run / "checkpoint" / "step-6"))
     assert found.entries == expected.entries
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
-def test_what_is_missing_there_is_named(plain_run, address, missing):
-    put(plain_run / "hf", address)
+def test_what_is_missing_there_is_named(exported_run, address, missing):
+    put(exported_run / "hf", address)
     fsspec.filesystem("memory").rm_file(f"{address}/{missing}")
     with pytest.raises(UserError) as refusal:
         load_model_config(address) if missing == "config.json" else find_weights(address)
