@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from flame.attention.backends import build_backend
-from flame.errors import UserError
 from flame.models.causal_lm import build_on_meta, find_decoder_layers, initialize
 from flame.models.dropout import add_dropout, find_stream_writers
 from flame.models.head_check import check_head
@@ -23,7 +22,6 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.probe import measure_step
 from flame.objectives.registry import BUILT_IN
 from flame.objectives.step import Requested, compute_losses
-from tests.support import fla_families
 from tests.support.families import OTHERS, TOYS, build_other, build_toy, list_paths
 from tests.support.models import CPU, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective
@@ -137,117 +135,6 @@ def test_what_each_family_adds_to_its_stream_is_found(name):
         TrainingModel(lm, build_backend(attention, config, 64)).encode_past(random_batch(random_cu_seqlens(24, 4, seed=3)))
     assert len(streams) == 4 and streams[0].any()
     assert all(torch.equal(stream, streams[0]) for stream in streams)
-
-
-@pytest.mark.slow
-def test_fused_norms_of_flash_linear_attention_hide_what_is_added():
-    """Their norms add to the stream themselves. Mamba-2 and RWKV-7 have layers that do more than add."""
-    for name in fla_families.TOYS:
-        for is_fused in (True, False):
-            lm = build_on_meta(fla_families.build_toy(name, fuse_norm=is_fused), "cuda", "none")
-            expected = [] if is_fused or name in ("mamba2", "rwkv7") else ["attn", "mlp"]
-            assert [find_stream_writers(layer, 128) for layer in find_decoder_layers(lm)] == [expected] * 2, name
-
-
-class Block(nn.Module):
-    """Returns a tuple, as attention does."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.product = nn.Linear(width, width)
-
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-        return self.product(states), None
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.after = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.block, self.out = Block(), nn.Linear(8, 8)
-        self.gain = nn.Parameter(torch.ones(8))
-
-    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor | tuple[Tensor, None]:
-        raise NotImplementedError
-
-
-class Scaled(Layer):
-    def forward(self, states, mask):
-        states = states + 0.5 * self.block(self.norm(states))[0]
-        rows = states.reshape(-1, 8)
-        return (rows + self.out(self.after(rows))).reshape(states.shape), None
-
-
-class Parallel(Layer):
-    def forward(self, states, mask):
-        normed = self.norm(states)
-        return states + (self.block(normed)[0] + self.out(normed))
-
-
-class NormedBefore(Layer):
-    def forward(self, states, mask):
-        return states + self.after(self.block(states, mask)[0])
-
-
-class NormedTogether(Layer):
-    """The first transformers: the norm is of the stream itself."""
-
-    def forward(self, states, mask):
-        return self.norm(states + self.block(states)[0])
-
-
-class Gated(Layer):
-    def forward(self, states, mask):
-        return states + torch.sigmoid(self.out(states)) * self.block(self.norm(states))[0]
-
-
-class Unnamed(Layer):
-    """Adds something that no module returns."""
-
-    def forward(self, states, mask):
-        return states + self.block(states)[0] + states.tanh()
-
-
-class Bent(Layer):
-    """Changes what it adds."""
-
-    def forward(self, states, mask):
-        return states + self.block(states)[0].tanh()
-
-
-class OwnWeights(Layer):
-    def forward(self, states, mask):
-        return states + self.gain * self.block(states)[0]
-
-
-class LooksInside(Layer):
-    def forward(self, states, mask):
-        return states + self.block.product(states)
-
-
-@pytest.mark.parametrize(
-    ("kind", "writers"),
-    [
-        (Scaled, ["block", "out"]),
-        (Parallel, ["block", "out"]),
-        (NormedBefore, ["after"]),
-        *((kind, []) for kind in (NormedTogether, Gated, Unnamed, Bent, OwnWeights, LooksInside)),
-    ],
-)
-def test_a_layer_is_understood_or_not_at_all(kind, writers):
-    with torch.device("meta"):
-        layer = kind()
-    before = dict(layer._modules)
-    assert find_stream_writers(layer, 8) == writers
-    assert layer._modules == before
-
-
-def test_a_model_whose_layers_are_not_understood_is_rejected_in_a_line():
-    lm = build_on_meta(tiny_llama(), "cpu", "sdpa")
-    lm.base_model.layers[1] = Gated()
-    with pytest.raises(UserError, match=r'training.dropout = 0.3 is not supported with model_type "llama": .* layer 1 .* to 0$'):
-        add_dropout(lm, P)
-    assert not any(module._forward_hooks for module in lm.modules())
 
 
 # ---------------------------------------------------------------- where it acts
