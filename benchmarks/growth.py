@@ -203,15 +203,7 @@ class Worker:
             for name in (NEXT_TOKEN, FUTURE, CHEAP)
         }
         warmup = 2 if point.tokens < 65_536 else 1  # longer steps vary less
-        cells: dict[str, Any] = {}
-        for name, timing in measure_in_turns(samplers, 3, warmup).items():
-            if timing is None:
-                cells[name] = guard.faults[name]
-            else:
-                held, flops = about[name]
-                cells[name] = {"timing": timing._asdict(), "peak_gib": held + timing.added_gib, "flops": flops}
-                cells[name]["is_finite"] = name not in guard.not_finite
-        return cells
+        return guard.describe(measure_in_turns(samplers, 3, warmup), about)
 
 
 def run_worker(out: Path, name: str) -> None:

@@ -90,14 +90,7 @@ class Comparison:
             source.take(batch)
             source.get()  # both are there before the first turn, so that each adds its own memory alone
         samplers = {name: guard.watch(name, source, partial(ready, name)) for name, source in self.sources.items()}
-        for name, timing in measure_in_turns(samplers, REPEATS, WARMUP).items():
-            if timing is None:
-                row[name] = guard.faults[name]
-            else:
-                held, flops = about[name]
-                row[name] = {"timing": timing._asdict(), "peak_gib": held + timing.added_gib, "flops": flops}
-                row[name]["is_finite"] = name not in guard.not_finite
-        return row
+        return row | guard.describe(measure_in_turns(samplers, REPEATS, WARMUP), about)
 
 
 def run_worker(out: Path, name: str) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
 from benchmarks.packs import LONGEST
-from benchmarks.timing import CannotRun, Sample, sample
+from benchmarks.timing import CannotRun, Sample, Timing, sample
 from flame.attention import flash as flash_kernels
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
@@ -208,6 +209,22 @@ class Guard:
                 raise CannotRun from None
 
         return take
+
+    def describe(self, timings: Mapping[str, Timing | None], about: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        """What a table needs to know of each step, or why it failed.
+
+        Args:
+            about: GiB held between steps, and FLOPs.
+        """
+        cells: dict[str, Any] = {}
+        for name, timing in timings.items():
+            if timing is None:
+                cells[name] = self.faults[name]
+            else:
+                held, flops = about[name]
+                cells[name] = {"timing": timing._asdict(), "peak_gib": held + timing.added_gib, "flops": flops}
+                cells[name]["is_finite"] = name not in self.not_finite
+        return cells
 
 
 def describe_fault(error: Exception) -> str:
