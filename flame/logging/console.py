@@ -84,7 +84,6 @@ def format_line(
     show("aux_loss", "aux {:6.3f}")
     if "aux_loss" in values:
         fields[-1] += describe(values, "")
-    show("action_loss", "of it actions {:6.3f}")
     if "grad_norm" in values:
         fields.append(f"grad {_format_norm(values['grad_norm']):>6}")
     show("lr", "lr {:7.1e}")
