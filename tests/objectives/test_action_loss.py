@@ -179,7 +179,7 @@ def test_the_loss_and_its_part_are_logged():
     assert part.item() == pytest.approx(0.7 * total.item(), rel=1e-9) and items == get_own(model).count(batch) == aux.num_items
     bound = aux.measures["mi_lower_bound"].total / items
     values = {"aux_loss": (aux.loss_sum / items).item(), "action_loss": (part / items).item(), "mi_lower_bound": bound.item()}
-    told = f" (ln N {math.log(items):5.2f}) · of it actions {values['action_loss']:6.3f}"
+    told = f" (ln N {math.log(items):5.2f}) · of which actions {values['action_loss']:6.3f}"
     assert get_own(model).describe_metrics(values).startswith(told)
 
 

@@ -306,7 +306,7 @@ class FutureObjective(Objective):
         accuracy, actions = values.get(f"{prefix}infonce_accuracy"), values.get(f"{prefix}action_loss")
         loss = None if loss is None else loss - (actions or 0.0)
         chance = f" (ln N {loss + bound:5.2f})" if loss is not None and bound is not None and not prefix else ""
-        part = f" · of it actions {actions:6.3f}" if actions is not None else ""
+        part = f" · of which actions {actions:6.3f}" if actions is not None else ""
         return chance + part + (f" · top-1 {100 * accuracy:5.1f}%" if accuracy is not None else "")
 
     def list_exported(self) -> Sequence[str]:
