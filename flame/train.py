@@ -58,9 +58,11 @@ from flame.runtime.distributed import (
     get_rank,
     get_world_size,
     keep_flight_record,
+    leave_at_once,
     set_single_process_defaults,
     start_processes,
 )
+from flame.runtime.endings import PeerFailure
 from flame.runtime.interrupt import raise_on_interrupt
 from flame.runtime.sameness import check_same
 from flame.runtime.seeds import derive_seed
@@ -473,6 +475,8 @@ def main(argv: list[str]) -> None:
         if failure is None:
             raise
         report_mistake(failure.told)
+        if isinstance(failure.told, PeerFailure):
+            leave_at_once(failure.exit_code)
         sys.exit(failure.exit_code)
     if not is_complete:
         sys.exit(PREEMPTED_EXIT_CODE)

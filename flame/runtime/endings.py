@@ -31,6 +31,11 @@ TIMEOUT_MESSAGES = re.compile(r"tim(ed? ?out)", re.IGNORECASE)
 
 LONGEST_REASON = 160
 """Characters of torch's own words."""
+HINTS: dict[int, str] = {
+    signal.SIGKILL: " (often the kernel, when memory runs out: see dmesg)",
+    signal.SIGABRT: " (often torch, when a GPU fails or NCCL loses another rank: see the lines above)",
+}
+"""By the signal that has ended a rank."""
 
 
 class PeerFailure(Exception):
@@ -43,6 +48,8 @@ class Kind(StrEnum):
     MISTAKE = "mistake"
     STOPPED = "stopped"
     CAUSE = "cause"
+    SUSPECT = "suspect"
+    """torch has aborted a rank: by a fault of its GPU, or because NCCL has lost another rank."""
     CONSEQUENCE = "consequence"
 
 
@@ -94,14 +101,17 @@ class WorkerEnd:
     def is_consequence(self) -> bool:
         return self.exit_code == LOST_EXIT_CODE
 
+    @property
+    def is_aborted(self) -> bool:
+        return self.exit_code == -signal.SIGABRT
+
     def describe(self, host: str) -> str:
         """In one line."""
         who = f"rank {self.rank} on {host}"
         if self.is_consequence:
             return f"{who} {self.message.removeprefix('PeerFailure: ') or 'has lost another rank'}"
         if self.exit_code < 0:
-            killed = " (often the kernel, when memory runs out: see dmesg)" if self.exit_code == -signal.SIGKILL else ""
-            return f"{who} was ended by {_name_signal(-self.exit_code)}{killed}"
+            return f"{who} was ended by {_name_signal(-self.exit_code)}{HINTS.get(-self.exit_code, '')}"
         if self.message:
             where = " (traceback above)" if self.trace or self.is_shown else ""
             return f"{who} failed: {' '.join(self.message.split())[:300]}{where}"
@@ -116,17 +126,18 @@ def find_ending(workers: list[WorkerEnd], silent: dict[int, str], host: str) -> 
         silent: ranks that did not end though others waited for them in vain, with what they do.
     """
     causes = [worker for worker in workers if not worker.is_consequence]
-    aborted = [worker for worker in causes if worker.exit_code == -signal.SIGABRT]
-    if silent and len(aborted) == len(causes):
+    certain = [worker for worker in causes if not worker.is_aborted]
+    if silent and not certain:
         names = [f"rank {rank} on {host} is silent ({state})" for rank, state in sorted(silent.items())]
         return Ending(Kind.CAUSE, LOST_EXIT_CODE, [", ".join(names)], host=host)
     if not causes:
         first = workers[0]
         is_timeout = bool(TIMEOUT_MESSAGES.search(first.message) or "waited" in first.message)
         return Ending(Kind.CONSEQUENCE, LOST_EXIT_CODE, [first.describe(host)], host=host, is_timeout=is_timeout)
-    first = causes[0]
+    first = (certain or causes)[0]
+    kind = Kind.CAUSE if certain else Kind.SUSPECT
     code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code
-    return Ending(Kind.CAUSE, code, [first.describe(host)], host=host, trace="" if first.is_shown else first.trace)
+    return Ending(kind, code, [first.describe(host)], host=host, trace="" if first.is_shown else first.trace)
 
 
 def find_peer_failure(error: BaseException) -> str | None:

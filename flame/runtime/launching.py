@@ -114,10 +114,10 @@ class Launching:
         if self._place.is_elastic and other.kind != Kind.MISTAKE:
             print(f"machine {other.machine} has left: {' '.join(other.lines)}", file=sys.stderr, flush=True)
             return
-        if other.kind == Kind.CONSEQUENCE:
+        if other.kind in (Kind.SUSPECT, Kind.CONSEQUENCE):
             time.sleep(SETTLE_SECONDS)  # those that wait for the same rank end by the same timeout
-            if other.is_timeout:
-                self._workers.silent.update(self._workers.find_silent())
+            find = self._workers.find_silent if other.is_timeout else self._workers.find_held
+            self._workers.silent.update(find())
         elif other.kind == Kind.MISTAKE:
             time.sleep(OWN_MISTAKE_SECONDS)
         self._workers.give_up()
@@ -174,16 +174,19 @@ class Launching:
         watch = self._watch
         watch.tell(ending)
         gone: list[int] = []
-        if ending.kind == Kind.CONSEQUENCE:
-            watch.wait_for(lambda watch: bool(watch.causes) or not watch.missing)
-            if watch.causes:
-                ending = retell(watch.causes[0])
+        if ending.kind in (Kind.SUSPECT, Kind.CONSEQUENCE):
+            watch.wait_for(
+                lambda watch: not watch.missing or any(each.kind != Kind.SUSPECT for each in watch.list_causes(ending))
+            )
+            if causes := watch.list_causes(ending):
+                ending = retell(causes[0])
             elif gone := ([0] if watch.is_store_lost and self._place.number else watch.missing):
                 hosts = self._machines.hosts if self._machines is not None else {}
                 names = ", ".join(f"machine {number} ({hosts.get(number, 'unknown')})" for number in gone)
-                ending.lines = [f"{names} has ended without a word, or cannot be reached: {ending.lines[0]}"]
+                line = f"{names} has ended without a word, or cannot be reached: {ending.lines[0]}"
+                ending = Ending(Kind.CONSEQUENCE, LOST_EXIT_CODE, [line])
         if self._place.number == 0 and not gone:  # the store goes with this process
-            watch.wait_for(lambda watch: not watch.missing)
+            watch.wait_for(lambda watch: not watch.missing and watch.is_heard)
         return ending
 
     def _report(self, ending: Ending, is_saved_told: bool = True) -> int:
@@ -191,7 +194,7 @@ class Launching:
         if ending.trace:
             print(ending.trace, file=sys.stderr)
         for line in ending.lines:
-            is_told = is_saved_told and ending.kind in (Kind.CAUSE, Kind.CONSEQUENCE)
+            is_told = is_saved_told and ending.kind not in (Kind.MISTAKE, Kind.STOPPED)
             print(f"{line}; {self._describe_saved()}" if is_told else line, file=sys.stderr)
         return ending.exit_code
 

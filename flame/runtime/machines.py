@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -192,8 +192,8 @@ class Machines:
             for number in others
             if self._store.check([f"{ENDING}/{number}"])
         }
-        if found:
-            self._store.set(f"flame/read/{self.place.number}", "")
+        for number in found:
+            self._store.set(f"flame/read/{number}/{self.place.number}", "")
         return found
 
     def read_hosts(self) -> None:
@@ -202,9 +202,9 @@ class Machines:
             if self._store.check([f"flame/here/{number}"]):
                 self.hosts[number] = json.loads(self._store.get(f"flame/here/{number}"))["host"]
 
-    def have_read(self) -> bool:
-        """Whether all other machines have read of an ending."""
-        return all(self._store.check([f"flame/read/{number}"]) for number in range(1, self.place.most))
+    def have_read(self, others: Iterable[int]) -> bool:
+        """Whether other machines have read of this one's ending."""
+        return all(self._store.check([f"flame/read/{self.place.number}/{other}"]) for other in others)
 
 
 class Watch:
@@ -216,6 +216,8 @@ class Watch:
         self._own: Ending | None = None
         self.others: dict[int, Ending] = {}
         """The last word of each machine that has ended, and has not come back."""
+        self.is_heard = False
+        """Whether all others that have come have read how this machine ended."""
         self.is_store_lost = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="machines", daemon=True)
@@ -245,14 +247,17 @@ class Watch:
     @property
     def missing(self) -> list[int]:
         """Machines that have come, and have not told how they ended."""
-        own = self._machines.place.number
-        return [number for number in sorted(self._machines.hosts) if number != own and number not in self.others]
+        return [number for number in self._others if number not in self.others]
 
     @property
-    def causes(self) -> list[Ending]:
-        """What other machines have told that is no consequence, a mistake first."""
-        found = [each for each in self.others.values() if each.kind != Kind.CONSEQUENCE]
-        return sorted(found, key=lambda each: list(Kind).index(each.kind))
+    def _others(self) -> list[int]:
+        return [number for number in sorted(self._machines.hosts) if number != self._machines.place.number]
+
+    def list_causes(self, ending: Ending) -> list[Ending]:
+        """What other machines have told that may have led to this one's ending, a mistake first, and a suspect last."""
+        kinds = list(Kind)
+        found = [each for each in self.others.values() if kinds.index(each.kind) < kinds.index(ending.kind)]
+        return sorted(found, key=lambda each: kinds.index(each.kind))
 
     def _run(self) -> None:
         try:
@@ -264,9 +269,10 @@ class Watch:
                     self._machines._put(own)
                     self._machines.read_hosts()
                 found = self._machines._read_endings() if self._machines._store.check([ENDING]) else {}
+                is_heard = self._machines.have_read(self._others)
                 with self._changed:
                     new = {number: each for number, each in found.items() if self.others.get(number) != each}
-                    self.others = found
+                    self.others, self.is_heard = found, is_heard
                     self._changed.notify_all()
                 for ending in new.values():
                     self._act(ending)
@@ -298,7 +304,7 @@ def tell_mistake(place: Place, mistake: UserError) -> None:
         if machines._store.check(["flame/begun"]):
             return  # a run that is under way does not end because a command beside it is wrong
         machines._put(Ending(Kind.MISTAKE, UserError.EXIT_CODE, mistake.lines))
-        while place.number == 0 and time.monotonic() < deadline and not machines.have_read():
+        while place.number == 0 and time.monotonic() < deadline and not machines.have_read(range(1, place.most)):
             time.sleep(0.1)
 
 

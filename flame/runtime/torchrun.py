@@ -81,9 +81,12 @@ class Workers:
 
     def find_silent(self) -> dict[int, str]:
         """Of the running workers those that are stopped or hang; all of them if none is seen to be. By local rank."""
-        states = {rank: _read_state(process.pid) for rank, process in self._processes.items() if process.poll() is None}
-        held = {rank: STATES[state] for rank, state in states.items() if state in STATES}
-        return held or dict.fromkeys(states, "it runs, but has not come to where the others wait")
+        return self.find_held() or dict.fromkeys(self._running, "it runs, but has not come to where the others wait")
+
+    def find_held(self) -> dict[int, str]:
+        """Of the running workers those that are seen to be stopped or to hang, and how. By local rank."""
+        states = {rank: _read_state(process.pid) for rank, process in self._running.items()}
+        return {rank: STATES[state] for rank, state in states.items() if state in STATES}
 
     def _starts_again(self, failures: dict[int, ProcessFailure], restarts_left: int) -> bool:
         starts_again = not self.is_given_up and restarts_left > 0 and self._may_restart(failures, restarts_left)
@@ -101,12 +104,10 @@ class Workers:
             return False
         if set(failed) <= {LOST_EXIT_CODE, -signal.SIGABRT}:
             deadline = time.monotonic() + SETTLE_SECONDS
-            while time.monotonic() < deadline and any(process.poll() is None for process in self._processes.values()):
+            while time.monotonic() < deadline and self._running:
                 time.sleep(0.1)
                 self._note_ended()
-            silent = self.find_silent()
-            if LOST_EXIT_CODE in failed or any(state in STATES.values() for state in silent.values()):
-                self.silent = silent
+            self.silent = self.find_silent() if LOST_EXIT_CODE in failed else self.find_held()
             self._kill(list(self.silent))
         return True
 
@@ -126,6 +127,10 @@ class Workers:
     def _processes(self) -> dict[int, Any]:
         handlers = self._context.subprocess_handlers if self._context is not None else {}
         return {rank: handler.proc for rank, handler in handlers.items()}
+
+    @property
+    def _running(self) -> dict[int, Any]:
+        return {rank: process for rank, process in self._processes.items() if process.poll() is None}
 
 
 def _read_state(pid: int) -> str:

@@ -22,6 +22,7 @@ LOST = WorkerEnd(0, LOST_EXIT_CODE, "PeerFailure: has lost its connection to ano
 WAITED = WorkerEnd(0, LOST_EXIT_CODE, "PeerFailure: waited for another rank until comm.timeout_seconds")
 KILLED = WorkerEnd(1, -signal.SIGKILL)
 ABORTED = WorkerEnd(2, -signal.SIGABRT)
+ABORT_LINE = "rank 2 on a was ended by SIGABRT (often torch, when a GPU fails or NCCL loses another rank: see the lines above)"
 KILL_LINE = "rank 1 on a was ended by SIGKILL (often the kernel, when memory runs out: see dmesg)"
 
 
@@ -32,7 +33,9 @@ KILL_LINE = "rank 1 on a was ended by SIGKILL (often the kernel, when memory run
         ([WAITED], {1: "stopped by a signal"}, Kind.CAUSE, 69, "rank 1 on a is silent (stopped by a signal)"),
         ([ABORTED], {1: "stopped by a signal"}, Kind.CAUSE, 69, "rank 1 on a is silent (stopped by a signal)"),
         ([KILLED], {3: "it runs"}, Kind.CAUSE, 137, KILL_LINE),
-        ([ABORTED], {}, Kind.CAUSE, 134, "rank 2 on a was ended by SIGABRT"),
+        ([ABORTED], {}, Kind.SUSPECT, 134, ABORT_LINE),
+        ([LOST, ABORTED], {}, Kind.SUSPECT, 134, ABORT_LINE),
+        ([ABORTED, KILLED], {}, Kind.CAUSE, 137, KILL_LINE),
         ([LOST], {}, Kind.CONSEQUENCE, 69, "rank 0 on a has lost its connection to another rank"),
         ([WAITED], {}, Kind.CONSEQUENCE, 69, "rank 0 on a waited for another rank until comm.timeout_seconds"),
         ([LOST, WorkerEnd(3, 7)], {}, Kind.CAUSE, 7, "rank 3 on a ended with exit code 7"),

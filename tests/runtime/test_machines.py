@@ -137,6 +137,10 @@ def test_machine_0_tells_its_mistake_before_it_leaves(threads: ThreadPoolExecuto
     assert read_lines(waiting) == [f"machine 0 ({socket.gethostname()}): optimizer.lr = 0: wrong"]
 
 
+LOST = Ending(Kind.CONSEQUENCE, LOST_EXIT_CODE, ["waited"])
+ABORTED = Ending(Kind.SUSPECT, 134, ["aborted"])
+
+
 def watch_two(threads: ThreadPoolExecutor, port: int, act: Callable[[Ending], None]) -> tuple[Machines, Watch, Machines, Watch]:
     later = threads.submit(meet, place(1, port))
     first = meet(place(0, port))
@@ -153,11 +157,40 @@ def test_endings_reach_the_others(threads: ThreadPoolExecutor, port: int) -> Non
     assert arrived.wait(TIMEOUT)
     first.wait_for(lambda watch: not watch.missing)
     assert [(each.machine, each.kind, each.lines) for each in seen] == [(1, Kind.CONSEQUENCE, ["waited"])]
-    assert first.causes == [] and second.missing == [0]
+    assert not first.list_causes(LOST) and second.missing == [0]
     first.tell(Ending(Kind.CAUSE, 137, ["killed"]))
-    second.wait_for(lambda watch: bool(watch.causes))
-    assert [each.lines for each in second.causes] == [["killed"]]
+    second.wait_for(lambda watch: not watch.missing)
+    assert [each.lines for each in second.list_causes(LOST)] == [["killed"]]
     assert first.close() and second.close()
+
+
+def test_an_aborted_rank_is_the_cause_only_if_there_is_no_other(threads: ThreadPoolExecutor, port: int) -> None:
+    """On a GPU, torch aborts a rank that has lost another one."""
+    _, first, _, second = watch_two(threads, port, lambda _: None)
+    second.tell(ABORTED)
+    first.wait_for(lambda watch: not watch.missing)
+    assert [each.lines for each in first.list_causes(LOST)] == [["aborted"]]
+    assert not first.list_causes(ABORTED)
+    assert not first.list_causes(Ending(Kind.CAUSE, 137, ["killed"]))
+    first.tell(Ending(Kind.CAUSE, 137, ["killed"]))
+    second.wait_for(lambda watch: not watch.missing)
+    assert [each.lines for each in second.list_causes(ABORTED)] == [["killed"]]
+    assert first.close() and second.close()
+
+
+def test_a_machine_knows_when_the_others_have_heard(threads: ThreadPoolExecutor, port: int) -> None:
+    """Machine 0 stays until then, for the store goes with it."""
+    first_machine, first, second_machine, second = watch_two(threads, port, lambda _: None)
+    second.tell(LOST)
+    first.wait_for(lambda watch: not watch.missing)
+    assert not first.is_heard and not second_machine._store.check(["flame/read/0/1"])
+    first.tell(Ending(Kind.CAUSE, 137, ["killed"]))
+    first.wait_for(lambda watch: watch.is_heard)
+    assert first_machine.have_read([1])
+    assert first.close()
+    second.wait_for(lambda watch: not watch.missing)
+    assert [each.lines for each in second.list_causes(LOST)] == [["killed"]]
+    assert second.close()
 
 
 def test_a_machine_that_comes_back_may_end_again(threads: ThreadPoolExecutor, port: int) -> None:
@@ -166,10 +199,10 @@ def test_a_machine_that_comes_back_may_end_again(threads: ThreadPoolExecutor, po
     for text in ("killed", "killed", "out of memory"):
         second.tell(Ending(Kind.CAUSE, 137, [text]))
         first.wait_for(lambda watch: not watch.missing)
-        assert first.causes[0].lines == [text]
+        assert first.list_causes(LOST)[0].lines == [text]
         again._store.delete_key(f"{module.ENDING}/1")  # as `meet` does
         first.wait_for(lambda watch: watch.missing == [1])
-        assert first.missing == [1] and not first.causes
+        assert first.missing == [1] and not first.list_causes(LOST)
     assert seen == [["killed"], ["killed"], ["out of memory"]]
     assert first.close() and second.close()
 
@@ -178,7 +211,7 @@ def test_a_start_does_not_take_an_earlier_ones_ending_for_its_own(threads: Threa
     """Its store may be there for some seconds more."""
     _, first, _, second = watch_two(threads, port, lambda _: None)
     second.tell(Ending(Kind.CAUSE, 137, ["killed"]))
-    first.wait_for(lambda watch: bool(watch.causes))
+    first.wait_for(lambda watch: not watch.missing)
     with pytest.raises(MachinesLost, match="machine 0 has not come"):
         meet(place(1, port), timeout=1.0)
     assert first.close() and second.close()

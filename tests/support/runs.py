@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.support.paths import REPO
 from tests.support.ranks import train_on_ranks
 
 SEQ_LEN = 64
+RANKS_SECONDS = 240
 MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
 
 
@@ -78,10 +81,42 @@ def cut_power_after(step: int, argv: list[str]) -> None:
 
 
 def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-    done = subprocess.run([*command, *options(workspace, run, **changes)], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["-m", module, *options(workspace, run, **changes)]
+    if ranks > torch.cuda.device_count() == 1:
+        run_on_shared_gpu(ranks, arguments)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run([sys.executable, *launcher, *arguments], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     return read_metrics(run)
+
+
+def run_on_shared_gpu(ranks: int, arguments: list[str]) -> None:
+    """Run ranks on the only GPU. NCCL allows that to ranks which it takes for other machines'."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port(), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments], cwd=REPO, env=os.environ | meeting | act_as_machine(rank) | {"RANK": str(rank)}, **pipes
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        printed = [process.communicate(timeout=RANKS_SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(printed)
+
+
+def act_as_machine(number: int) -> dict[str, str]:
+    """Variables by which NCCL takes a process for one of another machine, also where several share a GPU."""
+    return {"NCCL_HOSTID": f"machine-{number}"}
+
+
+def find_free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
 
 
 def fork_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:

@@ -19,7 +19,7 @@ from flame.checkpoints.manager import list_checkpoints
 from flame.runtime.endings import LOST_EXIT_CODE
 from flame.runtime.sameness import ADVICE
 from tests.support.paths import REPO
-from tests.support.runs import measured, options, read_metrics
+from tests.support.runs import act_as_machine, find_free_port, measured, options, read_metrics
 
 HOST = socket.gethostname()
 WAIT_SECONDS = 120
@@ -30,8 +30,9 @@ class Machine:
     """train.sh, running."""
 
     def __init__(self, number: int, arguments: list[str], variables: dict[str, str], prefix: list[str]):
-        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NODE_RANK": str(number)} | variables
-        if torch.cuda.device_count() > 1 and environment.get("NNODES", "1") != "1":  # to NCCL all ranks are on one machine
+        own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NODE_RANK": str(number)} | act_as_machine(number)
+        environment = os.environ | own | variables
+        if torch.cuda.device_count() > 1 and environment.get("NNODES", "1") != "1":
             environment["CUDA_VISIBLE_DEVICES"] = str(number)
         command = [*prefix, "bash", str(REPO / "train.sh"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -56,11 +57,6 @@ class Machine:
         self.process.communicate()
 
 
-def find_free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
-
-
 @contextmanager
 def start(arguments: list[list[str]], prefixes: list[list[str]] | None = None, **variables: str) -> Iterator[list[Machine]]:
     """Start one machine for each list of arguments; at the end, kill what is left of them."""
@@ -72,6 +68,12 @@ def start(arguments: list[list[str]], prefixes: list[list[str]] | None = None, *
             ending.callback(machine.kill)
             machines.append(machine)
         yield machines
+
+
+def get_only_line(lines: list[str]) -> str:
+    """What a machine says at its end. On a GPU, torch may say something before, for NCCL."""
+    assert len(lines) == 1 or torch.cuda.is_available(), lines
+    return lines[-1]
 
 
 def wait_for_steps(run: Path, count: int, machines: list[Machine]) -> None:
@@ -126,17 +128,34 @@ def send_to_rank_1(number: signal.Signals, workspace: Path, run: Path) -> list[t
 def test_a_killed_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
     (code, lines), (killed_code, killed_lines) = send_to_rank_1(signal.SIGKILL, workspace, tmp_path / "run")
     newest = list_checkpoints(tmp_path / "run" / "checkpoint")[-1]
-    assert (code, killed_code) == (LOST_EXIT_CODE, 128 + signal.SIGKILL)
-    assert lines[-1:] == killed_lines and len(lines) == 1
-    assert lines[0].startswith(f"rank 1 on {HOST} was ended by SIGKILL") and lines[0].endswith(f"goes on from {newest}")
+    assert (code, killed_code) == (LOST_EXIT_CODE, 128 + signal.SIGKILL), lines
+    line = get_only_line(lines)
+    assert [line] == killed_lines
+    assert line.startswith(f"rank 1 on {HOST} was ended by SIGKILL") and line.endswith(f"goes on from {newest}")
+
+
+@pytest.mark.long
+def test_a_rank_that_torch_has_aborted_is_named_unless_another_was_the_cause(workspace: Path, tmp_path: Path) -> None:
+    """As NCCL does where it has lost a rank."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    ended = send_to_rank_1(signal.SIGABRT, workspace, alone)
+    assert [code for code, _ in ended] == [LOST_EXIT_CODE, 128 + signal.SIGABRT]
+    assert all(lines[-1].startswith(f"rank 1 on {HOST} was ended by SIGABRT") for _, lines in ended)
+    with start([options(workspace, both, **LONG)] * 2) as machines:
+        wait_for_steps(both, 4, machines)
+        for machine, number in zip(machines, (signal.SIGABRT, signal.SIGKILL), strict=True):
+            os.kill(machine.find_workers()[-1], number)
+        ended = [machine.end() for machine in machines]
+    assert [code for code, _ in ended] == [LOST_EXIT_CODE, 128 + signal.SIGKILL]
+    assert all(lines[-1].startswith(f"rank 1 on {HOST} was ended by SIGKILL") for _, lines in ended)
 
 
 @pytest.mark.long
 def test_a_stopped_rank_is_named_on_both(workspace: Path, tmp_path: Path) -> None:
     ended = send_to_rank_1(signal.SIGSTOP, workspace, tmp_path / "run")
-    assert [code for code, _ in ended] == [LOST_EXIT_CODE] * 2
-    assert all(len(lines) == 1 and lines[0].startswith(f"rank 1 on {HOST} is silent (stopped by a signal)") for _, lines in ended)
-    if torch.cuda.device_count() > 1:
+    assert [code for code, _ in ended] == [LOST_EXIT_CODE] * 2, ended
+    assert all(get_only_line(lines).startswith(f"rank 1 on {HOST} is silent (stopped by a signal)") for _, lines in ended)
+    if torch.cuda.is_available():
         assert (tmp_path / "run" / "nccl-0").exists(), "the record for torchfrtrace"
 
 
@@ -217,6 +236,8 @@ def networks() -> Iterator[list[list[str]]]:
             ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "toother")
             for interface in ("lo", "toother"):
                 ip("-n", name, "link", "set", interface, "up")
+    except FileNotFoundError:
+        pytest.skip("`ip` is not installed here: package iproute2")
     except (OSError, subprocess.CalledProcessError) as error:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
