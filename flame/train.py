@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.profiler import record_function
 
@@ -50,7 +49,7 @@ from flame.logging.console import init_logging
 from flame.logging.counters import Counters
 from flame.objectives.cadence import LossPlan
 from flame.objectives.probe import is_probe_step, measure_step
-from flame.objectives.step import Losses, Requested, compute_losses, get_objective
+from flame.objectives.step import Requested, compute_losses, get_objective
 from flame.optimizers.build import read_rates, seek_schedule
 from flame.runtime.agreement import run_on_all, run_on_main
 from flame.runtime.distributed import (
@@ -75,6 +74,7 @@ from flame.trainer.finish import finish_run, is_finished, reopen_run, report_out
 from flame.trainer.first_step import record_first_step
 from flame.trainer.guard import StepGuard
 from flame.trainer.meters import RunMeters, rewind_records
+from flame.trainer.micro_step import Divisors, choose_micro_step
 from flame.trainer.options import read_options
 from flame.trainer.profiler import Profiler
 from flame.trainer.run_record import record_run
@@ -150,6 +150,7 @@ class Trainer:
         self.objective = get_objective(self.model)
         self.optimizer = build_run_optimizer(config, self.model)
         self.schedule = build_run_schedule(config, self.model, self.optimizer)
+        self.micro_step = choose_micro_step(config, self.model, self.device)
         self.loss_plan = LossPlan(build_weight_schedule(config), build_cadence(config))
 
         self.counters = Counters(tokens_by_source=dict.fromkeys(self.source_names, 0))
@@ -252,15 +253,13 @@ class Trainer:
         prepared = self._prepare_objective(on_device, weight, marked)
         step_loss = torch.zeros((), device=self.device)
         outcomes = []
+        divisors = Divisors(counts.labels, counts.aux, weight)
         with_ce = not self.config.experimental.freeze_lm_for_infonce
         for batch, has_aux, own in zip(on_device, marked, prepared, strict=True):
             # Dropout depends on the sequence's index alone: it is the same on any number of ranks, and after a resume.
             torch.manual_seed(derive_seed(self.config.training.seed, batch.sequence_index))
-            losses = self.model(compute_losses, batch, Requested(aux=has_aux, ce=with_ce), own)
-            loss = self._average(losses, weight, counts)
-            with record_function("backward"):
-                loss.backward()
-            step_loss += loss.detach()
+            losses, loss = self.micro_step.run(batch, Requested(aux=has_aux, ce=with_ce), own, divisors)
+            step_loss += loss
             outcomes.append(losses)
         step_loss, failures = self.guard.reduce(step_loss, outcomes)
         max_norm = self.config.training.max_norm or torch.inf
@@ -329,15 +328,6 @@ class Trainer:
             raise Preempted
         counts.add_to(self.counters)
         return counts
-
-    def _average(self, losses: Losses, weight: float, counts: StepCounts) -> Tensor:
-        """One packed sequence's part of the step's loss, 0-d: its sums divided by the counts of all micro-steps and ranks."""
-        loss = torch.zeros((), device=self.device)
-        if losses.ce_sum is not None:
-            loss = loss + losses.ce_sum / max(counts.labels, 1)
-        if losses.aux is not None:
-            loss = loss + weight * losses.aux.loss_sum / max(counts.aux, 1)
-        return loss
 
     # ---------------------------------------------------------------- between steps
 

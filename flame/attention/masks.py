@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flame.runtime.draws import BITS, draw_integers
+
 
 def _segment_ids_from_cu_seqlens(cu: Tensor) -> tuple[Tensor, int]:
     """Number of the document that each token belongs to.
@@ -121,20 +123,19 @@ def round_up_to_bucket(count: int, at_most: int) -> int:
     return min(max(-(-count // grain), 1) * grain, at_most)
 
 
-def draw_anchors(anchors: Tensor, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_anchors(anchors: Tensor, at_most: int, run_seed: int, number: Tensor) -> tuple[Tensor, Tensor]:
     """Draw K positions at random, anchors first, without waiting for the device.
 
     Args:
         anchors: bool [T].
         at_most: K, at most T.
-        seed: of the draw.
+        run_seed, number: what the draw depends on; see `flame.runtime.draws.draw_integers`.
 
     Returns:
         positions int64 [K] in ascending order, and bool [K]: which of them are anchors. If there are fewer than K anchors, other
         positions fill the rest.
     """
-    generator = torch.Generator(anchors.device).manual_seed(seed)
-    priority = torch.rand(anchors.shape, generator=generator, device=anchors.device) + anchors
+    priority = draw_integers(run_seed, number, len(anchors)) | anchors.long() << BITS
     positions = priority.topk(at_most).indices.sort().values
     return positions, anchors[positions]
 

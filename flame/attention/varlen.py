@@ -81,7 +81,8 @@ def attend(
     cut = cu_seqlens.clamp(max=len(q) - 1)
     shifted = varlen_attention(q[1:], k[:-1], v[:-1], cut, max_length, limit - 1, scale, s_aux)[0]
     out = torch.cat([shifted.new_zeros(1, *shifted.shape[1:]), shifted])
-    return out.index_fill(0, cu_seqlens[:-1].long(), 0.0)[None, ..., : value.shape[-1]], None
+    starts = cu_seqlens[:-1].long() % len(q)  # that of an empty document at the end is no position: 0 is a start too
+    return out.index_fill(0, starts, 0.0)[None, ..., : value.shape[-1]], None
 
 
 def _widen(states: Tensor, width: int) -> Tensor:

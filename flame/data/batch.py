@@ -34,6 +34,8 @@ class PackedBatch:
     """int32 [1, T]: number of the token's chunk, from 0."""
     cu_seqlens: torch.Tensor
     """int32 [S+1], from 0 to T."""
+    number: torch.Tensor
+    """int64 0-d: `sequence_index`, for draws on the device."""
     sequence_index: int
     """Number of this sequence in the run, over all ranks."""
     num_labels: int
@@ -114,6 +116,7 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         position_ids=torch.from_numpy(positions)[None],
         segment_ids=torch.from_numpy(segments)[None],
         cu_seqlens=torch.from_numpy(sequence.cu_seqlens),
+        number=torch.tensor(sequence_index),
         sequence_index=sequence_index,
         num_labels=int(chunk_labels.sum()),
         chunk_labels=chunk_labels,

@@ -217,7 +217,8 @@ class FutureLoss(nn.Module):
             is_valid = is_valid & mask
         positions = torch.arange(pack.total, device=states.device)
         if 0 < self.max_anchors < pack.total:
-            positions, is_valid = draw_anchors(is_valid, self.max_anchors, int(torch.randint(2**31, ())))
+            number = torch.randint(2**31, ()).to(is_valid.device)
+            positions, is_valid = draw_anchors(is_valid, self.max_anchors, 0, number)
         ahead = (positions + shift) % max(pack.total, 1)
         excluded = keys = None
         if self.exclude_neighbors:

@@ -209,6 +209,15 @@ class Objective(nn.Module):
 
     # ---------------------------------------------------------------- in a step
 
+    @property
+    def fits_graph(self) -> bool:
+        """Whether what it does for a packed sequence may become part of a CUDA graph (`flame.trainer.micro_step`).
+
+        Then `prepare_step` returns None for each sequence. `prepare` and `loss` do the same at every step, read nothing of a
+        packed sequence but its tensors, and draw by `flame.runtime.draws` alone.
+        """
+        return False
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before each step, and before a validation that precedes the first one, for what depends on the step.
 

@@ -19,7 +19,6 @@ from flame.models.wrapper import TrainingModel
 from flame.objectives.future.anchors import choose_shift, count_anchors
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.step import Requested, compute_losses
-from flame.runtime.seeds import derive_seed
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_modules
 from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
@@ -32,12 +31,12 @@ TOTAL = 40
 def test_drawn_anchors(seed, at_most, chunks):
     cu = random_cu_seqlens(TOTAL, chunks, seed)
     anchors = find_anchors(random_batch(cu).segment_ids[0], 1)
-    positions, valid = draw_anchors(anchors, at_most, seed)
+    positions, valid = draw_anchors(anchors, at_most, seed, torch.tensor(5))
     assert positions.tolist() == sorted(set(positions.tolist())) and len(positions) == at_most
     assert torch.equal(valid, anchors[positions])
     counted = count_anchors(random_batch(cu), 1, at_most)
     assert valid.sum() == counted == min(at_most, int(anchors.sum()))
-    again, _ = draw_anchors(anchors, at_most, seed)
+    again, _ = draw_anchors(anchors, at_most, seed, torch.tensor(5))
     assert torch.equal(again, positions)
 
 
@@ -50,7 +49,7 @@ def test_every_anchor_is_drawn_in_time():
 
 
 def _draw(anchors: torch.Tensor, times: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [draw_anchors(anchors, 8, seed) for seed in range(times)]
+    return [draw_anchors(anchors, 8, 0, torch.tensor(number)) for number in range(times)]
 
 
 @given(seed=st.integers(0, 1000), chunks=st.integers(1, 12), horizon=st.integers(0, 9))
@@ -79,7 +78,7 @@ def test_the_contrast_is_its_definition(seed, chunks, horizon, at_most):
     anchors = find_anchors(batch.segment_ids[0], 1)
     rows = anchors.nonzero().flatten().tolist()
     if at_most:
-        positions, valid = draw_anchors(anchors, at_most, derive_seed(model.objective.setup.seed, batch.sequence_index))
+        positions, valid = draw_anchors(anchors, at_most, model.objective.setup.seed, torch.tensor(batch.sequence_index))
         rows = positions[valid].tolist()
     segment = batch.segment_ids[0].tolist()
     total, mi = 0.0, 0.0

@@ -47,7 +47,7 @@ def draw_sample(
     is_valid = find_anchors(batch.segment_ids[0], shift)
     positions = torch.arange(len(is_valid))
     if rows:
-        positions, is_valid = draw_anchors(is_valid, rows, seed)
+        positions, is_valid = draw_anchors(is_valid, rows, seed, torch.tensor(0))
     n = len(positions)
     hidden, predictions, targets = (
         torch.randn(n, w, generator=generator) + 0.5 for w in (width, prediction_width, prediction_width)

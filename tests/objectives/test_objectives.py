@@ -31,7 +31,6 @@ from flame.objectives.probe import measure_step
 from flame.objectives.schedule import WeightSchedule
 from flame.objectives.step import Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults
-from flame.runtime.seeds import derive_seed
 from flame.train import Trainer, main
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_weight_schedule
@@ -356,8 +355,8 @@ def list_rows(model: TrainingModel, batches: list[PackedBatch], summaries: list[
         segments = [*batch.segment_ids[0].tolist(), None]
         anchors = [segments[t + 1] == segments[t] for t in range(len(segments) - 1)]
         if future.max_anchors:
-            seed = derive_seed(model.objective.setup.seed, batch.sequence_index)
-            positions, valid = draw_anchors(torch.tensor(anchors), future.max_anchors, seed)
+            number = torch.tensor(batch.sequence_index)
+            positions, valid = draw_anchors(torch.tensor(anchors), future.max_anchors, model.objective.setup.seed, number)
             anchors = [t in positions[valid] for t in range(len(anchors))]
         predictions = model.objective.predictor(model.encode_past(batch) if seen is None else seen[pack])
         for t in (t for t, is_anchor in enumerate(anchors) if is_anchor):

@@ -57,7 +57,7 @@ def select_anchors(batch: PackedBatch, shift: int, bucket: int, seed: int) -> An
         is_valid = is_valid & (batch.labels[0] != NO_LABEL)
     if bucket == len(is_valid):
         return Anchors(None, is_valid, shift)
-    return Anchors(*draw_anchors(is_valid, bucket, derive_seed(seed, batch.sequence_index)), shift)
+    return Anchors(*draw_anchors(is_valid, bucket, seed, batch.number), shift)
 
 
 def find_anchor_bucket(batch: PackedBatch, shift: int, max_anchors: int) -> int:

@@ -165,6 +165,18 @@ class FutureObjective(Objective):
 
     # ---------------------------------------------------------------- in a step
 
+    @property
+    def fits_graph(self) -> bool:
+        options = self.options
+        return not (
+            (options.negatives == "global" and ESTIMATORS[options.estimator_type].has_negatives)
+            or options.target == "shuffled"
+            or options.target_shift_max
+            or options.uses_fp8
+            or self.predictor_options.dropout
+            or self.action is not None
+        )
+
     def count(self, batch: PackedBatch) -> int:
         return count_anchors(batch, self._choose_shift(batch), self.options.max_anchors)
 

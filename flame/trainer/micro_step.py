@@ -1,0 +1,287 @@
+"""A micro-step: forward and backward of one packed sequence. On small models it is a CUDA graph.
+
+A step of a small model launches hundreds of short kernels. Python takes longer to launch them than the GPU to run them. A CUDA
+graph launches all of a micro-step at once. It repeats what was launched when it was captured: the same kernels on the same
+memory. So whatever differs from one packed sequence to the next must be a tensor, which is copied into the graph's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
+from torch.utils._pytree import tree_map
+
+from flame.attention.backends import choose_attention
+from flame.attention.families import find_family
+from flame.attention.masks import round_up_to_bucket
+from flame.config.schema import JobConfig
+from flame.data.batch import PackedBatch
+from flame.errors import UserError
+from flame.models.parallelize import find_compute_dtype
+from flame.models.wrapper import TrainingModel
+from flame.objectives.step import Losses, Requested, compute_losses, get_objective
+
+
+class Divisors(NamedTuple):
+    """How the sums of a packed sequence become its part of the step's loss."""
+
+    labels: int
+    """Of the step, over micro-steps and ranks."""
+    aux: int
+    """The objective's items, likewise."""
+    weight: float
+    """Of the objective's loss."""
+
+
+class MicroStep:
+    """Runs micro-steps by launching their kernels one by one.
+
+    Args:
+        model: its weights' gradients grow by each micro-step.
+    """
+
+    def __init__(self, model: TrainingModel):
+        self._model = model
+
+    def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
+        """Run a micro-step without waiting for the device.
+
+        Args:
+            batch: on the device.
+            prepared: as for `compute_losses`.
+
+        Returns:
+            losses of the packed sequence, and its part of the step's loss, 0-d, without gradient.
+        """
+        losses = self._model(compute_losses, batch, requested, prepared)
+        loss = torch.zeros((), device=batch.input_ids.device)
+        if losses.ce_sum is not None:
+            loss = loss + losses.ce_sum / max(divisors.labels, 1)
+        if losses.aux is not None:
+            loss = loss + divisors.weight * losses.aux.loss_sum / max(divisors.aux, 1)
+        with record_function("backward"):
+            loss.backward()
+        return losses, loss.detach()
+
+
+class _Unknown:
+    """Stands for a number of a packed sequence inside a graph, where it would be the same for all sequences."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise AssertionError(f"PackedBatch.{self._name} is read inside a CUDA graph, which would keep it: pass it as a tensor")
+
+    __int__ = __index__ = __float__ = __bool__ = __len__ = __iter__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __str__ = __format__ = __getitem__ = _refuse
+
+    def __getattr__(self, _: str) -> NoReturn:
+        self._refuse()
+
+
+class _Scales(NamedTuple):
+    """Factors of the sums, float32 0-d. A quotient by a Python number is, on GPUs, a product with its inverse."""
+
+    labels: Tensor
+    aux: Tensor
+    weight: Tensor
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    losses: Losses
+    loss: Tensor
+    trained: Sequence[nn.Parameter]
+    """Those that have a gradient."""
+
+
+KNOWN = ("answers_only",)
+"""Numbers of a packed sequence that a graph may keep: the same for all of them."""
+WARM_UP = 2
+"""Micro-steps of a kind that are launched one by one before its graph is captured: they compile, and allocate what stays."""
+MOST_GRAPHS = 24
+"""Of other kinds, kernels are launched one by one."""
+
+
+class GraphedMicroStep(MicroStep):
+    """Runs micro-steps as CUDA graphs: one for each bucket of documents in a packed sequence, with and without the objective.
+
+    All graphs add to the same gradients, which stay where they are from step to step. They share their working memory, which is
+    theirs alone.
+    """
+
+    def __init__(self, model: TrainingModel):
+        super().__init__(model)
+        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._scales: _Scales | None = None
+        self._warm: Counter[tuple[int, Requested]] = Counter()
+        self._trained: dict[tuple[int, Requested], Sequence[nn.Parameter]] = {}
+        self._graphs: dict[tuple[int, Requested], _Graph] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
+        if prepared is not None or batch.answers_only:
+            return super().run(batch, requested, prepared, divisors)
+        batch = pad_documents(batch)
+        kind = len(batch.cu_seqlens), requested
+        if kind not in self._graphs:
+            if self._warm[kind] < WARM_UP or len(self._graphs) == MOST_GRAPHS:
+                return self._warm_up(kind, batch, divisors)
+            self._graphs[kind] = self._capture(kind, batch)
+        return self._replay(self._graphs[kind], batch, divisors)
+
+    def _warm_up(self, kind: tuple[int, Requested], batch: PackedBatch, divisors: Divisors) -> tuple[Losses, Tensor]:
+        """Launch a micro-step, and note which weights it gives a gradient."""
+        self._warm[kind] += 1
+        parameters = list(self._model.parameters())
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        found = super().run(batch, kind[1], None, divisors)
+        self._trained[kind] = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                _get_local(gradient).add_(_get_local(parameter.grad))
+            parameter.grad = parameter.grad if gradient is None else gradient
+        return found
+
+    def _capture(self, kind: tuple[int, Requested], batch: PackedBatch) -> _Graph:
+        """Record a micro-step, which does not run it."""
+        trained = self._trained[kind]
+        for parameter in trained:
+            if parameter not in self._gradients:
+                self._gradients[parameter] = torch.zeros_like(parameter)
+        before = {parameter: parameter.grad for parameter in trained}
+        for parameter in trained:
+            parameter.grad = self._gradients[parameter]
+        scales, inside = self._find_scales(batch.input_ids.device), self._find_inputs(batch)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        try:
+            # The loader's thread may allocate page-locked memory meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                losses, loss = self._record(inside, kind[1], scales)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"training.cuda_graphs = true: this model's step cannot become a CUDA graph ({first}): set it to false"
+            ) from error
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+        return _Graph(graph, tree_map(_detach, losses), loss.detach(), trained)
+
+    def _record(self, batch: PackedBatch, requested: Requested, scales: _Scales) -> tuple[Losses, Tensor]:
+        losses = self._model(compute_losses, batch, requested, None)
+        loss = torch.zeros((), device=scales.labels.device)
+        if losses.ce_sum is not None:
+            loss = loss + losses.ce_sum * scales.labels
+        if losses.aux is not None:
+            loss = loss + losses.aux.loss_sum * scales.weight * scales.aux
+        loss.backward()
+        return losses, loss
+
+    def _replay(self, captured: _Graph, batch: PackedBatch, divisors: Divisors) -> tuple[Losses, Tensor]:
+        inside = self._find_inputs(batch)
+        for name, tensor in _list_tensors(batch):
+            getattr(inside, name).copy_(tensor)
+        values = _invert(divisors.labels), _invert(divisors.aux), divisors.weight
+        for scale, value in zip(self._find_scales(batch.input_ids.device), values, strict=True):
+            scale.fill_(value)
+        self._take_gradients(captured.trained)
+        captured.graph.replay()
+        return tree_map(_copy, captured.losses), captured.loss.clone()
+
+    def _take_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let the weights' gradients, so far in the step, be those that graphs add to."""
+        new = [parameter for parameter in parameters if parameter.grad is None]
+        if new:
+            torch._foreach_zero_([_get_local(self._gradients[parameter]) for parameter in new])
+        for parameter in parameters:
+            gradient = self._gradients[parameter]
+            if parameter.grad is not None and parameter.grad is not gradient:
+                _get_local(gradient).copy_(_get_local(parameter.grad))
+            parameter.grad = gradient
+
+    def _find_inputs(self, batch: PackedBatch) -> PackedBatch:
+        """The graph's own tensors for packed sequences of these shapes, in a batch whose numbers cannot be read."""
+        own = {}
+        for name, tensor in _list_tensors(batch):
+            key = name, tensor.numel()
+            if key not in self._inputs:
+                self._inputs[key] = tensor.clone()
+            own[name] = self._inputs[key]
+        unknown = {each.name: _Unknown(each.name) for each in fields(batch) if each.name not in own and each.name not in KNOWN}
+        return replace(batch, **own, **unknown)  # type: ignore[arg-type]
+
+    def _find_scales(self, device: torch.device) -> _Scales:
+        if self._scales is None:
+            self._scales = _Scales(*(torch.ones((), device=device) for _ in _Scales._fields))
+        return self._scales
+
+
+def _invert(count: int) -> float:
+    """In float32, as a quotient on the GPU."""
+    return float(np.float32(1) / np.float32(max(count, 1)))
+
+
+MOST_WEIGHTS = 150_000_000
+"""Of larger models the kernels take longer than their launches."""
+
+
+def choose_micro_step(config: JobConfig, model: TrainingModel, device: torch.device) -> MicroStep:
+    """The quickest that the run allows."""
+    return GraphedMicroStep(model) if allows_graphs(config, model, device) else MicroStep(model)
+
+
+def allows_graphs(config: JobConfig, model: TrainingModel, device: torch.device) -> bool:
+    """Whether micro-steps may be CUDA graphs: on one GPU, in which no kernel waits for the CPU, draws by torch's generators, or
+    depends on numbers of the packed sequence other than those in its tensors."""
+    training, lm, objective = config.training, model.lm, get_objective(model)
+    if device.type != "cuda" or config.world_size > 1 or not (training.cuda_graphs and training.compile):
+        return False
+    family = find_family(lm.config)
+    return (
+        sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
+        and choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) == "varlen"
+        and not (family is not None and family.has_experts)
+        and training.loss_on == "all"
+        and config.activation_checkpoint.mode == "none"
+        and not (training.dropout or training.cpu_offload or training.float8 != "none" or training.float8_head)
+        and not config.experimental.freeze_lm_for_infonce
+        and (objective is None or objective.fits_graph)
+    )
+
+
+def pad_documents(batch: PackedBatch) -> PackedBatch:
+    """Put empty documents before the first one, so that packed sequences have few different numbers of documents."""
+    count = len(batch.cu_seqlens)
+    missing = round_up_to_bucket(count, batch.input_ids.shape[1] + 64) - count
+    return replace(batch, cu_seqlens=F.pad(batch.cu_seqlens, (missing, 0)))
+
+
+def _list_tensors(batch: PackedBatch) -> list[tuple[str, Tensor]]:
+    values = [(each.name, getattr(batch, each.name)) for each in fields(batch)]
+    return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+
+def _get_local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,144 @@
+"""Micro-steps as CUDA graphs: the same losses and weights as without, and nothing of one packed sequence in another's."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flame.attention.varlen import DocumentLayout, attend
+from flame.objectives.step import Requested
+from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep, allows_graphs, pad_documents
+from tests.support.models import build_unsharded, future_config, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.runs import final_weights, measured, read_metrics, run_ranks
+from tests.trainer.test_gpu import SHAPE, build_on_gpu
+
+TOTAL = 60
+
+
+@given(seed=st.integers(0, 1000), chunks=st.integers(1, 20))
+def test_empty_documents_change_nothing(seed: int, chunks: int) -> None:
+    """In both passes, and in the gradients."""
+    batch = random_batch(random_cu_seqlens(TOTAL, chunks, seed))
+    padded = pad_documents(batch).cu_seqlens
+    count = len(batch.cu_seqlens)
+    assert len(padded) == 64 and torch.equal(padded[-count:], batch.cu_seqlens) and not padded[:-count].any()
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(1, 2, TOTAL, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    for is_strict in (False, True):
+        found = []
+        for cu in (batch.cu_seqlens, padded):
+            inputs = [each.clone().requires_grad_() for each in states]
+            layout = DocumentLayout((TOTAL - cu.flip(0)) if is_strict else cu, TOTAL, is_strict)
+            out = attend(None, *inputs, None, documents=layout)[0]  # type: ignore[arg-type]
+            gradients = () if is_strict else torch.autograd.grad(out.square().sum(), inputs)
+            found.append((out, *gradients))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_numbers_of_a_packed_sequence_cannot_be_read_inside_a_graph() -> None:
+    model = build_unsharded(future_config())
+    batch = random_batch(random_cu_seqlens(TOTAL, 5, 0))
+    inside = GraphedMicroStep(model)._find_inputs(batch)
+    for field in fields(batch):
+        value = getattr(inside, field.name)
+        if isinstance(getattr(batch, field.name), torch.Tensor):
+            assert value is not getattr(batch, field.name) and torch.equal(value, getattr(batch, field.name))
+        elif field.name != "answers_only":
+            for use in (int, len, lambda each: each + 1, lambda each: max(each, 1), str, lambda each: each.sum()):
+                with pytest.raises(AssertionError, match=f"PackedBatch.{field.name} is read inside a CUDA graph"):
+                    use(value)
+
+
+@pytest.mark.parametrize("max_anchors", [0, 7])
+def test_the_steps_that_graphs_are_made_of_read_tensors_alone(max_anchors: int) -> None:
+    """The objective says that it fits; so what it does must not need the numbers."""
+    model = build_unsharded(future_config(max_anchors=max_anchors))
+    assert model.objective.fits_graph
+    batch = random_batch(random_cu_seqlens(TOTAL, 5, 0))
+    graphed = GraphedMicroStep(model)
+    expected, loss = MicroStep(model).run(batch, Requested(aux=True), None, Divisors(50, 40, 0.5))
+    found, again = MicroStep(model).run(graphed._find_inputs(batch), Requested(aux=True), None, Divisors(50, 40, 0.5))
+    assert torch.equal(loss, again) and torch.equal(found.aux.loss_sum, expected.aux.loss_sum)
+
+
+@pytest.mark.parametrize("changes", [{"negatives": "global"}, {"target": "shuffled"}, {"target_shift_max": 3}], ids=str)
+def test_what_depends_on_numbers_does_not_fit(changes: dict[str, object]) -> None:
+    assert not build_unsharded(future_config(**changes)).objective.fits_graph
+
+
+def test_a_first_launch_adds_to_the_gradients_of_the_step() -> None:
+    """Micro-steps before it in the step have left some. It also notes whose weights it trains."""
+    model = build_unsharded(future_config())
+    batches = [random_batch(random_cu_seqlens(TOTAL, 5, seed), seed=seed) for seed in range(2)]
+    divisors = Divisors(100, 90, 0.5)
+    for batch in batches:
+        MicroStep(model).run(batch, Requested(aux=True), None, divisors)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    graphed = GraphedMicroStep(model)
+    MicroStep(model).run(batches[0], Requested(aux=True), None, divisors)
+    graphed.run(batches[1], Requested(aux=True), None, divisors)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    model.zero_grad()
+    graphed.run(batches[0], Requested(aux=False), None, divisors)
+    ((_, trained),) = [(kind, each) for kind, each in graphed._trained.items() if not kind[1].aux]
+    assert {id(each) for each in trained} == {id(each) for each in model.lm.parameters()}
+    assert all(parameter.grad is None for parameter in model.objective.parameters())
+
+
+def test_on_a_cpu_there_are_no_graphs() -> None:
+    config = future_config()
+    config.training.compile = True
+    assert not allows_graphs(config, build_unsharded(future_config()), torch.device("cpu"))
+
+
+COMPILED = {"training__compile": True, "training__deterministic": True, "training__steps": 14, "checkpoint__interval": 7}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective__name": "next_token", "training__gradient_accumulation_steps": 2},
+        {"future_encoder__max_anchors": 24},
+        {"objective__start_step": 5, "training__gradient_accumulation_steps": 3, "future_encoder__target": "random"},
+        {"future_encoder__every": 3, "future_encoder__layers": 1, "metrics__diagnostics_interval": 4},
+    ],
+    ids=str,
+)
+def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
+    runs = {}
+    for name, is_on in (("plain", False), ("graphs", True)):
+        options = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
+        run_ranks(1, workspace, tmp_path / name, **options)
+        runs[name] = measured(read_metrics(tmp_path / name))
+    assert runs["graphs"] == runs["plain"]
+    one, other = final_weights(tmp_path / "graphs"), final_weights(tmp_path / "plain")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.gpu
+def test_a_graph_repeats_for_other_packed_sequences() -> None:
+    """Against the same micro-steps without a graph, with other documents, tokens and divisors each time."""
+    model = build_on_gpu(True, torch.bfloat16, tiny_llama(**SHAPE), max_anchors=100)
+    plain, graphed = MicroStep(model), GraphedMicroStep(model)
+    for seed in range(6):
+        batch = random_batch(random_cu_seqlens(256, 3 + 5 * seed, seed), seed=seed).to("cuda")
+        divisors = Divisors(200 + seed, 100 + seed, 0.1 * seed)
+        found = []
+        for step in (plain, graphed):
+            model.zero_grad()
+            losses, loss = step.run(batch, Requested(aux=True), None, divisors)
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            found.append((loss, losses.ce_sum.detach(), losses.aux.loss_sum.detach(), gradients))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(graphed._graphs) == 1
