@@ -8,7 +8,8 @@ memory. So whatever differs from one packed sequence to the next must be a tenso
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -70,7 +71,7 @@ class MicroStep:
             loss = loss + divisors.weight * losses.aux.loss_sum / max(divisors.aux, 1)
         with record_function("backward"):
             loss.backward()
-        return losses, loss.detach()
+        return tree_map(_detach, losses), loss.detach()
 
 
 class _Unknown:
@@ -86,7 +87,9 @@ class _Unknown:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __str__ = __format__ = __getitem__ = _refuse
 
-    def __getattr__(self, _: str) -> NoReturn:
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # FSDP asks of everything whether it holds tensors
+            raise AttributeError(name)
         self._refuse()
 
 
@@ -129,17 +132,30 @@ class GraphedMicroStep(MicroStep):
         self._trained: dict[tuple[int, Requested], Sequence[nn.Parameter]] = {}
         self._graphs: dict[tuple[int, Requested], _Graph] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
         if prepared is not None or batch.answers_only:
             return super().run(batch, requested, prepared, divisors)
         batch = pad_documents(batch)
         kind = len(batch.cu_seqlens), requested
-        if kind not in self._graphs:
-            if self._warm[kind] < WARM_UP or len(self._graphs) == MOST_GRAPHS:
-                return self._warm_up(kind, batch, divisors)
-            self._graphs[kind] = self._capture(kind, batch)
-        return self._replay(self._graphs[kind], batch, divisors)
+        with self._on_own_stream():
+            if kind not in self._graphs:
+                if self._warm[kind] < WARM_UP or len(self._graphs) == MOST_GRAPHS:
+                    return self._warm_up(kind, batch, divisors)
+                self._graphs[kind] = self._capture(kind, batch)
+            return self._replay(self._graphs[kind], batch, divisors)
+
+    @contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        """The stream on which graphs are captured. A backward would wait for the stream of earlier launches, outside the graph."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def _warm_up(self, kind: tuple[int, Requested], batch: PackedBatch, divisors: Divisors) -> tuple[Losses, Tensor]:
         """Launch a micro-step, and note which weights it gives a gradient."""
@@ -170,7 +186,7 @@ class GraphedMicroStep(MicroStep):
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
             # The loader's thread may allocate page-locked memory meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 losses, loss = self._record(inside, kind[1], scales)
         except RuntimeError as error:
             first = str(error).splitlines()[0]

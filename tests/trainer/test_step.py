@@ -24,6 +24,7 @@ from flame.objectives.future.options import FutureOptions
 from flame.objectives.step import Requested
 from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer, compute_losses
+from flame.trainer import micro_step
 from flame.trainer.options import read_options
 from tests.support.models import build_unsharded, future_config, random_batch
 from tests.support.runs import SEQ_LEN, options, read_metrics, run_here
@@ -159,7 +160,7 @@ def test_logged_losses_are_means_over_the_items_of_all_micro_steps(workspace, tm
         captured.append(counts | {name: term.item() for name, term in terms.items()})
         return losses
 
-    monkeypatch.setattr(flame.train, "compute_losses", capture)
+    monkeypatch.setattr(micro_step, "compute_losses", capture)
     chooser = random.Random(0)
     texts = ["".join(chooser.choices("abcdef", k=length)) for length in [1] * 100 + [150] * 6]  # packs with few pieces and many
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -225,7 +226,7 @@ def test_speed_and_data_wait(workspace, tmp_path, monkeypatch, log_freq):
 
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Prefetcher, "take", taking(MICRO_STEPS * 0.25, Prefetcher.take))
-    monkeypatch.setattr(flame.train, "compute_losses", taking(1.0, compute_losses))
+    monkeypatch.setattr(micro_step, "compute_losses", taking(1.0, compute_losses))
     changes = {"metrics__log_freq": log_freq, "training__steps": 4, "checkpoint__enable_checkpoint": False}
     rows = run_here(workspace, tmp_path / "run", **changes)
 
