@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
         config = read_options([*options, "--checkpoint.enable_checkpoint", "false"], 1)
     except UserError as error:
         parser.error(str(error))
-    kind = choose_objective(config)
-    is_future = kind is not None and kind.options is FutureOptions
+    objective = choose_objective(config)
+    is_future = objective is not None and objective.options is FutureOptions
     if not is_future or config.get(FutureOptions).target in ("causal", "mean_embedding") or config.training.loss_on != "answer":
         parser.error('no step reads answers alone: training.loss_on must be "answer", and summaries those of an anti-causal pass')
     trainer = Trainer(config)

@@ -99,7 +99,7 @@ def measure_packing_text() -> None:
         return ids
 
     kind = build_kind(Corpus(), "training", JobConfig().get)
-    source = TokenizedSource(kind, open_texts(kind), timed_encode)  # type: ignore[arg-type]
+    source = TokenizedSource(kind, open_texts(kind), timed_encode)
     training = Training(num_workers=0)
     rates, shares = [], []
     for _ in range(PASSES):
@@ -210,7 +210,7 @@ def pack_ahead(options: dict, steps: int) -> dict:
     )
     source = open_tokens(options["training.data_files"])
     state = DataState(training.num_streams, training.seed)
-    state.check_units({source.name: len(source)})  # type: ignore[arg-type]
+    state.check_units({source.name: len(source)})
     sequences: Iterator = open_loader(source, training, state)
     state.advance(islice(sequences, steps * options["training.gradient_accumulation_steps"]), 1)
     return state.state_dict()

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,7 +25,7 @@ from benchmarks.timing import Report
 from tests.support import families, fla_families
 
 REPO = Path(__file__).parent.parent
-TABLES = {
+TABLES: dict[str, tuple[str, Iterable[str]]] = {
     "softmax attention": ("tests/attention/test_families.py", families.TOYS),
     "flash-linear-attention": ("tests/attention/test_fla_families.py", fla_families.TOYS),
 }

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,10 @@ def change(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def change_state(content: bytes, checkpoint: Path) -> None:
+    change(checkpoint / TRAINER_FILE, content)
+
+
 def flip(name: str, place: int, bit: int) -> Case:
     def inflict(checkpoint: Path) -> None:
         content = bytearray((checkpoint / name).read_bytes())
@@ -152,7 +157,7 @@ def find(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-ANYTHING = (None, True, False, 0, 1, -1, 7, 2**31, 2**64, 1e30, 0.5, -0.5, "", "8", "two", [], [0], {}, {"a": 1})
+ANYTHING: tuple[Any, ...] = (None, True, False, 0, 1, -1, 7, 2**31, 2**64, 1e30, 0.5, -0.5, "", "8", "two", [], [0], {}, {"a": 1})
 IMPOSSIBLE = (None, -1, 8.5, "8", "two", [-1], {"a": 1})
 RELIED_ON = ("step", "world_size", "validated_step", "counters", "data", "files", "service_ids", "objective")
 
@@ -177,10 +182,10 @@ def draw_states(state: dict[str, Any], count: int, chooser: random.Random) -> It
         content = json.dumps(changed).encode()
         what = "taken out" if drops else f"= {json.dumps(value)}"
         label = f"{TRAINER_FILE}{', without digests' if is_older else ''}: {'.'.join(map(str, path))} {what}"
-        yield Case(label, lambda checkpoint, content=content: change(checkpoint / TRAINER_FILE, content))
+        yield Case(label, partial(change_state, content))
 
 
-SIZES = (
+SIZES: tuple[Any, ...] = (
     None,
     True,
     0,
@@ -273,7 +278,7 @@ def run_files(out: Path, model: dict[str, Any], options: dict[str, object], seed
     def load_each(cases: Iterator[Case], name: str) -> Iterator[tuple[str, Callable[[], str]]]:
         for number, case in enumerate(cases):
             folder = out / f"{name}-{number}"
-            yield case.label, lambda case=case, folder=folder: loader.try_case(case, folder)
+            yield case.label, partial(loader.try_case, case, folder)
             shutil.rmtree(folder, ignore_errors=True)
 
     print(f"| changed, seed {seed} | cases | {' | '.join((*WAYS, 'failed'))} |")
@@ -299,7 +304,7 @@ def run_files(out: Path, model: dict[str, Any], options: dict[str, object], seed
     def train_each() -> Iterator[tuple[str, Callable[[], str]]]:
         for number, (label, config) in enumerate(draw_models(model, int(300 * share), chooser)):
             folder = out / f"model-{number}"
-            yield label, lambda config=config, folder=folder: train(config, folder)
+            yield label, partial(train, config, folder)
             shutil.rmtree(folder, ignore_errors=True)
 
     logging.disable(logging.WARNING)  # each start sets up its own log

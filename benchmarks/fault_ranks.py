@@ -24,10 +24,19 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.faults import MODEL, OPTIONS, Bench, count_steps, find_differences, find_workers, read_lines, wait_for_step
+from benchmarks.faults import (
+    MODEL,
+    OPTIONS,
+    Bench,
+    count_steps,
+    find_differences,
+    find_workers,
+    read_lines,
+    read_steps,
+    wait_for_step,
+)
 from flame.compare.tables import format_table
 from flame.data.audit import read_audit
-from flame.logging.plots import read_metrics
 
 EXACT = ("tokens_seen", "lr")
 """What does not depend on the number of ranks."""
@@ -67,7 +76,7 @@ def read_sequences(run: Path) -> dict[int, list[str]]:
 
 def judge(stages: list[Stage], run: Path, reference: Path) -> None:
     """Fill in how the steps of the stages differ from the uninterrupted run's."""
-    found, expected = ({row["step"]: row for row in read_metrics(folder)} for folder in (run, reference))
+    found, expected = read_steps(run), read_steps(reference)
     sequences, own = read_sequences(reference), read_sequences(run)
     for stage in stages:
         for step in range(stage.first, stage.last + 1):
@@ -89,6 +98,11 @@ def is_lossless(stages: Iterable[Stage], ranks: int) -> bool:
     )
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+
+
 def lose_ranks(bench: Bench, run: Path, reference: Path) -> list[Stage]:
     """Make both runs.
 
@@ -99,7 +113,7 @@ def lose_ranks(bench: Bench, run: Path, reference: Path) -> list[Stage]:
 
         def start(each: Bench, folder: Path) -> subprocess.Popen[bytes]:
             process = each.start(folder)
-            running.callback(lambda: process.poll() is None and process.terminate())
+            running.callback(end, process)
             return process
 
         alone = start(bench, reference)
@@ -138,7 +152,7 @@ def main(argv: list[str]) -> int:
     out = known.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "model.json").write_text(json.dumps(MODEL))
-    changes = {"checkpoint.async_mode": "async", "training.deterministic": "true", "training.audit": "true"}
+    changes: dict[str, object] = {"checkpoint.async_mode": "async", "training.deterministic": "true", "training.audit": "true"}
     bench = Bench(out, known.ranks, known.steps, extra, random.Random(known.seed), changes)
     run, reference = out / "disturbed", out / "uninterrupted"
     stages = lose_ranks(bench, run, reference)

@@ -20,7 +20,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -173,14 +175,24 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def send_signal(which: signal.Signals, process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(which)
+
+
 def find_differences(found: dict, expected: dict) -> dict[str, float]:
     """How far two rows of metrics of one step are apart, by name."""
     return {name: abs(expected[name] - found[name]) for name in COMPARED if expected.get(name) is not None}
 
 
+def read_steps(run: Path) -> dict[int, dict[str, Any]]:
+    """Rows of metrics by step."""
+    rows: list[dict[str, Any]] = read_metrics(run)
+    return {row["step"]: row for row in rows}
+
+
 def compare(outcome: Outcome, run: Path, reference: Path) -> Outcome:
     """Fill in how the run differs from the uninterrupted one."""
-    found, expected = ({row["step"]: row for row in read_metrics(folder)} for folder in (run, reference))
+    found, expected = read_steps(run), read_steps(reference)
     assert found.keys() == expected.keys(), f"steps {sorted(found.keys() ^ expected.keys())} are logged by one run only"
     for step, row in expected.items():
         differences = find_differences(found[step], row)
@@ -212,7 +224,7 @@ def run_kills(bench: Bench, reference: Path, kills: int) -> Iterator[Outcome]:
 def run_signals(bench: Bench, reference: Path, times: int) -> Iterator[Outcome]:
     for stop in (signal.SIGTERM, signal.SIGUSR1):
         run = bench.out / stop.name
-        outcome = bench.disturb(run, times, lambda process, stop=stop: process.send_signal(stop), f"{stop.name} to the launcher")
+        outcome = bench.disturb(run, times, partial(send_signal, stop), f"{stop.name} to the launcher")
         yield compare(outcome, run, reference)
 
 

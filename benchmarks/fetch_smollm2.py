@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
             file = Path(archive.extract(name, folder))
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model.hf_quantizer = None  # the weights are plain floats now
+    model.hf_quantizer = None  # type: ignore[assignment]  # the weights are plain floats now
     del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -336,7 +336,7 @@ def measure_attention(bench: Bench, heads: int, key_heads: int, head_width: int)
     lengths = bench.batch.cu_seqlens.diff().long().cpu()
     causal_pairs, future_pairs = (int((lengths * (lengths + diagonal)).sum()) // 2 for diagonal in (1, -1))
     flops_of_pair = 4 * heads * head_width
-    groups = (
+    groups: tuple[tuple[str, float, int, dict[str, Callable[[], object]]], ...] = (
         ("causal forward", 1.0, causal_pairs, {
             ours: inputs.ours,
             "aten's flash kernel": inputs.aten,
@@ -439,7 +439,11 @@ def measure_machine(bench: Bench) -> None:
 
 
 def list_sections() -> dict[str, Callable[[Bench], None]]:
-    sections = {"InfoNCE": measure_contrast, "cross entropy": measure_cross_entropy, "BlockMasks": measure_masks}
+    sections: dict[str, Callable[[Bench], None]] = {
+        "InfoNCE": measure_contrast,
+        "cross entropy": measure_cross_entropy,
+        "BlockMasks": measure_masks,
+    }
     for heads, key_heads, head_width in HEADS:
         measure = partial(measure_attention, heads=heads, key_heads=key_heads, head_width=head_width)
         sections[f"attention {heads}/{key_heads} x {head_width}"] = measure

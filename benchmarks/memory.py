@@ -84,7 +84,7 @@ def list_options(case: Case, out: Path) -> list[str]:
 
 def read_peak(run: Path) -> float:
     """GiB, of a run that is through."""
-    return max(row["peak_memory_gib"] for row in read_metrics(run))
+    return max(peak for row in read_metrics(run) if (peak := row["peak_memory_gib"]) is not None)
 
 
 def main(argv: list[str]) -> None:

@@ -4,15 +4,17 @@
 
 Forward and backward, without optimizer, in bfloat16 and with torchao's rowwise scales, ours also with an 8-bit output head. The
 peer is that of `benchmarks.peers`: torchtitan 0.2.2, in bfloat16 and with its converter, which leaves the output head in bfloat16
-as ours does. DIR is as there; torchao must be installed. All take turns, step by step, and sit on the GPU together.
+as ours does. DIR is as there; torchao must be installed. All take turns, step by step, and sit on the GPU together. What fails is
+left out, and the table says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,44 +23,48 @@ import torch
 import torch._inductor.config
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.packs import LONGEST, draw_batch
-from benchmarks.peers import MODEL, Ours, Peer, announce_first, free_memory
-from benchmarks.timing import Report, Sample, Timing, measure_in_turns, sample
+from benchmarks.packs import draw_batch
+from benchmarks.peers import MODEL, Peer, note
+from benchmarks.settings import SETTINGS
+from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns
+from benchmarks.training_step import Guard, Rebuilt, TrainingStep, free_memory, read_step_options
 from flame.attention import flash as flash_kernels
-from flame.config.schema import JobConfig, ObjectiveChoice, Training
+from flame.config.schema import Training
 from flame.models.causal_lm import load_model_config
 from flame.runtime.distributed import end_processes, set_single_process_defaults, start_processes
 
-RECIPE = "rowwise"
-OURS: dict[str, tuple[str, bool]] = {
-    "ours, bfloat16": ("none", False),
-    "ours, float8 rowwise": (RECIPE, False),
-    "ours, float8 rowwise, 8-bit head": (RECIPE, True),
+BFLOAT16, ROWWISE, ROWWISE_HEAD = "ours, bfloat16", "ours, float8 rowwise", "ours, float8 rowwise, 8-bit head"
+OURS = {
+    BFLOAT16: SETTINGS["next token"],
+    ROWWISE: SETTINGS["next token, float8 rowwise"],
+    ROWWISE_HEAD: SETTINGS["next token, float8 rowwise, 8-bit head"],
 }
-PEERS = {"torchtitan 0.2.2, bfloat16": "", "torchtitan 0.2.2, float8 rowwise": RECIPE}
-PAIRS = [*zip(OURS, PEERS, strict=False), ("ours, float8 rowwise, 8-bit head", "torchtitan 0.2.2, float8 rowwise")]
+PEER, PEER_ROWWISE = "torchtitan 0.2.2, bfloat16", "torchtitan 0.2.2, float8 rowwise"
+PEERS = {PEER: "", PEER_ROWWISE: "rowwise"}
+PAIRS = [
+    *((BFLOAT16, PEER), (ROWWISE, PEER_ROWWISE), (ROWWISE_HEAD, PEER_ROWWISE)),
+    *((ROWWISE, BFLOAT16), (ROWWISE_HEAD, BFLOAT16)),
+]
 REPEATS, WARMUP = 5, 2
 
 
-def build_step(tokens: int, float8: str, float8_head: bool, mesh: DeviceMesh) -> Callable[[], None]:
-    """A next-token step of the trainer's modules, without optimizer."""
-    model_config = load_model_config(str(MODEL))
-    training = Training(
-        compile=True,
-        seq_len=tokens,
-        context_len=min(LONGEST, tokens),
-        float8=float8,
-        float8_head=float8_head,  # type: ignore[arg-type]
-    )
-    config = JobConfig(training=training, objective=ObjectiveChoice(name="future"))
-    ours = Ours(model_config, config, draw_batch(tokens, model_config.vocab_size).to("cuda"), mesh)
-    return lambda: ours.step(with_future=False, with_optimizer=False)
+def build_step(model: Path, tokens: int, options: Sequence[str], mesh: DeviceMesh, compiled: bool = True) -> TrainingStep:
+    """Model and optimizer of a run with these options beside those of all. It has no batch yet."""
+    config = read_step_options(model, tokens, options, compiled=compiled)
+    return TrainingStep(load_model_config(str(model)), config, mesh)
 
 
-def measure(tokens: int, site: Path | None, mesh: DeviceMesh) -> dict[str, Timing | None]:
-    """All steps in turns; None for one that failed."""
-    batch = draw_batch(tokens, load_model_config(str(MODEL)).vocab_size)
-    samplers: dict[str, Callable[[], Sample]] = {}
+def get_bare_step(step: TrainingStep) -> Callable[[], None]:
+    """Forward and backward alone."""
+    return partial(step.step, with_optimizer=False)
+
+
+def measure(
+    tokens: int, site: Path | None, mesh: DeviceMesh, *, model: Path = MODEL, compiled: bool = True
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """All steps in turns: times, and why others have none."""
+    batch = draw_batch(tokens, load_model_config(str(model)).vocab_size)
+    guard, samplers = Guard(), dict[str, Callable[[], Sample]]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for name, recipe in PEERS.items() if site is not None else ():
             assert site is not None
@@ -67,11 +73,32 @@ def measure(tokens: int, site: Path | None, mesh: DeviceMesh) -> dict[str, Timin
             samplers[name] = peer.sample
         # The rowwise recipe changes how all later compilations round, so each model compiles before the next one is built.
         torch._inductor.config.emulate_precision_casts = False
-        for name, (float8, float8_head) in OURS.items():
-            step = announce_first(name, build_step(tokens, float8, float8_head, mesh))
-            step()
-            samplers[name] = partial(sample, step)
-        return measure_in_turns(samplers, REPEATS, WARMUP)
+        for name, options in OURS.items():
+            note(f"first step of: {name}")
+            source = Rebuilt(partial(build_step, model, tokens, options, mesh, compiled))
+            source.take(batch)
+            take = guard.watch(name, source, get_bare_step)
+            try:
+                take()
+                samplers[name] = take
+            except CannotRun:
+                gc.collect()
+                torch.cuda.empty_cache()
+        timings = measure_in_turns(samplers, REPEATS, WARMUP)
+    faults = {name: "failed" for name, timing in timings.items() if timing is None} | guard.faults
+    faults |= dict.fromkeys(guard.not_finite - faults.keys(), "a loss that is not finite")
+    return {name: timing for name, timing in timings.items() if timing is not None and name not in faults}, faults
+
+
+def show(report: Report, tokens: int, timings: Mapping[str, Timing], faults: Mapping[str, str]) -> None:
+    """Two tables: the steps, and ours beside the peer's."""
+    rows = [[name, faults[name], "-"] for name in faults]
+    rows += [[name, timing.show(), f"{tokens * 1000 / timing.median_ms:,.0f}"] for name, timing in timings.items()]
+    rows.sort(key=lambda row: [*OURS, *PEERS].index(row[0]))
+    report.table(f"{tokens:,} tokens, next-token, no optimizer", ["step", "ms [low, high]", "tokens/s"], rows)
+    pairs = [(one, other) for one, other in PAIRS if one in timings and other in timings]
+    ratios = [[f"{one} / {other}", f"{timings[other].median_ms / timings[one].median_ms:.3f}"] for one, other in pairs]
+    report.table("tokens/s, compared", ["what", "ratio"], ratios)
 
 
 def main(argv: list[str]) -> None:
@@ -91,15 +118,7 @@ def main(argv: list[str]) -> None:
     attention = flash_kernels.describe(load_model_config(str(MODEL)).head_dim)
     report.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MODEL.stem}, {attention}")
     for tokens in arguments.tokens:
-        timings = measure(tokens, arguments.titan_site, mesh)
-        rows = [
-            [name, timing.show() if timing else "failed", f"{tokens * 1000 / timing.median_ms:,.0f}" if timing else "-"]
-            for name, timing in timings.items()
-        ]
-        report.table(f"{tokens:,} tokens, next-token, no optimizer", ["step", "ms [low, high]", "tokens/s"], rows)
-        found = [(ours, peer, timings[ours], timings.get(peer)) for ours, peer in PAIRS]
-        ratios = [[f"{ours} / {peer}", f"{b.median_ms / a.median_ms:.3f}"] for ours, peer, a, b in found if a and b]
-        report.table("tokens/s, compared", ["what", "ratio"], ratios)
+        show(report, tokens, *measure(tokens, arguments.titan_site, mesh))
         free_memory()
     end_processes()
 

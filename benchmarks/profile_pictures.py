@@ -82,7 +82,7 @@ def _find_correlation(event: dict[str, Any]) -> int | None:
 def draw_trace(path: Path, out: Path) -> None:
     rows = read_trace(path)
     parts = list(dict.fromkeys(part for _, _, part in rows[PYTHON]))
-    colors = dict(zip(parts, mpl.colormaps["tab10"].colors, strict=False)) | {BETWEEN: "dimgray"}
+    colors = dict(zip(parts, map(mpl.colormaps["tab10"], range(10)), strict=False)) | {BETWEEN: "dimgray"}
     figure = Figure(figsize=(11, 1.6 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for height, row in enumerate(rows.values()):
@@ -109,7 +109,7 @@ def read_memory(path: Path, last_ms: float = inf) -> tuple[np.ndarray, dict[str,
     """Milliseconds before the end, and GiB of each owner at those moments, largest first."""
     with path.open("rb") as file:
         snapshot = pickle.load(file)
-    events = max(snapshot["device_traces"], key=len, default=[])
+    events: list[dict[str, Any]] = max(snapshot["device_traces"], key=len, default=[])
     owners: dict[int, tuple[str, int]] = {}
     changes: list[tuple[int, str, int]] = []
     for event in events:

@@ -35,7 +35,7 @@ def summarize(folder: Path) -> list[str]:
     steady = rows[len(rows) // 4 :]
     cells = [str(folder), str(rows[-1]["step"])]
     for name, scale in SPEEDS.items():
-        values = sorted(row[name] * scale for row in steady if row.get(name) is not None)
+        values = sorted(value * scale for row in steady if (value := row.get(name)) is not None)
         if not values:
             cells.append("-")
             continue

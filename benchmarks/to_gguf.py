@@ -39,8 +39,8 @@ SHAPE = {
     "head_dim": 128,
     "max_position_embeddings": 256,
 }
-BASE = {"rope_parameters": {"rope_type": "default", "rope_theta": 123456.0}}
-FAMILIES = {
+BASE: dict[str, object] = {"rope_parameters": {"rope_type": "default", "rope_theta": 123456.0}}
+FAMILIES: dict[str, dict[str, object]] = {
     "llama": BASE,
     "llama, untied": BASE | {"tie_word_embeddings": False},
     "mistral": BASE | {"sliding_window": 8},

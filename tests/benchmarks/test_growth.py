@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import growth, growth_report, objectives
 from benchmarks.growth import CHEAP, FUTURE, NEXT_TOKEN, Plan, Point, Worker
@@ -22,17 +21,6 @@ from flame.trainer.setup import build_modules
 from tests.support.models import build_unsharded, tiny_llama
 
 EXACT = ["--objective.name", "future"]
-
-
-@pytest.fixture
-def mesh(one_process):
-    return init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-
-
-@pytest.fixture
-def toy(tmp_path):
-    tiny_llama(num_hidden_layers=6, initializer_range=0.3).to_json_file(tmp_path / "toy.json")
-    return tmp_path / "toy.json"
 
 
 def read_toy(toy, *words):
