@@ -1,7 +1,7 @@
 """A step of the trainer in this process, on given packed sequences: what benchmarks take turns with.
 
 It is what `flame.train` runs: the modules under FSDP2 on a mesh of one rank, float32 weights, bfloat16 arithmetic, compiled
-layers, `compute_losses`, clipping and AdamW. Left out is what surrounds a step: data, counts over ranks, logs, checkpoints.
+layers, the micro-step, clipping and AdamW. Left out is what surrounds a step: data, counts over ranks, logs, checkpoints.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from flame.data.batch import PackedBatch
 from flame.models.flops import ModelFlops
 from flame.objectives.options import ObjectiveOptions
 from flame.objectives.registry import choose_objective
-from flame.objectives.step import Requested, compute_losses, get_objective
+from flame.objectives.step import Requested, get_objective
 from flame.runtime.torchtitan import clip_grad_norm_
+from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_model, build_run_optimizer
 
@@ -75,6 +76,7 @@ class TrainingStep:
         self._options = config.get(kind.options) if kind is not None else None
         if self.objective is not None:
             self.objective.start_new_run(self.model)
+        self._launched, self._graphed = MicroStep(self.model), GraphedMicroStep(self.model)
         self._steps = 0
         self.loss = torch.zeros(())
 
@@ -88,26 +90,24 @@ class TrainingStep:
         assert self.objective is not None
         self._options = options
         self.objective.options = options  # type: ignore[assignment]
+        self._graphed = GraphedMicroStep(self.model)  # its graphs are of the options before
         self._count_items()
 
     def _count_items(self) -> None:
         self._num_items = 0 if self.objective is None else self.objective.count(self.batch)
 
-    def step(self, with_aux: bool = True, with_optimizer: bool = True) -> None:
-        """One step. Without the optimizer it ends with the backward."""
+    def step(self, with_aux: bool = True, with_optimizer: bool = True, graphed: bool = False) -> None:
+        """One step. Without the optimizer it ends with the backward. With `graphed` the micro-step is a CUDA graph."""
         objective = self.objective if with_aux else None
         prepared = None
         self._steps += 1
         if objective is not None:
             objective.begin_step(self._steps, MANY_STEPS)
             prepared = objective.prepare_step(self.model, [self._on_device])[0]
-        losses = self.model(compute_losses, self._on_device, Requested(aux=objective is not None), prepared)
-        loss = losses.ce_sum / max(self.batch.num_labels, 1)
-        if losses.aux is not None:
-            assert self._options is not None
-            loss = loss + self._options.loss_weight * losses.aux.loss_sum / max(self._num_items, 1)
-        loss.backward()
-        self.loss = loss.detach()
+        weight = self._options.loss_weight if self._options is not None else 0.0
+        divisors = Divisors(self.batch.num_labels, self._num_items, weight)
+        run = self._graphed.run if graphed else self._launched.run
+        self.loss = run(self._on_device, Requested(aux=objective is not None), prepared, divisors)[1]
         if not with_optimizer:
             self.model.zero_grad()
             return

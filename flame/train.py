@@ -266,6 +266,7 @@ class Trainer:
         with record_function("clipping"):
             grad_norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
             grad_norm = grad_norm.to(self.device)  # with CPU offload it is on the CPU
+        self.meters.throughput.graph_bytes = self.micro_step.graph_bytes
         self.meters.throughput.end_launch()
 
         is_usable = self.guard.should_apply(self.step, step_loss, grad_norm, failures, batches, outcomes)

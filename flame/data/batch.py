@@ -75,6 +75,12 @@ class PackedBatch:
         inside = self.tokens_left >= distance
         return int(np.isin(keys[inside] - (distance - 1), keys).sum())
 
+    def sum_labels(self, distance: int = 1) -> torch.Tensor:
+        """`num_labels`, or `count_labels_ahead` of a distance of 2 or more, from the tensors: int64 0-d, on the device."""
+        marks, chunks = self.labels[0] != NO_LABEL, self.segment_ids[0]
+        end = max(len(marks) - (distance - 1), 0)
+        return (marks[:end] & marks[distance - 1 :] & (chunks[:end] == chunks[distance - 1 :])).sum()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return a copy with all tensors on `device`."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))

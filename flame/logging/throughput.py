@@ -60,6 +60,8 @@ class Throughput:
         self.on_gpu = device.type == "cuda"
         self.peak_flops = world_size * _get_peak_flops(device) if self.on_gpu else None
         self.steps_left = steps_left
+        self.graph_bytes = 0
+        """Memory of CUDA graphs, which torch does not count as allocated."""
         self.restart()
 
     def restart(self) -> None:
@@ -114,7 +116,11 @@ class Throughput:
 
     def record(self) -> None:
         """Record the maxima over ranks: peak memory and time waiting for data. Call before `Metrics.collect`."""
-        peak = torch.cuda.max_memory_allocated() if self.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated() + self.graph_bytes
+            if self.on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         self.metrics.record_max("peak_memory_gib", peak / 2**30)
         self.metrics.record_max("data_wait_seconds", self.data_wait)
 

@@ -85,7 +85,7 @@ class LabelObjective(Objective):
         self, backbone: TrainingModel, hidden_states: Tensor, batch: PackedBatch, prepared: Any, *, with_sample: bool = False
     ) -> AuxLoss:
         loss_sum = self.sum_losses(self.read_output(backbone, hidden_states, batch))
-        count = loss_sum.new_full((), batch.num_labels)
+        count = batch.sum_labels().to(loss_sum.dtype)
         return AuxLoss(loss_sum, count, torch.zeros_like(count), {})
 
     def read_output(self, backbone: TrainingModel, hidden_states: Tensor, batch: PackedBatch) -> BackboneOutput:

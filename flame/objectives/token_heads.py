@@ -53,9 +53,9 @@ class TokenHeads(LabelObjective):
         output = self.read_output(backbone, hidden_states, batch)
         losses = self.list_head_losses(output)
         loss_sum = self._combine(output, losses)
-        count = loss_sum.new_full((), batch.num_labels)
+        count = batch.sum_labels().to(loss_sum.dtype)
         measures = {
-            f"{self.name}_ce_{ahead}": Mean(loss.detach(), loss.new_full((), batch.count_labels_ahead(ahead)))
+            f"{self.name}_ce_{ahead}": Mean(loss.detach(), batch.sum_labels(ahead).to(loss.dtype))
             for ahead, loss in enumerate(losses, start=2)
         }
         return AuxLoss(loss_sum, count, torch.zeros_like(count), {**measures})

@@ -52,6 +52,8 @@ class MicroStep:
 
     def __init__(self, model: TrainingModel):
         self._model = model
+        self.graph_bytes = 0
+        """Memory that CUDA graphs hold, also between steps. torch does not count it as allocated."""
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
         """Run a micro-step without waiting for the device.
@@ -148,7 +150,7 @@ class GraphedMicroStep(MicroStep):
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
-        """The stream on which graphs are captured. A backward would wait for the stream of earlier launches, outside the graph."""
+        """The stream on which graphs are captured. A backward in a graph must not wait for launches on another one."""
         if self._stream is None:
             yield
             return
@@ -182,7 +184,8 @@ class GraphedMicroStep(MicroStep):
         for parameter in trained:
             parameter.grad = self._gradients[parameter]
         scales, inside = self._find_scales(batch.input_ids.device), self._find_inputs(batch)
-        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        reserved, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
             # The loader's thread may allocate page-locked memory meanwhile.
@@ -193,6 +196,7 @@ class GraphedMicroStep(MicroStep):
             raise UserError(
                 f"training.cuda_graphs = true: this model's step cannot become a CUDA graph ({first}): set it to false"
             ) from error
+        self.graph_bytes += torch.cuda.memory_reserved() - reserved
         for parameter, gradient in before.items():
             parameter.grad = gradient
         return _Graph(graph, tree_map(_detach, losses), loss.detach(), trained)

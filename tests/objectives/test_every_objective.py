@@ -36,6 +36,14 @@ def test_what_is_counted_before_is_what_the_loss_sums(name, answers_only):
     assert aux.loss_sum > 0 and aux.loss_sum.dtype == torch.float32 and aux.failed == 0
 
 
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("distance", [1, 2, 3, 9])
+def test_labels_are_counted_alike_from_tensors(distance, answers_only):
+    batch = pack_answers() if answers_only else random_batch(random_cu_seqlens(40, 6, seed=1))
+    expected = batch.num_labels if distance == 1 else batch.count_labels_ahead(distance)
+    assert batch.sum_labels(distance) == expected == batch.count_labels_ahead(distance)
+
+
 WITHOUT_PARAMETERS = ("regret", "stp")
 WITHOUT_ANY = {
     "single tokens": lambda: random_batch(torch.arange(9, dtype=torch.int32)),

@@ -56,6 +56,10 @@ class BagOfWords(LabelObjective):
     def find_model_conflicts(cls, options: BagOfWordsOptions, config: PretrainedConfig) -> Iterator[str]:  # type: ignore[override]
         return find_extra_layer_conflicts(cls.name, config)
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def sum_losses(self, output: BackboneOutput) -> Tensor:
         """See `LabelObjective.sum_losses`."""
         states = output.pick(output.encode(cast(PreTrainedModel, self.layers[0]), output.hidden_states))

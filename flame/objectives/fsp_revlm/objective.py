@@ -75,6 +75,10 @@ class ReverseSummary(LabelObjective):
     def list_required(self) -> Sequence[str]:
         return [] if self.options.train_reverse else ["reverse"]
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def prepare(self, backbone: TrainingModel, batch: PackedBatch, prepared: None) -> Tensor | None:
         """States [T, d] of a frozen reverse model; None if it is trained."""
         return None if self.options.train_reverse else backbone.encode_reversed(self.reverse, batch)
@@ -105,7 +109,7 @@ class ReverseSummary(LabelObjective):
         targets = own.detach()
         distances = (predictions.to(wide) - targets.to(wide)).square().sum(dim=-1)
         distance = torch.where(is_counted, distances, 0.0).sum()
-        count = distance.new_full((), self.count(batch))
+        count = is_counted.sum().to(distance.dtype)
         cosines = torch.where(is_counted, F.cosine_similarity(predictions.detach().to(wide), targets.to(wide), dim=-1), 0.0)
         measures: Measures = {
             "fsp_revlm_distance": Mean(distance.detach(), count),

@@ -57,6 +57,10 @@ class MultiTokenPrediction(TokenHeads):
     def num_active(self) -> int:
         return self._num_active
 
+    @property
+    def fits_graph(self) -> bool:
+        return self.options.curriculum == "none"
+
     def begin_step(self, step: int, total_steps: int) -> None:
         self._num_active = count_tokens(self.options.curriculum, self.options.tokens, step, total_steps) - 1
 

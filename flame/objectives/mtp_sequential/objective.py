@@ -81,6 +81,10 @@ class SequentialModules(TokenHeads):
     def find_model_conflicts(cls, options: SequentialTokenOptions, config: PretrainedConfig) -> Iterator[str]:  # type: ignore[override]
         return find_extra_layer_conflicts(cls.name, config)
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def list_head_losses(self, output: BackboneOutput) -> list[Tensor]:
         states, embeddings, segments = output.hidden_states, output.embed(), output.batch.segment_ids[0]
         here = torch.arange(len(states), device=states.device)

@@ -70,6 +70,10 @@ class NextLatentPrediction(Objective):
     def find_future_pass(self) -> None:
         """None: the causal pass is all that is read."""
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def loss(
         self, backbone: TrainingModel, hidden_states: Tensor, batch: PackedBatch, prepared: None, *, with_sample: bool = False
     ) -> AuxLoss:
@@ -97,7 +101,7 @@ class NextLatentPrediction(Objective):
             if with_sample and step == 1:
                 sample = ProbeSample(first.detach(), states.detach(), targets, here, is_counted)
         loss_sum = (regression + self.options.kl_weight * divergence) / self.options.horizon
-        count = loss_sum.new_full((), batch.num_labels)
+        count = batch.sum_labels().to(loss_sum.dtype)
         measures: Measures = {"nextlat_smooth_l1": Mean(regression.detach() / self.options.horizon, count)}
         if self.options.kl_weight:
             measures["nextlat_kl"] = Mean(divergence.detach() / self.options.horizon, count)

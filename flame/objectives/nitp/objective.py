@@ -76,6 +76,10 @@ class ImplicitTokenPrediction(Objective):
     def find_layer_read(self) -> int:
         return self.depth
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def loss(
         self,
         backbone: TrainingModel,
@@ -93,7 +97,7 @@ class ImplicitTokenPrediction(Objective):
         predictions = self.projector(states)
         wide = torch.promote_types(predictions.dtype, torch.float32)
         cosines = torch.where(is_counted, F.cosine_similarity(predictions.to(wide), targets.to(wide), dim=-1), 0.0)
-        count = cosines.new_full((), batch.num_labels)
+        count = batch.sum_labels().to(cosines.dtype)
         total = cosines.sum()
         measures: Measures = {"nitp_cosine": Mean(total.detach(), count)}
         sample = None

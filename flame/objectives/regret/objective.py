@@ -64,6 +64,10 @@ class Regret(Objective):
                 'mask for the teacher; use "future" or "top", or another model'
             )
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def prepare(self, backbone: TrainingModel, batch: PackedBatch, prepared: None) -> Tensor:
         """The teacher's final states [T, d]."""
         return backbone.encode_privileged(batch, self.view)
@@ -82,7 +86,7 @@ class Regret(Objective):
             head.bias,
             *head.rule,
         )
-        count = found.total.new_full((), batch.num_labels)
+        count = batch.sum_labels().to(found.total.dtype)
         measures = {"regret_teacher_ce": Mean(found.target_ce, count), "regret_agreement": Mean(found.agreed, count)}
         return AuxLoss(found.total, count, torch.zeros_like(count), {**measures})
 

@@ -39,6 +39,10 @@ class TokenOrderPrediction(LabelObjective):
         self.window = setup.options.window or setup.context_len  # the longest chunk of a document
         self.head = VocabularyHead.build_for(setup.lm.config)
 
+    @property
+    def fits_graph(self) -> bool:
+        return True
+
     def sum_losses(self, output: BackboneOutput) -> Tensor:
         """See `LabelObjective.sum_losses`."""
         rank = _rank(find_upcoming(output.batch), output.list_positions(), output.labels, self.window)
