@@ -19,6 +19,8 @@ from flame.runtime.torchtitan import ParallelDims, ParallelismConfig
 
 FLIGHT_RECORDS = "2000"
 """Collectives that NCCL's flight recorder remembers."""
+SECONDS_TO_WRITE = 5
+"""After a collective has waited too long, torch ends the process when four times this have passed, for all ranks to write."""
 
 
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -116,6 +118,7 @@ def keep_flight_record(folder: Path) -> None:
         "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": str(folder.absolute() / "nccl-"),
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": str(1000 * SECONDS_TO_WRITE),
     }
     for key, value in record.items():
         os.environ.setdefault(key, value)
