@@ -33,17 +33,19 @@ from flame.config.schema import Training
 from flame.models.causal_lm import load_model_config
 from flame.runtime.distributed import end_processes, set_single_process_defaults, start_processes
 
-BFLOAT16, ROWWISE, ROWWISE_HEAD = "ours, bfloat16", "ours, float8 rowwise", "ours, float8 rowwise, 8-bit head"
-OURS = {
-    BFLOAT16: SETTINGS["next token"],
-    ROWWISE: SETTINGS["next token, float8 rowwise"],
-    ROWWISE_HEAD: SETTINGS["next token, float8 rowwise, 8-bit head"],
+RECIPES = ("rowwise", "rowwise_with_gw_hp")
+BFLOAT16, PEER = "ours, bfloat16", "torchtitan 0.2.2, bfloat16"
+OURS = {BFLOAT16: SETTINGS["next token"]} | {
+    f"ours, float8 {recipe}{head}": SETTINGS[f"next token, float8 {recipe}{head}"]
+    for recipe in RECIPES
+    for head in ("", ", 8-bit head")
 }
-PEER, PEER_ROWWISE = "torchtitan 0.2.2, bfloat16", "torchtitan 0.2.2, float8 rowwise"
-PEERS = {PEER: "", PEER_ROWWISE: "rowwise"}
+PEERS = {PEER: ""} | {f"torchtitan 0.2.2, float8 {recipe}": recipe for recipe in RECIPES}
 PAIRS = [
-    *((BFLOAT16, PEER), (ROWWISE, PEER_ROWWISE), (ROWWISE_HEAD, PEER_ROWWISE)),
-    *((ROWWISE, BFLOAT16), (ROWWISE_HEAD, BFLOAT16)),
+    (BFLOAT16, PEER),
+    *((own, peer) for own in OURS for peer, recipe in PEERS.items() if recipe and own.split(", ")[1] == f"float8 {recipe}"),
+    *((own, BFLOAT16) for own in OURS if own != BFLOAT16),
+    *((peer, PEER) for peer in PEERS if peer != PEER),
 ]
 REPEATS, WARMUP = 5, 2
 

@@ -33,6 +33,7 @@ SETTINGS: dict[str, list[str]] = {
     "next token, float8 rowwise_with_gw_hp": [*NEXT_TOKEN, *MIXED],
     "next token, 8-bit head": [*NEXT_TOKEN, *HEAD],
     "next token, float8 rowwise, 8-bit head": [*NEXT_TOKEN, *ROWWISE, *HEAD],
+    "next token, float8 rowwise_with_gw_hp, 8-bit head": [*NEXT_TOKEN, *MIXED, *HEAD],
     "future, float8 rowwise": [*FUTURE, *ROWWISE],
     "future, float8 rowwise, 8-bit head": [*FUTURE, *ROWWISE, *HEAD],
     "random": RANDOM,
