@@ -7,6 +7,7 @@ memory. So whatever differs from one packed sequence to the next must be a tenso
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from flame.errors import UserError
 from flame.models.parallelize import find_compute_dtype
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
+
+logger = logging.getLogger("flame")
 
 
 class Divisors(NamedTuple):
@@ -103,6 +106,15 @@ class _Scales(NamedTuple):
     weight: Tensor
 
 
+class _Kind(NamedTuple):
+    """What a graph is captured for."""
+
+    tokens: int
+    bounds: int
+    """Entries of cu_seqlens, after padding."""
+    requested: Requested
+
+
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     losses: Losses
@@ -130,20 +142,22 @@ class GraphedMicroStep(MicroStep):
         super().__init__(model)
         self._inputs: dict[tuple[str, int], Tensor] = {}
         self._scales: _Scales | None = None
-        self._warm: Counter[tuple[int, Requested]] = Counter()
-        self._trained: dict[tuple[int, Requested], Sequence[nn.Parameter]] = {}
-        self._graphs: dict[tuple[int, Requested], _Graph] = {}
+        self._warm: Counter[_Kind] = Counter()
+        self._trained: dict[_Kind, Sequence[nn.Parameter]] = {}
+        self._graphs: dict[_Kind, _Graph] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._working_bytes = 0
+        self._is_full = False
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
         if prepared is not None or batch.answers_only:
             return super().run(batch, requested, prepared, divisors)
         batch = pad_documents(batch)
-        kind = len(batch.cu_seqlens), requested
+        kind = _Kind(batch.input_ids.shape[1], len(batch.cu_seqlens), requested)
         with self._on_own_stream():
             if kind not in self._graphs:
-                if self._warm[kind] < WARM_UP or len(self._graphs) == MOST_GRAPHS:
+                if self._warm[kind] < WARM_UP or not self._has_room():
                     return self._warm_up(kind, batch, divisors)
                 self._graphs[kind] = self._capture(kind, batch)
             return self._replay(self._graphs[kind], batch, divisors)
@@ -159,14 +173,16 @@ class GraphedMicroStep(MicroStep):
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _warm_up(self, kind: tuple[int, Requested], batch: PackedBatch, divisors: Divisors) -> tuple[Losses, Tensor]:
+    def _warm_up(self, kind: _Kind, batch: PackedBatch, divisors: Divisors) -> tuple[Losses, Tensor]:
         """Launch a micro-step, and note which weights it gives a gradient."""
         self._warm[kind] += 1
+        held = torch.cuda.memory_allocated()
         parameters = list(self._model.parameters())
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        found = super().run(batch, kind[1], None, divisors)
+        found = super().run(batch, kind.requested, None, divisors)
+        self._working_bytes = max(self._working_bytes, torch.cuda.max_memory_allocated() - held)
         self._trained[kind] = [parameter for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
             if gradient is not None and parameter.grad is not None:
@@ -174,7 +190,19 @@ class GraphedMicroStep(MicroStep):
             parameter.grad = parameter.grad if gradient is None else gradient
         return found
 
-    def _capture(self, kind: tuple[int, Requested], batch: PackedBatch) -> _Graph:
+    def _has_room(self) -> bool:
+        """Whether another graph fits beside what is still launched one by one, such as validation, and takes as much memory."""
+        if self._is_full or len(self._graphs) == MOST_GRAPHS:
+            return False
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        self._is_full = free < 2 * self._working_bytes
+        if self._is_full:
+            shown = f"{free / 2**30:.1f} GiB are free, a micro-step takes {self._working_bytes / 2**30:.1f}"
+            logger.info("no more CUDA graphs: %s, and a graph keeps as much", shown)
+        return not self._is_full
+
+    def _capture(self, kind: _Kind, batch: PackedBatch) -> _Graph:
         """Record a micro-step, which does not run it."""
         trained = self._trained[kind]
         for parameter in trained:
@@ -184,13 +212,12 @@ class GraphedMicroStep(MicroStep):
         for parameter in trained:
             parameter.grad = self._gradients[parameter]
         scales, inside = self._find_scales(batch.input_ids.device), self._find_inputs(batch)
-        torch.cuda.empty_cache()
         reserved, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
             # The loader's thread may allocate page-locked memory meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                losses, loss = self._record(inside, kind[1], scales)
+                losses, loss = self._record(inside, kind.requested, scales)
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise UserError(

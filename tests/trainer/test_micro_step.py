@@ -110,9 +110,20 @@ def test_a_first_launch_adds_to_the_gradients_of_the_step() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
     model.zero_grad()
     graphed.run(batches[0], Requested(aux=False), None, divisors)
-    ((_, trained),) = [(kind, each) for kind, each in graphed._trained.items() if not kind[1].aux]
+    ((_, trained),) = [(kind, each) for kind, each in graphed._trained.items() if not kind.requested.aux]
     assert {id(each) for each in trained} == {id(each) for each in model.lm.parameters()}
     assert all(parameter.grad is None for parameter in model.objective.parameters())
+
+
+@pytest.mark.parametrize(("free", "has_room"), [(200, True), (199, False)])
+def test_a_graph_needs_room_beside_what_is_launched(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any, free: int, has_room: bool
+) -> None:
+    graphed = GraphedMicroStep(build_unsharded(future_config()))
+    graphed._working_bytes = 100
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
+    assert graphed._has_room() == graphed._has_room() == has_room
+    assert len([line for line in caplog.messages if line.startswith("no more CUDA graphs")]) == (not has_room)
 
 
 def test_on_a_cpu_there_are_no_graphs() -> None:
