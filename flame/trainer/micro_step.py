@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from flame.attention.backends import choose_attention
+from flame.attention import flash as flash_kernels
+from flame.attention.backends import choose_attention, find_head_dims
 from flame.attention.families import find_family
 from flame.attention.masks import round_up_to_bucket
 from flame.config.schema import JobConfig
@@ -123,6 +124,8 @@ class _Graph(NamedTuple):
     """Those that have a gradient."""
 
 
+FEWEST_BOUNDS = 16
+"""Flash kernels take a moment for each empty document, so graphs for few documents have few."""
 KNOWN = ("answers_only",)
 """Numbers of a packed sequence that a graph may keep: the same for all of them."""
 WARM_UP = 2
@@ -301,6 +304,7 @@ def allows_graphs(config: JobConfig, model: TrainingModel, device: torch.device)
     return (
         sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
         and choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) == "varlen"
+        and flash_kernels.find_fa4(max(find_head_dims(lm.config))) is None  # not tried
         and not (family is not None and family.has_experts)
         and training.loss_on == "all"
         and config.activation_checkpoint.mode == "none"
@@ -313,7 +317,7 @@ def allows_graphs(config: JobConfig, model: TrainingModel, device: torch.device)
 def pad_documents(batch: PackedBatch) -> PackedBatch:
     """Put empty documents before the first one, so that packed sequences have few different numbers of documents."""
     count = len(batch.cu_seqlens)
-    missing = round_up_to_bucket(count, batch.input_ids.shape[1] + 64) - count
+    missing = round_up_to_bucket(count, batch.input_ids.shape[1] + FEWEST_BOUNDS, FEWEST_BOUNDS) - count
     return replace(batch, cu_seqlens=F.pad(batch.cu_seqlens, (missing, 0)))
 
 

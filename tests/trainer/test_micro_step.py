@@ -31,7 +31,7 @@ def test_empty_documents_change_nothing(seed: int, chunks: int) -> None:
     batch = random_batch(random_cu_seqlens(TOTAL, chunks, seed))
     padded = pad_documents(batch).cu_seqlens
     count = len(batch.cu_seqlens)
-    assert len(padded) == 64 and torch.equal(padded[-count:], batch.cu_seqlens) and not padded[:-count].any()
+    assert len(padded) == 16 * -(-count // 16) and torch.equal(padded[-count:], batch.cu_seqlens) and not padded[:-count].any()
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(1, 2, TOTAL, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
     for is_strict in (False, True):
@@ -170,8 +170,8 @@ def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
     for part in (*find_decoder_layers(model.lm), *get_own(model).list_compiled()):
         part.compile(dynamic=False)
     plain, graphed = MicroStep(model), GraphedMicroStep(model)
-    for seed in range(5):
-        batch = random_batch(random_cu_seqlens(256, 3 + 5 * seed, seed), seed=seed).to("cuda")
+    for seed in range(8):  # few and many documents in turns
+        batch = random_batch(random_cu_seqlens(256, 4 + 16 * (seed % 2) + seed // 2, seed), seed=seed).to("cuda")
         divisors, found = Divisors(200 + seed, 100 + seed, 0.1 * seed), []
         for step in (plain, graphed):
             model.zero_grad()
@@ -180,4 +180,4 @@ def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
             found.append((loss, losses, gradients))
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
-    assert len(graphed._graphs) == 1
+    assert len(graphed._graphs) == 2
