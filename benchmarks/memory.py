@@ -82,9 +82,10 @@ def list_options(case: Case, out: Path) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def read_peak(run: Path) -> float:
-    """GiB, of a run that is through."""
-    return max(peak for row in read_metrics(run) if (peak := row["peak_memory_gib"]) is not None)
+def read_peaks(run: Path) -> tuple[float, float]:
+    """GiB, of a run that is through: of all its steps, and of those after the first, which compiles."""
+    peaks = [peak for row in read_metrics(run) if (peak := row["peak_memory_gib"]) is not None]
+    return max(peaks), max(peaks[1:])
 
 
 def main(argv: list[str]) -> None:
@@ -108,15 +109,16 @@ def main(argv: list[str]) -> None:
         for name, case in cases.items()
     ]
     columns = ["Llama", "tokens a GPU", "GPUs", "objective", "compiled", "recomputed", "estimate, GiB", "measured, GiB", "ratio"]
+    columns.append("after the first step, GiB")
     print("\n".join(format_table(columns, [])))
     for ended in run_jobs(jobs, gpus, out):
         case = cases[ended.job.name]
         cells = [case.shape, f"{case.tokens:,}", str(case.gpus), case.objective, "yes" if case.compiled else "no", case.recompute]
         if ended.problem:
-            found = [ended.problem, "-"]
+            found = [ended.problem, "-", "-"]
         else:
-            peak = read_peak(out / case.name)
-            found = [f"{peak:.1f}", f"{estimates[case] / peak:.3f}"]
+            peak, later = read_peaks(out / case.name)
+            found = [f"{peak:.1f}", f"{estimates[case] / peak:.3f}", f"{later:.1f}"]
         print(f"| {' | '.join([*cells, f'{estimates[case]:.1f}', *found])} |", flush=True)
 
 

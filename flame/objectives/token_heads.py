@@ -67,9 +67,10 @@ class TokenHeads(LabelObjective):
         return states[:1].sum(dtype=torch.promote_types(states.dtype, torch.float32)) * 0.0
 
     def estimate_memory(self, tokens: int) -> float:
-        """Each head's gradients of its states and of the output embedding, beside what its layer keeps."""
+        """Each head's states before and after the norm, and gradients of those and of the output embedding, beside what its layer
+        keeps."""
         width = self.setup.lm.config.hidden_size
-        return 2.0 * len(self.layers) * (tokens * width + self._embedding_size)
+        return 2.0 * len(self.layers) * (3 * tokens * width + self._embedding_size)
 
     def list_counted_layers(self) -> list[PreTrainedModel]:
         return super().list_counted_layers()[: self.num_active]

@@ -16,8 +16,6 @@ from flame.objectives.step import get_objective
 from flame.trainer.budget import pack_first, resolve_steps
 from flame.trainer.setup import build_cadence, build_modules, build_weight_schedule, find_share, open_inputs
 
-MEASURED_MODES = ("none", "pointwise")
-"""Of activation_checkpoint, for which the estimate was compared with peaks."""
 GIB = 2**30
 MFU = 0.5
 """Of the peak on paper; Llama-3.2-1B reaches 0.52 to 0.56 on an H200 (docs/performance.md)."""
@@ -113,7 +111,8 @@ def describe(estimate: Estimate, config: JobConfig) -> Iterator[str]:
         "the optimizer's moments": memory.moments,
         "weights gathered for a pass": memory.gathered,
         "activations": memory.activations,
-        "logits, with their gradients": memory.logits,
+        "one layer, computed again": memory.recomputed,
+        "logits, with their gradients": memory.logits + memory.head_gradients,
         "the objective's loss": memory.objective,
     }
     yield from (f"  {name:<30}{size / GIB:>8.2f}" for name, size in parts.items())
@@ -145,11 +144,9 @@ def show_time(seconds: float) -> str:
 
 def _list_caveats(config: JobConfig) -> Iterator[str]:
     training = config.training
-    yield "With training.compile, memory is within 4 % of what Llamas of 340M, 1B and 8B took (docs/performance.md)."
+    yield "With training.compile, memory is within 5 % of what Llamas of 340M, 1B and 8B took (docs/performance.md)."
     if not training.compile:
         yield "training.compile = false: activations are fitted to a single run."
-    if config.activation_checkpoint.mode not in MEASURED_MODES:
-        yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}": activations are a guess.'
     if training.float8 != "none":
         yield f'training.float8 = "{training.float8}": the memory is that of bfloat16.'
     if training.float8_head:
@@ -159,8 +156,8 @@ def _list_caveats(config: JobConfig) -> Iterator[str]:
 
 
 def find_shortage(config: JobConfig, model: TrainingModel, device: torch.device) -> str | None:
-    """A warning if a run will hardly fit its GPU; None if it fits, without a GPU, or where the estimate is a guess."""
-    if device.type != "cuda" or not config.training.compile or config.activation_checkpoint.mode not in MEASURED_MODES:
+    """A warning if a run will hardly fit its GPU; None if it fits, without a GPU, or uncompiled."""
+    if device.type != "cuda" or not config.training.compile:
         return None
     peak = estimate_rank(config, model).find_peak(keeps_gradients=config.training.gradient_accumulation_steps > 1) / GIB
     there = torch.cuda.get_device_properties(device).total_memory / GIB

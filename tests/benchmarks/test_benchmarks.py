@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import kernels, prototypes
 from benchmarks.fp8 import compare_summaries
+from benchmarks.memory import read_peaks
 from benchmarks.packs import draw_batch, draw_cu_seqlens, pack_documents
 from benchmarks.peers import MODEL
 from benchmarks.prototypes import ChunkedCrossEntropy, ChunkedInfoNCE, Dense, Planned
@@ -211,6 +212,12 @@ def test_comparing_summaries_takes_its_batch_out_of_the_data(workspace, tmp_path
     trainer._close_run()
     end_processes()
     assert (mean, low) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_peaks_are_those_of_all_steps_and_without_the_first(tmp_path):
+    rows = [{"step": step, "peak_memory_gib": peak} for step, peak in enumerate((9.0, 7.0, 8.0), start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_peaks(tmp_path) == (9.0, 8.0)
 
 
 def test_given_documents_are_packed_in_order():

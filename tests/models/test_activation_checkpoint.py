@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from flame.attention import varlen
 from flame.errors import UserError
 from flame.models import parallelize
 from flame.models.causal_lm import find_decoder_layers
+from flame.models.memory_estimate import count_layer_kept, count_layer_saved
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.options import read_options
 from tests.support.families import build_toy
@@ -63,6 +67,10 @@ class Graphs:
     backward: Counter[object] = field(default_factory=Counter)
     """How often the backward has each operation."""
 
+    def build_backend(self) -> Callable[..., Any]:
+        compilers = {"fw_compiler": self.read_forward, "bw_compiler": self.read_backward}
+        return aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition)
+
     def read_forward(self, graph: GraphModule, _: object) -> object:
         (output,) = (node for node in graph.graph.nodes if node.op == "output")
         made = {node for node in output.args[0][1:] if node.op != "placeholder"}
@@ -77,9 +85,7 @@ class Graphs:
 def compile_layer(mode: str) -> tuple[Graphs, list[Tensor]]:
     torch.compiler.reset()
     graphs, layers = Graphs(), build(mode)
-    compilers = {"fw_compiler": graphs.read_forward, "bw_compiler": graphs.read_backward}
-    backend = aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition)
-    layers[0].compile(fullgraph=True, dynamic=False, backend=backend)
+    layers[0].compile(fullgraph=True, dynamic=False, backend=graphs.build_backend())
     return graphs, list_gradients(layers)
 
 
@@ -92,6 +98,26 @@ def test_less_is_kept_and_nothing_costly_is_computed_again() -> None:
     assert plain.backward[torch.ops.aten.mm.default] == 9, "two for each matrix, but for the first layer's input"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert compile_layer("full")[0].backward[torch.ops.flame.varlen_attention.default] == 1
+
+
+@pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "full"])
+@pytest.mark.parametrize("name", ["llama", "llama, untied head, biases", "granite"])
+def test_as_much_is_kept_as_the_estimate_says(name: str, mode: str) -> None:
+    torch.compiler.reset()
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = build_toy(name, **sizes, num_hidden_layers=1)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=varlen.IMPLEMENTATION)
+    layers = find_decoder_layers(lm)
+    expected = count_layer_kept(layers[0], config) if mode == "none" else count_layer_saved(layers[0], config, mode)
+    parallelize._checkpoint_activations(layers, mode)
+    graphs = Graphs()
+    layers[0].compile(fullgraph=True, dynamic=False, backend=graphs.build_backend())
+    states = torch.randn(1, LENGTH, 128, requires_grad=True)
+    angles = torch.randn(2, 1, LENGTH, 64).unbind()
+    out = layers[0](states, position_embeddings=angles, documents=varlen.DocumentLayout(CU_SEQLENS, LENGTH, False))
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+    # Beside them: the layer's input, which no operation of its own makes. Not counted: a number or two for each norm and head.
+    assert 128 + graphs.kept / LENGTH == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["selective", "pointwise"])
