@@ -217,7 +217,7 @@ class FutureLoss(nn.Module):
             is_valid = is_valid & mask
         positions = torch.arange(pack.total, device=states.device)
         if 0 < self.max_anchors < pack.total:
-            number = torch.randint(2**31, ()).to(is_valid.device)
+            number = torch.full((), int(torch.randint(2**31, ())), device=is_valid.device)  # a copy would wait for the device
             positions, is_valid = draw_anchors(is_valid, self.max_anchors, 0, number)
         ahead = (positions + shift) % max(pack.total, 1)
         excluded = keys = None

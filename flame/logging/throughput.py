@@ -61,7 +61,7 @@ class Throughput:
         self.peak_flops = world_size * _get_peak_flops(device) if self.on_gpu else None
         self.steps_left = steps_left
         self.graph_bytes = 0
-        """Memory of CUDA graphs, which torch does not count as allocated."""
+        """Memory of CUDA graphs, which torch does not count as allocated once they are captured."""
         self.restart()
 
     def restart(self) -> None:
@@ -71,6 +71,7 @@ class Throughput:
         self.tokens = 0
         self.steps = 0
         self.started = time.perf_counter()
+        self._graph_bytes = self.graph_bytes
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
@@ -117,7 +118,7 @@ class Throughput:
     def record(self) -> None:
         """Record the maxima over ranks: peak memory and time waiting for data. Call before `Metrics.collect`."""
         peak = (
-            torch.cuda.max_memory_allocated() + self.graph_bytes
+            torch.cuda.max_memory_allocated() + self._graph_bytes
             if self.on_gpu
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )

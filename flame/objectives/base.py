@@ -214,7 +214,7 @@ class Objective(nn.Module):
         """Whether what it does for a packed sequence may become part of a CUDA graph (`flame.trainer.micro_step`).
 
         Then `prepare_step` returns None for each sequence. `prepare` and `loss` do the same at every step, read nothing of a
-        packed sequence but its tensors, and draw by `flame.runtime.draws` alone.
+        packed sequence but its tensors, and draw by `flame.runtime.draws` alone. A derived class has to say it again.
         """
         return False
 

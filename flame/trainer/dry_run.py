@@ -1,7 +1,8 @@
-"""`bash train.sh ... --dry-run`: all of a run's start and two of its steps, in a folder that is then deleted.
+"""`bash train.sh ... --dry-run`: all of a run's start and a few of its steps, in a folder that is then deleted.
 
-Options, model, tokenizer, data and initial weights are opened and checked as for the run itself, with all their messages. The two
-steps compute both losses on the first packed sequences of the data. The first step compiles; the second is timed.
+Options, model, tokenizer, data and initial weights are opened and checked as for the run itself, with all their messages. The
+steps compute both losses on the first packed sequences of the data. The first one compiles. The last one is timed: on one GPU its
+micro-step may be a CUDA graph, which takes two before it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from flame.logging.writers.json_lines import METRICS_FILE
 from flame.objectives.registry import choose_objective
 from flame.runtime.distributed import get_rank
 from flame.runtime.json_lines import parse_line
+from flame.trainer.micro_step import WARM_UP
 
-STEPS = 2
+STEPS = WARM_UP + 1
 
 logger = logging.getLogger("flame")
 

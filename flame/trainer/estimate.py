@@ -14,6 +14,7 @@ from flame.models.memory_estimate import Memory, estimate_memory
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
 from flame.trainer.budget import pack_first, resolve_steps
+from flame.trainer.micro_step import MOST_WEIGHTS
 from flame.trainer.setup import build_cadence, build_modules, build_weight_schedule, find_share, open_inputs
 
 GIB = 2**30
@@ -147,6 +148,8 @@ def _list_caveats(config: JobConfig) -> Iterator[str]:
     yield "With training.compile, memory is within 5 % of what Llamas of 340M, 1B and 8B took (docs/performance.md)."
     if not training.compile:
         yield "training.compile = false: activations are fitted to a single run."
+    if training.compile and training.cuda_graphs and config.world_size == 1:
+        yield f"Below {MOST_WEIGHTS / 1e6:.0f} million weights, CUDA graphs may keep as much again as a micro-step takes."
     if training.float8 != "none":
         yield f'training.float8 = "{training.float8}": the memory is that of bfloat16.'
     if training.float8_head:

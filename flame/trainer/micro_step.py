@@ -8,10 +8,12 @@ memory. So whatever differs from one packed sequence to the next must be a tenso
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -31,6 +33,8 @@ from flame.data.batch import PackedBatch
 from flame.errors import UserError
 from flame.models.parallelize import find_compute_dtype
 from flame.models.wrapper import TrainingModel
+from flame.objectives.base import Objective
+from flame.objectives.gradients import reshard_weights
 from flame.objectives.step import Losses, Requested, compute_losses, get_objective
 
 logger = logging.getLogger("flame")
@@ -91,7 +95,7 @@ class _Unknown:
 
     __int__ = __index__ = __float__ = __bool__ = __len__ = __iter__ = __array__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __str__ = __format__ = __getitem__ = _refuse
+    __eq__ = __ne__ = __hash__ = __lt__ = __le__ = __gt__ = __ge__ = __str__ = __format__ = __getitem__ = _refuse
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # FSDP asks of everything whether it holds tensors
@@ -150,19 +154,25 @@ class GraphedMicroStep(MicroStep):
         self._graphs: dict[_Kind, _Graph] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._working_bytes = 0
-        self._is_full = False
+        self._is_left_out = False
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
         if prepared is not None or batch.answers_only:
             return super().run(batch, requested, prepared, divisors)
+        # After a forward without a backward, as in validation, FSDP shows gathered weights until something reshards them. A
+        # replay would not, and a capture would leave their gathering out.
+        reshard_weights(self._model)
         batch = pad_documents(batch)
         kind = _Kind(batch.input_ids.shape[1], len(batch.cu_seqlens), requested)
         with self._on_own_stream():
-            if kind not in self._graphs:
-                if self._warm[kind] < WARM_UP or not self._has_room():
-                    return self._warm_up(kind, batch, divisors)
-                self._graphs[kind] = self._capture(kind, batch)
+            if kind in self._graphs:
+                return self._replay(self._graphs[kind], batch, divisors)
+            if self._warm[kind] < WARM_UP:
+                return self._warm_up(kind, batch, divisors)
+            if not self._may_capture():
+                return super().run(batch, requested, None, divisors)
+            self._graphs[kind] = self._capture(kind, batch)
             return self._replay(self._graphs[kind], batch, divisors)
 
     @contextmanager
@@ -184,7 +194,10 @@ class GraphedMicroStep(MicroStep):
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        found = super().run(batch, kind.requested, None, divisors)
+        with _watch_for_waits() as waits:
+            found = super().run(batch, kind.requested, None, divisors)
+        if waits and self._warm[kind] == WARM_UP:  # the first one compiles, which may wait
+            self._leave_out(f"this model's step waits for the GPU ({waits[0]})")
         self._working_bytes = max(self._working_bytes, torch.cuda.max_memory_allocated() - held)
         self._trained[kind] = [parameter for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
@@ -193,17 +206,20 @@ class GraphedMicroStep(MicroStep):
             parameter.grad = parameter.grad if gradient is None else gradient
         return found
 
-    def _has_room(self) -> bool:
+    def _may_capture(self) -> bool:
         """Whether another graph fits beside what is still launched one by one, such as validation, and takes as much memory."""
-        if self._is_full or len(self._graphs) == MOST_GRAPHS:
+        if self._is_left_out or len(self._graphs) == MOST_GRAPHS:
             return False
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        self._is_full = free < 2 * self._working_bytes
-        if self._is_full:
-            shown = f"{free / 2**30:.1f} GiB are free, a micro-step takes {self._working_bytes / 2**30:.1f}"
-            logger.info("no more CUDA graphs: %s, and a graph keeps as much", shown)
-        return not self._is_full
+        if free < 2 * self._working_bytes:
+            taken = f"a micro-step takes up to {self._working_bytes / 2**30:.1f}, and a graph keeps as much"
+            self._leave_out(f"{free / 2**30:.1f} GiB are free, {taken}")
+        return not self._is_left_out
+
+    def _leave_out(self, reason: str) -> None:
+        logger.info("no %sCUDA graphs: %s", "more " if self._graphs else "", reason)
+        self._is_left_out = True
 
     def _capture(self, kind: _Kind, batch: PackedBatch) -> _Graph:
         """Record a micro-step, which does not run it."""
@@ -215,6 +231,7 @@ class GraphedMicroStep(MicroStep):
         for parameter in trained:
             parameter.grad = self._gradients[parameter]
         scales, inside = self._find_scales(batch.input_ids.device), self._find_inputs(batch)
+        torch.cuda.synchronize()  # a fault of earlier kernels is none of the graph's
         reserved, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
@@ -222,10 +239,15 @@ class GraphedMicroStep(MicroStep):
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 losses, loss = self._record(inside, kind.requested, scales)
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = _find_first(error)
+            if isinstance(first, (AssertionError, torch.OutOfMemoryError)):
+                raise first from None
             raise UserError(
-                f"training.cuda_graphs = true: this model's step cannot become a CUDA graph ({first}): set it to false"
+                f"training.cuda_graphs = true: this model's step cannot become a CUDA graph ({str(first).splitlines()[0]}): set "
+                "it to false"
             ) from error
+        if not self._graphs:
+            logger.info("from now on micro-steps are CUDA graphs (docs/performance.md#small-models)")
         self.graph_bytes += torch.cuda.memory_reserved() - reserved
         for parameter, gradient in before.items():
             parameter.grad = gradient
@@ -280,9 +302,40 @@ class GraphedMicroStep(MicroStep):
         return self._scales
 
 
+@contextmanager
+def _watch_for_waits() -> Iterator[list[str]]:
+    """Inside, note by which lines of code the process waits for the GPU. A graph cannot."""
+    found: list[str] = []
+    if not torch.cuda.is_available():
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+        own = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+        found += [f"{Path(each.filename).name}, line {each.lineno}" for each in own]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _find_first(error: BaseException) -> BaseException:
+    """What has ended a capture. Ending it may raise too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def _invert(count: int) -> float:
     """In float32, as a quotient on the GPU."""
     return float(np.float32(1) / np.float32(max(count, 1)))
+
+
+def _fits_graph(objective: Objective) -> bool:
+    """A class that is derived from one that fits has to say so again: it may do something else."""
+    return "fits_graph" in vars(type(objective)) and objective.fits_graph
 
 
 MOST_WEIGHTS = 150_000_000
@@ -310,7 +363,7 @@ def allows_graphs(config: JobConfig, model: TrainingModel, device: torch.device)
         and config.activation_checkpoint.mode == "none"
         and not (training.dropout or training.cpu_offload or training.float8 != "none" or training.float8_head)
         and not config.experimental.freeze_lm_for_infonce
-        and (objective is None or objective.fits_graph)
+        and (objective is None or _fits_graph(objective))
     )
 
 

@@ -80,18 +80,23 @@ def cut_power_after(step: int, argv: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
+def run_ranks(
+    ranks: int, workspace: Path, run: Path, module: str = "flame.train", says: str = "", **changes: object
+) -> list[dict]:
+    """Metrics of a run of its own processes, in whose output something must stand."""
     arguments = ["-m", module, *options(workspace, run, **changes)]
     if ranks > torch.cuda.device_count() == 1:
-        run_on_shared_gpu(ranks, arguments)
+        printed = run_on_shared_gpu(ranks, arguments)
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run([sys.executable, *launcher, *arguments], cwd=REPO, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed
+    assert says in printed, printed
     return read_metrics(run)
 
 
-def run_on_shared_gpu(ranks: int, arguments: list[str]) -> None:
+def run_on_shared_gpu(ranks: int, arguments: list[str]) -> str:
     """Run ranks on the only GPU. NCCL allows that to ranks which it takes for other machines'."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port(), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -107,6 +112,7 @@ def run_on_shared_gpu(ranks: int, arguments: list[str]) -> None:
         for process in processes:
             process.kill()
     assert not any(process.returncode for process in processes), "\n".join(printed)
+    return "\n".join(printed)
 
 
 def act_as_machine(number: int) -> dict[str, str]:

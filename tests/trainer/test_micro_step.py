@@ -10,19 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
 
 from flame.attention.varlen import DocumentLayout, attend
+from flame.config.training import Training
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.wrapper import TrainingModel
-from flame.objectives.step import Requested
-from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep, allows_graphs, pad_documents
-from flame.trainer.setup import build_modules, materialize
+from flame.objectives.step import Requested, compute_losses
+from flame.runtime.distributed import set_single_process_defaults, start_processes
+from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep, _fits_graph, allows_graphs, pad_documents
+from flame.trainer.setup import build_model, build_modules, materialize
 from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective, choose
-from tests.support.runs import final_weights, measured, read_metrics, run_ranks
+from tests.support.runs import MEASURED, final_weights, run_ranks
 from tests.trainer.test_gpu import SHAPE
 
 TOTAL = 60
+COMPARED = (*MEASURED, "step", "temperature")
 
 
 @given(seed=st.integers(0, 1000), chunks=st.integers(1, 20))
@@ -46,6 +50,15 @@ def test_empty_documents_change_nothing(seed: int, chunks: int) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+USES = (
+    lambda each: each + 1,
+    lambda each: max(each, 1),
+    lambda each: each.sum(),
+    lambda each: each == "json",
+    lambda each: each != 0,
+)
+
+
 def test_numbers_of_a_packed_sequence_cannot_be_read_inside_a_graph() -> None:
     model = build_unsharded(future_config())
     batch = random_batch(random_cu_seqlens(TOTAL, 5, 0))
@@ -55,7 +68,7 @@ def test_numbers_of_a_packed_sequence_cannot_be_read_inside_a_graph() -> None:
         if isinstance(getattr(batch, field.name), torch.Tensor):
             assert value is not getattr(batch, field.name) and torch.equal(value, getattr(batch, field.name))
         elif field.name != "answers_only":
-            for use in (int, len, lambda each: each + 1, lambda each: max(each, 1), str, lambda each: each.sum()):
+            for use in (int, len, str, hash, *USES):
                 with pytest.raises(AssertionError, match=f"PackedBatch.{field.name} is read inside a CUDA graph"):
                     use(value)
 
@@ -94,6 +107,39 @@ def test_what_depends_on_numbers_does_not_fit(changes: dict[str, object]) -> Non
     assert not build_unsharded(future_config(**changes)).objective.fits_graph
 
 
+def test_a_class_derived_from_one_that_fits_says_so_again() -> None:
+    objective = get_own(build_objective("nextlat"))
+
+    class Changed(type(objective)):  # type: ignore[misc]
+        def begin_step(self, step: int, total_steps: int) -> None:
+            self.factor = step
+
+    class Same(Changed):
+        fits_graph = True
+
+    assert _fits_graph(objective)
+    objective.__class__ = Changed
+    assert objective.fits_graph and not _fits_graph(objective)
+    objective.__class__ = Same
+    assert _fits_graph(objective)
+
+
+def test_a_forward_without_a_backward_before_it_changes_nothing() -> None:
+    """As in validation: FSDP then shows the gathered weights, which a graph would take for those that are trained."""
+    set_single_process_defaults()
+    _, mesh = start_processes(Training(), timeout_seconds=60)
+    model = build_model(future_config(), tiny_llama(), torch.device("cpu"), mesh)
+    batch, graphed = random_batch(random_cu_seqlens(TOTAL, 5, 0)), GraphedMicroStep(model)
+    for _ in range(2):
+        with torch.no_grad():
+            model(compute_losses, batch, Requested(aux=True))
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        graphed.run(batch, Requested(aux=True), None, Divisors(50, 40, 0.5))
+        assert all(isinstance(parameter, DTensor) and parameter.grad is not None for parameter in model.parameters())
+    (trained,) = graphed._trained.values()
+    assert len(trained) == len(list(model.parameters()))
+
+
 def test_a_first_launch_adds_to_the_gradients_of_the_step() -> None:
     """Micro-steps before it in the step have left some. It also notes whose weights it trains."""
     model = build_unsharded(future_config())
@@ -122,8 +168,8 @@ def test_a_graph_needs_room_beside_what_is_launched(
     graphed = GraphedMicroStep(build_unsharded(future_config()))
     graphed._working_bytes = 100
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
-    assert graphed._has_room() == graphed._has_room() == has_room
-    assert len([line for line in caplog.messages if line.startswith("no more CUDA graphs")]) == (not has_room)
+    assert graphed._may_capture() == graphed._may_capture() == has_room
+    assert len([line for line in caplog.messages if line.startswith("no CUDA graphs: 0.0 GiB are free")]) == (not has_room)
 
 
 def test_on_a_cpu_there_are_no_graphs() -> None:
@@ -132,7 +178,15 @@ def test_on_a_cpu_there_are_no_graphs() -> None:
     assert not allows_graphs(config, build_unsharded(future_config()), torch.device("cpu"))
 
 
-COMPILED = {"training__compile": True, "training__deterministic": True, "training__steps": 14, "checkpoint__interval": 7}
+COMPILED = {
+    "training__compile": True,
+    "training__deterministic": True,
+    "training__steps": 14,
+    "checkpoint__interval": 7,
+    "validation__holdout_every": 4,
+    "validation__interval": 3,  # a forward without a backward
+    "future_predictor__dropout": 0.0,
+}
 
 
 @pytest.mark.gpu
@@ -140,8 +194,9 @@ COMPILED = {"training__compile": True, "training__deterministic": True, "trainin
     "changes",
     [
         {"objective__name": "next_token", "training__gradient_accumulation_steps": 2},
-        {"future_encoder__max_anchors": 24},
+        {"future_encoder__max_anchors": 24, "future_encoder__learnable_temperature": True},
         {"objective__start_step": 5, "training__gradient_accumulation_steps": 3, "future_encoder__target": "random"},
+        {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "evaluation__interval": 4},
         {"future_encoder__every": 3, "future_encoder__layers": 1, "metrics__diagnostics_interval": 4},
     ],
     ids=str,
@@ -151,8 +206,9 @@ def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str
     runs = {}
     for name, is_on in (("plain", False), ("graphs", True)):
         options = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
-        run_ranks(1, workspace, tmp_path / name, **options)
-        runs[name] = measured(read_metrics(tmp_path / name))
+        says = "from now on micro-steps are CUDA graphs" if is_on else ""
+        rows = run_ranks(1, workspace, tmp_path / name, says=says, **options)
+        runs[name] = [{key: value for key, value in row.items() if key in COMPARED or "validation" in key} for row in rows]
     assert runs["graphs"] == runs["plain"]
     one, other = final_weights(tmp_path / "graphs"), final_weights(tmp_path / "plain")
     assert all(torch.equal(one[name], other[name]) for name in other)
