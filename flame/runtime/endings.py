@@ -31,9 +31,11 @@ TIMEOUT_MESSAGES = re.compile(r"tim(ed? ?out)", re.IGNORECASE)
 
 LONGEST_REASON = 160
 """Characters of torch's own words."""
+ABORTS = (signal.SIGABRT, signal.SIGSEGV)
+"""How torch ends a rank, or a rank ends while torch takes a broken process group down."""
 HINTS: dict[int, str] = {
     signal.SIGKILL: " (often the kernel, when memory runs out: see dmesg)",
-    signal.SIGABRT: " (often torch, when a GPU fails or NCCL loses another rank: see the lines above)",
+    **dict.fromkeys(ABORTS, " (often torch, when a GPU fails or NCCL loses another rank: see the lines above)"),
 }
 """By the signal that has ended a rank."""
 
@@ -49,7 +51,7 @@ class Kind(StrEnum):
     STOPPED = "stopped"
     CAUSE = "cause"
     SUSPECT = "suspect"
-    """torch has aborted a rank: by a fault of its GPU, or because NCCL has lost another rank."""
+    """A rank was aborted: by a fault of its own, or by torch, because NCCL has lost another rank."""
     CONSEQUENCE = "consequence"
 
 
@@ -103,7 +105,7 @@ class WorkerEnd:
 
     @property
     def is_aborted(self) -> bool:
-        return self.exit_code == -signal.SIGABRT
+        return -self.exit_code in ABORTS
 
     def describe(self, host: str) -> str:
         """In one line."""

@@ -108,7 +108,7 @@ class Launching:
             set_rendezvous(self._options, place._replace(host="127.0.0.1", port=port), "127.0.0.1", self._timeout)
 
     def _end_with(self, other: Ending) -> None:
-        """End the workers of this machine after those of another have ended. Called in the watching thread."""
+        """End the workers of this machine after those of another have ended. Called in a thread of its own, for it may wait."""
         if other.kind == Kind.STOPPED:
             return
         if self._place.is_elastic and other.kind != Kind.MISTAKE:
@@ -174,11 +174,13 @@ class Launching:
         watch = self._watch
         watch.tell(ending)
         gone: list[int] = []
-        if ending.kind in (Kind.SUSPECT, Kind.CONSEQUENCE):
+        # In an elastic run the other machines go on, and none tells what may have led to an abort.
+        if ending.kind == Kind.CONSEQUENCE or (ending.kind == Kind.SUSPECT and not self._place.is_elastic):
             watch.wait_for(
                 lambda watch: not watch.missing or any(each.kind != Kind.SUSPECT for each in watch.list_causes(ending))
             )
-            if causes := watch.list_causes(ending):
+            # A machine that says nothing is a likelier cause than a rank that may have been aborted because of it.
+            if causes := [each for each in watch.list_causes(ending) if each.kind != Kind.SUSPECT or not watch.missing]:
                 ending = retell(causes[0])
             elif gone := ([0] if watch.is_store_lost and self._place.number else watch.missing):
                 hosts = self._machines.hosts if self._machines is not None else {}
@@ -187,6 +189,7 @@ class Launching:
                 ending = Ending(Kind.CONSEQUENCE, LOST_EXIT_CODE, [line])
         if self._place.number == 0 and not gone:  # the store goes with this process
             watch.wait_for(lambda watch: not watch.missing and watch.is_heard)
+        watch.wait_for(lambda watch: watch.is_told)
         return ending
 
     def _report(self, ending: Ending, is_saved_told: bool = True) -> int:

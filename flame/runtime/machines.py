@@ -82,7 +82,8 @@ class Machines:
         """
         deadline = time.monotonic() + self._timeout
         self._open(deadline)
-        self._store.delete_key(f"{ENDING}/{self.place.number}")  # of a machine that this one replaces
+        for key in (ENDING, "flame/left"):  # of a machine that this one replaces
+            self._store.delete_key(f"{key}/{self.place.number}")
         own = {"host": socket.gethostname(), "process": os.getpid(), "reached": self._reached}
         key = f"flame/here/{self.place.number}"
         other = json.loads(self._store.compare_set(key, "", json.dumps(own)).decode())
@@ -174,7 +175,7 @@ class Machines:
         """Begin to watch for the ending of other machines.
 
         Args:
-            act: called in the watching thread with each.
+            act: called with each, in a thread of its own.
         """
         self._store.set("flame/begun", "")
         return Watch(self, act)
@@ -206,6 +207,14 @@ class Machines:
         """Whether other machines have read of this one's ending."""
         return all(self._store.check([f"flame/read/{self.place.number}/{other}"]) for other in others)
 
+    def leave(self) -> None:
+        """Say that this machine will read no more endings."""
+        self._store.set(f"flame/left/{self.place.number}", "")
+
+    def have_left(self, others: Iterable[int]) -> bool:
+        """Whether other machines read no more endings."""
+        return all(self._store.check([f"flame/left/{other}"]) for other in others)
+
 
 class Watch:
     """Exchanges endings with the other machines in a thread, which may hang in a broken network without harm."""
@@ -217,7 +226,9 @@ class Watch:
         self.others: dict[int, Ending] = {}
         """The last word of each machine that has ended, and has not come back."""
         self.is_heard = False
-        """Whether all others that have come have read how this machine ended."""
+        """Whether all others that have come have read how this machine ended, or read no more."""
+        self.is_told = False
+        """Whether the others can read how this machine ended."""
         self.is_store_lost = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="machines", daemon=True)
@@ -226,7 +237,7 @@ class Watch:
     def tell(self, ending: Ending) -> None:
         """Tell the other machines how this one has ended."""
         with self._changed:
-            self._own = ending
+            self._own, self.is_told = ending, False
             self._changed.notify_all()
 
     def wait_for(self, is_enough: Callable[[Watch], bool]) -> None:
@@ -269,13 +280,14 @@ class Watch:
                     self._machines._put(own)
                     self._machines.read_hosts()
                 found = self._machines._read_endings() if self._machines._store.check([ENDING]) else {}
-                is_heard = self._machines.have_read(self._others)
+                is_heard = all(self._machines.have_read([other]) or self._machines.have_left([other]) for other in self._others)
                 with self._changed:
                     new = {number: each for number, each in found.items() if self.others.get(number) != each}
-                    self.others, self.is_heard = found, is_heard
+                    self.others, self.is_heard, self.is_told = found, is_heard, self.is_told or own is not None
                     self._changed.notify_all()
-                for ending in new.values():
-                    self._act(ending)
+                for ending in new.values():  # which may wait: not in this thread
+                    threading.Thread(target=self._act, args=(ending,), daemon=True).start()
+            self._machines.leave()
         except DistError:
             with self._changed:
                 self.is_store_lost = True

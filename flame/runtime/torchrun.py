@@ -15,7 +15,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from flame.runtime.endings import LOST_EXIT_CODE
+from flame.runtime.endings import ABORTS, LOST_EXIT_CODE
 
 SETTLE_SECONDS = 5.0
 """After the first worker that waited in vain, the others get this long to end by the same timeout. What is left is silent."""
@@ -102,7 +102,7 @@ class Workers:
         failed = [code for code in self.ended.values() if not self._is_request(code)]
         if not failed:
             return False
-        if set(failed) <= {LOST_EXIT_CODE, -signal.SIGABRT}:
+        if set(failed) <= {LOST_EXIT_CODE, *(-number for number in ABORTS)}:
             deadline = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < deadline and self._running:
                 time.sleep(0.1)

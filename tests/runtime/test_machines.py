@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,18 +22,6 @@ from flame.runtime.network import GLOO_INTERFACE
 from flame.runtime.rendezvous import Place, read_place, set_rendezvous
 
 TIMEOUT = 30.0
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor() as pool:
-        yield pool
 
 
 def place(number: int, port: int, fewest: int = 2, most: int = 2) -> Place:
