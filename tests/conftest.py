@@ -49,6 +49,15 @@ def draw_no_curves() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fork_ranks_from_what_they_import() -> Iterator[None]:
+    """The server process imports what ranks need. Each loader would name only its own modules, and each rank import the rest."""
+    from tests.support.ranks import PROCESSES  # not at the top: the environment is set first
+
+    with patch.object(PROCESSES, "set_forkserver_preload"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def leave_no_trace() -> Iterator[None]:
     """A run changes its process: group, environment, garbage collection, what Ctrl-C does."""
