@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,10 +43,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="long: pytest -m long"))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays, and is no garbage to look for: an export looks twice, for a third of a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # some libraries count at exit what is left
+
+
 @pytest.fixture(scope="session", autouse=True)
 def draw_no_curves() -> Iterator[None]:
     """Runs of this process end without their picture, which takes half of a toy run's time. A test that wants it puts it back."""
     with patch("flame.trainer.finish.plot_run"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_ranks_from_what_they_import() -> Iterator[None]:
+    """The server process imports what ranks need. Each loader would name only its own modules, and each rank import the rest."""
+    from tests.support.ranks import PROCESSES  # not at the top: the environment is set first
+
+    with patch.object(PROCESSES, "set_forkserver_preload"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seed_no_absent_devices() -> Iterator[None]:
+    """Each seed for a device that is not there yet is kept with the stack of its call, which costs more than the seed."""
+    with ExitStack() as patches:
+        if not torch.cuda.is_available():
+            for devices in ("torch.cuda", "torch.mtia"):
+                patches.enter_context(patch(f"{devices}.manual_seed_all"))
         yield
 
 

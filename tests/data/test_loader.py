@@ -25,6 +25,7 @@ from flame.data.tokenizer import load_tokenizer
 from flame.errors import MachineFault, UserError
 from tests.support.documents import ListSource, pack_plainly, tokenize_rows
 from tests.support.paths import REPO
+from tests.support.ranks import run_on_ranks
 
 STREAMS, SEED = 12, 3
 TOKENIZER = load_tokenizer("bytes")
@@ -180,6 +181,16 @@ def test_worker_processes_give_the_same_batches_whatever_signals_they_get() -> N
     assert all(worker.is_alive() for worker in workers)
     loader.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_ranks_of_the_tests_after_a_loader_import_nothing(tmp_path: Path) -> None:
+    """A loader names what its workers need. If ranks were forked from that alone, each would take seconds to import the rest."""
+    next(open_loader())
+    assert run_on_ranks(1, tmp_path / "run", has_imported_the_trainer) == [True]
+
+
+def has_imported_the_trainer(folder: Path) -> bool:
+    return "flame.train" in sys.modules
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
