@@ -45,7 +45,7 @@ def test_moving_a_batch_moves_all_tensors_and_keeps_the_rest() -> None:
     batch = make_batch([2, 3])
     moved = batch.to("meta")
     tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
-    assert tensors == ["input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens"]
+    assert tensors == ["input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens", "number"]
     assert all(getattr(moved, name).device.type == "meta" for name in tensors)
     assert (moved.documents, moved.num_labels, moved.sequence_index) == (batch.documents, batch.num_labels, 27)
 

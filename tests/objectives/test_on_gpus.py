@@ -12,11 +12,10 @@ from flame.models.causal_lm import find_decoder_layers
 from flame.objectives.future.options import ActionOptions
 from flame.objectives.step import Requested, compute_losses
 from flame.trainer.setup import build_modules, materialize
-from tests.support.models import build_unsharded, get_own, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.models import WIDE, build_unsharded, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import choose
 
 pytestmark = pytest.mark.gpu
-SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
 
 
 def configure(name: str) -> JobConfig:
@@ -30,7 +29,7 @@ def configure(name: str) -> JobConfig:
 @pytest.mark.parametrize("name", ["action", "fsp_revlm", "mtp_sequential", "nextlat", "nitp", "regret"])
 def test_loss_and_gradients_are_those_of_a_cpu(name, compiled):
     """STP is left out: a GPU draws other triples."""
-    config, model_config = configure(name), tiny_llama(**SHAPE)
+    config, model_config = configure(name), tiny_llama(**WIDE)
     exact = build_unsharded(config, model_config).double()
     model = build_modules(config, copy.deepcopy(model_config), "cuda")  # each writes its attention into the configuration
     materialize(model, torch.device("cuda"), seed=0)

@@ -15,7 +15,7 @@ from flame.runtime.endings import LOST_EXIT_CODE, Ending, Kind
 from flame.runtime.launching import Launching
 from flame.runtime.machines import Machines
 from flame.runtime.rendezvous import Place
-from tests.runtime.test_machines import TIMEOUT, place
+from tests.support.machines import TIMEOUT, place
 
 KILLED = Ending(Kind.CAUSE, 137, ["rank 1 was ended by SIGKILL"])
 ABORTED = Ending(Kind.SUSPECT, 134, ["rank 1 was ended by SIGABRT"])

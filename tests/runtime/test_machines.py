@@ -20,12 +20,7 @@ from flame.runtime.endings import LOST_EXIT_CODE, Ending, Kind
 from flame.runtime.machines import Machines, MachinesLost, Watch, tell_mistake
 from flame.runtime.network import GLOO_INTERFACE
 from flame.runtime.rendezvous import Place, read_place, set_rendezvous
-
-TIMEOUT = 30.0
-
-
-def place(number: int, port: int, fewest: int = 2, most: int = 2) -> Place:
-    return Place(number, fewest, most, "127.0.0.1", port)
+from tests.support.machines import TIMEOUT, place
 
 
 def meet(where: Place, timeout: float = TIMEOUT) -> Machines:

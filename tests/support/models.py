@@ -36,6 +36,10 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
+"""Sizes of a `tiny_llama` that all attention kernels of a GPU take."""
+
+
 def tiny_llama(**changes) -> PretrainedConfig:
     """Two layers, grouped heads, tied embeddings."""
     return LlamaConfig(

@@ -31,12 +31,11 @@ from flame.objectives.step import Requested, compute_losses
 from flame.trainer.setup import build_modules, materialize
 from tests.support.answers import build_pack, list_suffix_positions
 from tests.support.families import TOYS, build_other, build_toy
-from tests.support.models import build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.models import WIDE, build_unsharded, future_config, pack, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.runs import final_weights, measured, read_metrics, run_ranks
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
 
 IN_FLOAT32 = {"training__mixed_precision_param": "float32", "training__seq_len": 128}
 """A run's, with packs that are long enough for FlexAttention."""
@@ -47,7 +46,7 @@ def build_on_gpu(compiled: bool, dtype: torch.dtype, model_config: PretrainedCon
     config = future_config(**changes)
     config.training.compile = compiled
     config.training.mixed_precision_param = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    model = build_modules(config, model_config or tiny_llama(**SHAPE), "cuda")
+    model = build_modules(config, model_config or tiny_llama(**WIDE), "cuda")
     materialize(model, CUDA, seed=0)
     model.to(dtype)
     if compiled:
@@ -89,7 +88,7 @@ def test_no_leak(compiled, window_k, path):
 @pytest.mark.parametrize("direction", ["causal", "future"])
 def test_flex_attention_equals_sdpa(compiled, direction):
     cu = random_cu_seqlens(600, 9, seed=1)
-    on_cpu = build_unsharded(future_config(), tiny_llama(**SHAPE))
+    on_cpu = build_unsharded(future_config(), tiny_llama(**WIDE))
     on_gpu = build_on_gpu(compiled, torch.float32)
     on_gpu.load_state_dict(on_cpu.state_dict())
     batch = random_batch(cu)
@@ -141,7 +140,7 @@ SHORT_PACKS = [(True, (64,)), (True, (127,)), (True, (200, 64)), (False, (64, 12
 def test_flex_attention_on_short_packs(compiled, totals):
     """One after the other in one process. Once all pass, `SHORTEST_FLEX` can go."""
     torch._dynamo.reset()  # what was compiled for other cases
-    on_cpu, on_gpu = build_unsharded(future_config(), tiny_llama(**SHAPE)), build_on_gpu(compiled, torch.float32)
+    on_cpu, on_gpu = build_unsharded(future_config(), tiny_llama(**WIDE)), build_on_gpu(compiled, torch.float32)
     on_gpu.load_state_dict(on_cpu.state_dict())
     for total in totals:
         batch = random_batch(random_cu_seqlens(total, 5, seed=1))
@@ -185,7 +184,7 @@ def test_flash_passes_equal_flex_passes():
 
 def widen(name: str) -> PretrainedConfig:
     """A toy with heads that the kernels take."""
-    shape = SHAPE | {"num_key_value_heads": 4 if name == "gpt_neox" else 2, "moe_intermediate_size": 64}
+    shape = WIDE | {"num_key_value_heads": 4 if name == "gpt_neox" else 2, "moe_intermediate_size": 64}
     toy = build_toy(name, **shape)
     if find_score_cap(toy) is not None:
         toy.initializer_range = 0.05  # scores and logits of these widths reach the caps, and rounding stays small
@@ -249,7 +248,7 @@ def test_families_that_change_logits_or_scores(name):
 def test_families_that_are_not_in_the_table(name):
     """The checks of the start, and both passes by FlexAttention, against the CPU."""
     latent = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16} if name == "minicpm3" else {}
-    toy = build_other(name, **SHAPE | {"num_key_value_heads": 4} | latent)
+    toy = build_other(name, **WIDE | {"num_key_value_heads": 4} | latent)
     try:
         on_cpu = build_unsharded(future_config(), toy)
     except UserError as error:
@@ -401,7 +400,7 @@ def check_rows(rows: list[dict], others: list[dict]) -> None:
     ids=["eager", "compiled", "dropout", "global negatives", "averaged weights"],
 )
 def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, object]):
-    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=264, **WIDE).save_pretrained(tmp_path / "model")
     changes = options | IN_FLOAT32 | {"model__config": tmp_path / "model"}
     one = run_ranks(1, workspace, tmp_path / "one", **changes)
     two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
@@ -411,7 +410,7 @@ def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, 
 
 
 def run_deterministic(workspace: Path, run: Path, ranks: int, **changes: object) -> list[dict]:
-    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(run.parent / "model")
+    tiny_llama(vocab_size=264, **WIDE).save_pretrained(run.parent / "model")
     options = {"model__config": run.parent / "model", "training__deterministic": True, "checkpoint__interval": 2}
     return run_ranks(ranks, workspace, run, **options | changes)
 

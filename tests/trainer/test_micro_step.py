@@ -20,10 +20,9 @@ from flame.objectives.step import Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults, start_processes
 from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep, _fits_graph, allows_graphs, pad_documents
 from flame.trainer.setup import build_model, build_modules, materialize
-from tests.support.models import build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
+from tests.support.models import WIDE, build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective, choose
 from tests.support.runs import MEASURED, final_weights, run_ranks
-from tests.trainer.test_gpu import SHAPE
 
 TOTAL = 60
 COMPARED = (*MEASURED, "step", "temperature")
@@ -202,7 +201,7 @@ COMPILED = {
     ids=str,
 )
 def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    tiny_llama(vocab_size=264, **SHAPE).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=264, **WIDE).save_pretrained(tmp_path / "model")
     runs = {}
     for name, is_on in (("plain", False), ("graphs", True)):
         options = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
@@ -220,7 +219,7 @@ def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
     """Against the same micro-steps without a graph, with other documents, tokens and divisors each time."""
     changes: dict[str, Any] = {"max_anchors": {"max_anchors": 100}, "all weights of the teacher": {"target": "ema"}}.get(name, {})
     config = choose("future" if changes else name, **changes)
-    model = build_modules(config, tiny_llama(**SHAPE), "cuda")
+    model = build_modules(config, tiny_llama(**WIDE), "cuda")
     materialize(model, torch.device("cuda"), seed=0)
     model.to(torch.bfloat16)
     for part in (*find_decoder_layers(model.lm), *get_own(model).list_compiled()):

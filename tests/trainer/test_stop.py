@@ -22,6 +22,7 @@ from flame.runtime import lock as run_lock
 from flame.runtime.distributed import set_single_process_defaults
 from flame.runtime.signals import PREEMPTED_EXIT_CODE
 from flame.train import Trainer
+from flame.trainer.guard import StepGuard
 from flame.trainer.options import read_options
 from flame.trainer.validation import Validator
 from tests.support.paths import REPO
@@ -73,7 +74,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(workspace, tmp_path, m
 
     takes: list[int] = []
     if moment == "step":
-        arrive(Trainer, "_average", lambda trainer, *_: trainer.step == 4)
+        arrive(StepGuard, "should_apply", lambda _, step, *__: step == 4)
     elif moment == "data wait":
         arrive(Prefetcher, "take", lambda *_: takes.append(1) or len(takes) == 5, gives_up=True)  # type: ignore[func-returns-value]
     elif moment == "save":
