@@ -99,9 +99,9 @@ class Training(Corpus):
 
     compile: bool = False
     """Compile each decoder layer with torch.compile. Worth it on GPUs."""
-    cuda_graphs: bool = option(True, applies=When("compile", (True,)))
+    cuda_graphs: bool = option(False, applies=When("compile", (True,)))
     """On one GPU, launch the forward and backward of a small model at once, as a CUDA graph, where the run allows it
-    (docs/performance.md). False saves the memory that graphs hold."""
+    (docs/performance.md). Graphs hold memory."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of parameters and activations in forward and backward on GPUs. Master weights and the reduction of gradients over
     ranks are float32. CPUs use float32 throughout."""
