@@ -211,9 +211,9 @@ class Machines:
         """Say that this machine will read no more endings."""
         self._store.set(f"flame/left/{self.place.number}", "")
 
-    def have_left(self, others: Iterable[int]) -> bool:
-        """Whether other machines read no more endings."""
-        return all(self._store.check([f"flame/left/{other}"]) for other in others)
+    def has_heard(self, other: int) -> bool:
+        """Whether another machine has read how this one ended, or reads no more."""
+        return self.have_read([other]) or self._store.check([f"flame/left/{other}"])
 
 
 class Watch:
@@ -280,10 +280,13 @@ class Watch:
                     self._machines._put(own)
                     self._machines.read_hosts()
                 found = self._machines._read_endings() if self._machines._store.check([ENDING]) else {}
-                is_heard = all(self._machines.have_read([other]) or self._machines.have_left([other]) for other in self._others)
+                # Not while the run goes on: each look of each machine at each other one would be much for the store.
+                has_ended = self.is_told or own is not None
+                is_heard = has_ended and all(map(self._machines.has_heard, self._others))
                 with self._changed:
                     new = {number: each for number, each in found.items() if self.others.get(number) != each}
-                    self.others, self.is_heard, self.is_told = found, is_heard, self.is_told or own is not None
+                    self.others, self.is_heard = found, is_heard
+                    self.is_told = self.is_told or own is not None
                     self._changed.notify_all()
                 for ending in new.values():  # which may wait: not in this thread
                     threading.Thread(target=self._act, args=(ending,), daemon=True).start()

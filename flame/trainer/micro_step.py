@@ -343,28 +343,46 @@ MOST_WEIGHTS = 150_000_000
 
 
 def choose_micro_step(config: JobConfig, model: TrainingModel, device: torch.device) -> MicroStep:
-    """The quickest that the run allows."""
-    return GraphedMicroStep(model) if allows_graphs(config, model, device) else MicroStep(model)
+    """By `training.cuda_graphs`, unless the run does not allow graphs: then the log says why."""
+    if not (config.training.cuda_graphs and config.training.compile):
+        return MicroStep(model)
+    obstacle = next(list_obstacles(config, model, device), None)
+    if obstacle is None:
+        return GraphedMicroStep(model)
+    logger.warning("training.cuda_graphs = true: no CUDA graphs, since %s", obstacle)
+    return MicroStep(model)
 
 
-def allows_graphs(config: JobConfig, model: TrainingModel, device: torch.device) -> bool:
-    """Whether micro-steps may be CUDA graphs: on one GPU, in which no kernel waits for the CPU, draws by torch's generators, or
-    depends on numbers of the packed sequence other than those in its tensors."""
+def list_obstacles(config: JobConfig, model: TrainingModel, device: torch.device) -> Iterator[str]:
+    """Why micro-steps cannot be CUDA graphs. In one, no kernel may wait for the CPU, draw by torch's generators, or depend on
+    numbers of the packed sequence other than those in its tensors."""
     training, lm, objective = config.training, model.lm, get_objective(model)
-    if device.type != "cuda" or config.world_size > 1 or not (training.cuda_graphs and training.compile):
-        return False
+    if device.type != "cuda":
+        yield "there is no GPU"
+        return
+    if config.world_size > 1:
+        yield "there is more than one rank"
+    weights = sum(weight.numel() for weight in model.parameters())
+    if weights > MOST_WEIGHTS:
+        yield f"there are {weights / 1e6:,.0f} million weights, more than {MOST_WEIGHTS / 1e6:.0f}"
+    if choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) != "varlen":
+        yield "attention takes no flash kernel"
+    elif flash_kernels.find_fa4(max(find_head_dims(lm.config))) is not None:
+        yield "they were not tried with FlashAttention-4"
     family = find_family(lm.config)
-    return (
-        sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
-        and choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) == "varlen"
-        and flash_kernels.find_fa4(max(find_head_dims(lm.config))) is None  # not tried
-        and not (family is not None and family.has_experts)
-        and training.loss_on == "all"
-        and config.activation_checkpoint.mode == "none"
-        and not (training.dropout or training.cpu_offload or training.float8 != "none" or training.float8_head)
-        and not config.experimental.freeze_lm_for_infonce
-        and (objective is None or _fits_graph(objective))
-    )
+    if family is not None and family.has_experts:
+        yield "the model may have experts"
+    if training.loss_on != "all":
+        yield f'training.loss_on = "{training.loss_on}"'
+    if config.activation_checkpoint.mode != "none":
+        yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}"'
+    for name in ("dropout", "cpu_offload", "float8", "float8_head"):
+        if getattr(training, name) not in (0, "none"):
+            yield f"training.{name} is used"
+    if config.experimental.freeze_lm_for_infonce:
+        yield "experimental.freeze_lm_for_infonce = true"
+    if objective is not None and not _fits_graph(objective):
+        yield f"{objective.name}, with its options, does not fit into one"
 
 
 def pad_documents(batch: PackedBatch) -> PackedBatch:

@@ -18,7 +18,16 @@ from flame.models.causal_lm import find_decoder_layers
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults, start_processes
-from flame.trainer.micro_step import Divisors, GraphedMicroStep, MicroStep, _fits_graph, allows_graphs, pad_documents
+from flame.trainer import micro_step as module
+from flame.trainer.micro_step import (
+    Divisors,
+    GraphedMicroStep,
+    MicroStep,
+    _fits_graph,
+    choose_micro_step,
+    list_obstacles,
+    pad_documents,
+)
 from flame.trainer.setup import build_model, build_modules, materialize
 from tests.support.models import WIDE, build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective, choose
@@ -171,10 +180,35 @@ def test_a_graph_needs_room_beside_what_is_launched(
     assert len([line for line in caplog.messages if line.startswith("no CUDA graphs: 0.0 GiB are free")]) == (not has_room)
 
 
-def test_on_a_cpu_there_are_no_graphs() -> None:
+def test_graphs_that_are_asked_for_and_cannot_be_had_are_told(caplog: pytest.LogCaptureFixture) -> None:
     config = future_config()
-    config.training.compile = True
-    assert not allows_graphs(config, build_unsharded(future_config()), torch.device("cpu"))
+    model = build_unsharded(config)
+    assert type(choose_micro_step(config, model, torch.device("cpu"))) is MicroStep and not caplog.messages
+    config.training.compile = config.training.cuda_graphs = True
+    assert type(choose_micro_step(config, model, torch.device("cpu"))) is MicroStep
+    assert caplog.messages == ["training.cuda_graphs = true: no CUDA graphs, since there is no GPU"]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "told"),
+    [
+        ("training", "dropout", 0.1, "training.dropout is used"),
+        ("training", "cpu_offload", True, "training.cpu_offload is used"),
+        ("training", "float8", "rowwise", "training.float8 is used"),
+        ("training", "float8_head", True, "training.float8_head is used"),
+        ("training", "loss_on", "answer", 'training.loss_on = "answer"'),
+        ("activation_checkpoint", "mode", "full", 'activation_checkpoint.mode = "full"'),
+        ("experimental", "freeze_lm_for_infonce", True, "experimental.freeze_lm_for_infonce = true"),
+    ],
+)
+def test_each_obstacle_is_named(monkeypatch: pytest.MonkeyPatch, section: str, name: str, value: object, told: str) -> None:
+    monkeypatch.setattr(module, "choose_attention", lambda *_: "varlen")
+    monkeypatch.setattr(module.flash_kernels, "find_fa4", lambda _: None)
+    config = future_config()
+    model = build_unsharded(config)
+    assert list(list_obstacles(config, model, torch.device("cuda"))) == []
+    setattr(getattr(config, section), name, value)
+    assert list(list_obstacles(config, model, torch.device("cuda"))) == [told]
 
 
 COMPILED = {
