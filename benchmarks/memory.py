@@ -91,7 +91,7 @@ def read_peaks(run: Path) -> tuple[float, float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measured peak memory beside the estimate.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="names of cases")
+    parser.add_argument("--only", nargs="+", metavar="CASE", choices=[case.name for case in CASES], help="names of cases")
     parser.add_argument("--seconds", type=int, default=200, help="limit of one run")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Worker of `benchmarks.peers`: next-token steps of torchtitan's own Llama, in a process whose torchtitan is 0.2.2.
 
-    PYTHONPATH=SITE python -m benchmarks.peer_titan MODEL.json PACK.pt [--float8 rowwise]
+    PYTHONPATH=SITE python -m benchmarks.peer_titan MODEL.json PACK.pt [--weights float32] [--float8 rowwise]
 
 PACK.pt holds input_ids and labels, int64 [1, T], and cu_seqlens, int32 [S+1]. For each line "run N" on standard input it makes N
-steps, forward and backward in bfloat16 without optimizer, and answers with one line of JSON: N lists of milliseconds, peak bytes
-and bytes before, or null if memory ran out. It ends when standard input does. With --float8 torchtitan's own converter takes all
-linear layers but the output head to 8 bits, by that recipe of torchao.
+steps, forward and backward without optimizer, and answers with one line of JSON: N lists of milliseconds, peak bytes and bytes
+before, or null if memory ran out. It ends when standard input does. With float32 weights the step is that of torchtitan's trainer
+on one GPU, which leaves bfloat16 to torch.autocast. With bfloat16 weights, which no trainer should update, nothing is cast. With
+--float8 torchtitan's own converter takes all linear layers but the output head to 8 bits, by that recipe of torchao.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ VERSION = "0.2.2"
 DEVICE = torch.device("cuda")
 
 
-def build_step(shape: dict, pack: dict[str, torch.Tensor], float8: str = "") -> Callable[[], None]:
+def build_step(shape: dict, pack: dict[str, torch.Tensor], weights: torch.dtype, float8: str = "") -> Callable[[], None]:
     """Build torchtitan's Llama with variable-length attention and compiled layers, as its trainer would on one GPU.
 
     Args:
         shape: a Hugging Face Llama configuration.
         pack: see the module.
+        weights: float32 or bfloat16.
         float8: recipe of torchao; empty for bfloat16.
     """
     from torchtitan.components.loss import cross_entropy_loss
@@ -65,14 +67,16 @@ def build_step(shape: dict, pack: dict[str, torch.Tensor], float8: str = "") -> 
         model.init_weights(buffer_device=DEVICE)
     if float8:
         convert(model, float8)
-    model.bfloat16()
+    model.to(weights)
     for name, layer in list(model.layers.named_children()):
         assert layer.feed_forward.w1.out_features == shape["intermediate_size"]
         model.layers.register_module(name, torch.compile(layer))
     sum_cross_entropy = torch.compile(cross_entropy_loss)
 
     def step() -> None:
-        (sum_cross_entropy(model(tokens, documents), labels) / num_labels).backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=weights == torch.float32):
+            loss = sum_cross_entropy(model(tokens, documents), labels) / num_labels
+        loss.backward()
         model.zero_grad()
 
     return step
@@ -104,6 +108,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("pack", type=Path)
+    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--float8", default="")
     arguments = parser.parse_args(argv)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -111,7 +116,8 @@ def main(argv: list[str]) -> None:
     found = version("torchtitan")
     if found != VERSION:
         sys.exit(f"torchtitan {found} is first on the import path: PYTHONPATH must begin with a folder that holds {VERSION}")
-    step = build_step(json.loads(arguments.model.read_text()), torch.load(arguments.pack), arguments.float8)
+    shape, pack = json.loads(arguments.model.read_text()), torch.load(arguments.pack)
+    step = build_step(shape, pack, getattr(torch, arguments.weights), arguments.float8)
     gc.collect()
     gc.disable()
     for line in sys.stdin:

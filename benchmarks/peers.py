@@ -3,9 +3,10 @@
     python -m benchmarks.peers OUT [--titan-site DIR] [--lengths 16384,32768,65536]
 
 Ours is what `flame.train` runs: the modules under FSDP2 on a mesh of one rank, float32 weights, bfloat16 arithmetic, compiled
-layers, `compute_losses`, clipping and AdamW. Others: `benchmarks.prototypes`, and torchtitan 0.2.2's own Llama (next-token only,
-untied head), which needs DIR, a folder that `pip install --no-deps --target DIR torchtitan==0.2.2` filled. It runs in a process
-of its own, since ours imports another version; both sit on the GPU and take turns, step by step. The others have no optimizer.
+layers, `compute_losses`, clipping and AdamW. Others: `benchmarks.prototypes`, and torchtitan 0.2.2's own Llama (next-token
+only, untied head, bfloat16 weights), which needs DIR, a folder that `pip install --no-deps --target DIR torchtitan==0.2.2`
+filled. It runs in a process of its own, since ours imports another version; both sit on the GPU and take turns, step by step.
+The others have no optimizer.
 
 All at a length take turns, except that the dense recipe takes them with ours alone, and where it is not expected to fit it has
 the GPU to itself. Times are medians with the range. Peak memory is what a process with nothing else in it would need, without
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -124,15 +125,20 @@ class Ours(TrainingStep):
 
 
 class Peer:
-    """torchtitan's Llama in its own process (`benchmarks.peer_titan`), which begins to build and compile it at once."""
+    """torchtitan's Llama in its own process (`benchmarks.peer_titan`), which begins to build and compile it at once.
 
-    def __init__(self, site: Path, batch: PackedBatch, folder: Path, float8: str = ""):
-        pack, self._log = folder / f"pack{float8}.pt", folder / f"peer_titan{float8}.log"
+    Args:
+        options: of `benchmarks.peer_titan`.
+    """
+
+    def __init__(self, site: Path, batch: PackedBatch, folder: Path, options: Sequence[str]):
+        name = "-".join(["titan", *options])
+        pack, self._log = folder / f"{name}.pt", folder / f"{name}.log"
         torch.save({"input_ids": batch.input_ids, "labels": batch.labels, "cu_seqlens": batch.cu_seqlens}, pack)
         paths = [str(site.resolve()), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack), "--float8", float8],
+                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack), *options],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -214,7 +220,7 @@ class Measurement:
     def _measure_ours_and_others(self) -> None:
         peer = None
         if self.titan_site is not None and self.length <= LONGEST_OF_PEER:
-            peer = Peer(self.titan_site, self.batch, self.folder)
+            peer = Peer(self.titan_site, self.batch, self.folder, ["--weights", "bfloat16"])
         try:
             note(f"{self.length}: building")
             ours = Ours(self.model_config, self.config, self.batch, self.mesh)

@@ -39,9 +39,11 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 """A file in configs/models, and what differs from it. 8B is Llama-3.1-8B, 32B has the sizes of Qwen2.5-32B in a Llama."""
 
 
-def write_shape(name: str, folder: Path) -> Path:
-    """Write the model configuration of a shape."""
+def write_shape(name: str, folder: Path, layers: int | None = None) -> Path:
+    """Write the model configuration of a shape, with its first `layers` layers if given."""
     file, changes = SHAPES[name]
-    path = folder / f"{name}.json"
+    if layers is not None:
+        changes = changes | {"num_hidden_layers": layers}
+    path = folder / (f"{name}.json" if layers is None else f"{name}-{layers}-layers.json")
     path.write_text(json.dumps(json.loads((REPO / "configs" / "models" / file).read_text()) | changes))
     return path

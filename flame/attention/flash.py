@@ -52,7 +52,8 @@ def _import_fa4() -> ModuleType | None:
     try:
         interface = importlib.import_module("flash_attn.cute.interface")
     except Exception as error:  # compiled for another CUDA or Python, or FlashAttention-2, which has no such module
-        logger.warning("flash_attn is installed, but FlashAttention-4 cannot be imported (%s): not used", error)
+        # A log record that keeps the exception keeps its frames, and with them the step that has asked.
+        logger.warning("flash_attn is installed, but FlashAttention-4 cannot be imported (%s): not used", str(error))
         return None
     for function, own in ((interface._flash_attn_fwd, "return_lse"), (interface._flash_attn_bwd, "deterministic")):
         if missing := (FA4_SHARED_ARGUMENTS | {own}) - set(inspect.signature(function).parameters):

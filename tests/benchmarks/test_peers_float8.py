@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.distributed import destroy_process_group
 
-from benchmarks import peers_float8
 from benchmarks.packs import draw_batch
-from benchmarks.peers_float8 import BFLOAT16, OURS, PEER, build_step, get_bare_step, measure, show
+from benchmarks.peers_float8 import BFLOAT16, TURNS, Turns, build_step, get_bare_step, measure, show
 from benchmarks.timing import Report, Timing
 from benchmarks.training_step import OUT_OF_MEMORY, TrainingStep
 from flame.config.schema import Training
@@ -16,12 +15,13 @@ from flame.objectives.step import Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults, start_processes
 from tests.support.models import tiny_llama
 
-IN_FLOAT8 = [name for name in OURS if name != BFLOAT16]
-ROWWISE, ROWWISE_HEAD, *_ = IN_FLOAT8
+ROWWISE = TURNS["rowwise"]
+_, FLOAT8, FLOAT8_HEAD = ROWWISE.ours
+(PEER,) = ROWWISE.peers
 
 
 def test_step_is_forward_and_backward_of_the_next_token(toy, mesh):
-    batch, step = draw_batch(96, 61, mean=30), build_step(toy, 96, OURS[BFLOAT16], mesh, compiled=False)
+    batch, step = draw_batch(96, 61, mean=30), build_step(toy, 96, ROWWISE.ours[BFLOAT16], mesh, compiled=False)
     step.take(batch)
     run = get_bare_step(step)
     run()
@@ -32,9 +32,9 @@ def test_step_is_forward_and_backward_of_the_next_token(toy, mesh):
 
 
 def test_what_the_device_cannot_run_leaves_the_others(toy, mesh):
-    timings, faults = measure(64, None, mesh, model=toy, compiled=False)
+    timings, faults = measure(ROWWISE, 64, None, mesh, model=toy, compiled=False)
     assert list(timings) == [BFLOAT16] and timings[BFLOAT16].median_ms > 0
-    assert list(faults) == IN_FLOAT8
+    assert list(faults) == [FLOAT8, FLOAT8_HEAD]
     assert all(fault.startswith('UserError: training.float8 = "rowwise') and " needs a GPU" in fault for fault in faults.values())
 
 
@@ -47,40 +47,39 @@ def test_a_step_that_fails_later_leaves_the_others(toy, mesh, monkeypatch):
             raise torch.OutOfMemoryError
         own(self, with_aux, with_optimizer)
 
-    monkeypatch.setattr(peers_float8, "OURS", dict.fromkeys(OURS, OURS[BFLOAT16]))
     monkeypatch.setattr(TrainingStep, "step", step)
-    timings, faults = measure(64, None, mesh, model=toy, compiled=False)
-    assert faults == {BFLOAT16: OUT_OF_MEMORY} and list(timings) == IN_FLOAT8
-    assert len(set(map(id, calls))) == len(OURS)
+    turns = Turns(dict.fromkeys(ROWWISE.ours, ROWWISE.ours[BFLOAT16]), {})
+    timings, faults = measure(turns, 64, None, mesh, model=toy, compiled=False)
+    assert faults == {BFLOAT16: OUT_OF_MEMORY} and list(timings) == [FLOAT8, FLOAT8_HEAD]
+    assert len(set(map(id, calls))) == len(turns.ours)
 
 
 def test_table_is_written_without_what_failed(tmp_path):
     timings = {
         PEER: Timing(20.0, 19.0, 21.0, 0, 0),
-        ROWWISE: Timing(8.0, 7.5, 9.0, 0, 0),
+        FLOAT8: Timing(8.0, 7.5, 9.0, 0, 0),
         BFLOAT16: Timing(16.0, 15.0, 17.0, 0, 0),
     }
-    show(Report(tmp_path / "table.md"), 1000, timings, {ROWWISE_HEAD: "RuntimeError: x"})
+    show(Report(tmp_path / "table.md"), "rowwise", 1000, ROWWISE, timings, {FLOAT8_HEAD: "RuntimeError: x"})
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line for line in lines if line.startswith(("| ours", "| torchtitan"))] == [
-        f"| {BFLOAT16} | 16.0 [15.0, 17.0] | 62,500 |",
-        f"| {ROWWISE} | 8.0 [7.5, 9.0] | 125,000 |",
-        f"| {ROWWISE_HEAD} | RuntimeError: x | - |",
-        f"| {PEER} | 20.0 [19.0, 21.0] | 50,000 |",
-        f"| {BFLOAT16} / {PEER} | 1.250 |",
-        f"| {ROWWISE} / {BFLOAT16} | 2.000 |",
+        f"| {BFLOAT16} | 16.0 [15.0, 17.0] | 62,500 | 1.000 | 1.250 |",
+        f"| {FLOAT8} | 8.0 [7.5, 9.0] | 125,000 | 2.000 | 2.500 |",
+        f"| {FLOAT8_HEAD} | RuntimeError: x | - | - | - |",
+        f"| {PEER} | 20.0 [19.0, 21.0] | 50,000 | 0.800 | 1.000 |",
     ]
 
 
 @pytest.mark.gpu
-def test_all_of_ours_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+def test_all_of_ours_on_a_gpu(tmp_path, turns):
     pytest.importorskip("torchao")
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     tiny_llama(**shape, vocab_size=512, head_dim=64).to_json_file(tmp_path / "toy.json")
     set_single_process_defaults()
     _, mesh = start_processes(Training(), 60)
     try:
-        timings, faults = measure(1024, None, mesh, model=tmp_path / "toy.json")
-        assert list(timings) == list(OURS) and not faults
+        timings, faults = measure(turns, 1024, None, mesh, model=tmp_path / "toy.json")
+        assert list(timings) == list(turns.ours) and not faults
     finally:
         destroy_process_group()

@@ -73,14 +73,21 @@ def test_peaks_are_those_of_measured_runs(
 
 
 @pytest.mark.parametrize(
-    ("mode", "tokens", "compiled", "measured"),
-    [("selective", 32_768, True, 17.3), ("full", 32_768, True, 8.6), ("none", 16_384, False, 23.4)],
+    ("config", "mode", "tokens", "compiled", "measured"),
+    [
+        (LLAMA_340M, "selective", 32_768, True, 17.3),
+        (LLAMA_340M, "full", 32_768, True, 8.6),
+        (LLAMA_340M, "none", 16_384, False, 23.4),
+        (LLAMA_1B, "selective", 32_768, True, 34.5),
+        (LLAMA_1B, "full", 32_768, True, 22.7),
+        (LLAMA_1B, "none", 16_384, False, 46.5),
+    ],
 )
-def test_peaks_of_340m_with_recomputation_and_uncompiled_are_those_of_measured_runs(
-    mode: str, tokens: int, compiled: bool, measured: float
+def test_peaks_with_recomputation_and_uncompiled_are_those_of_measured_runs(
+    config: PretrainedConfig, mode: str, tokens: int, compiled: bool, measured: float
 ):
     training = Training(seq_len=tokens, compile=compiled)
-    memory = estimate_memory(build(LLAMA_340M), [], training, mode, 1, 8, 0.0)
+    memory = estimate_memory(build(config), [], training, mode, 1, 8, 0.0)
     assert memory.find_peak(keeps_gradients=False) / GIB == pytest.approx(measured, rel=0.05)
 
 

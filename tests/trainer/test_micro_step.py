@@ -28,10 +28,11 @@ from flame.trainer.micro_step import (
     list_obstacles,
     pad_documents,
 )
+from flame.trainer.options import read_options
 from flame.trainer.setup import build_model, build_modules, materialize
 from tests.support.models import WIDE, build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective, choose
-from tests.support.runs import MEASURED, final_weights, run_ranks
+from tests.support.runs import MEASURED, final_weights, options, run_ranks
 
 TOTAL = 60
 COMPARED = (*MEASURED, "step", "temperature")
@@ -222,26 +223,38 @@ COMPILED = {
 }
 
 
+HELD_OUT = {"evaluation__interval": 4, "held_out__code__dataset": "stdlib", "held_out__code__num_documents": 2}
+RUNS: dict[str, dict[str, object]] = {
+    "next token": {"objective__name": "next_token", "training__gradient_accumulation_steps": 2},
+    "learned temperature": {"future_encoder__max_anchors": 24, "future_encoder__learnable_temperature": True},
+    "later": {
+        "objective__start_step": 5,
+        "training__gradient_accumulation_steps": 3,
+        "future_encoder__target": "random",
+    },
+    "averaged weights": {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, **HELD_OUT},
+    "every third step": {"future_encoder__every": 3, "future_encoder__layers": 1, "metrics__diagnostics_interval": 4},
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_options_of_compared_runs_are_valid(workspace: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    """So that a mistake in them does not wait for a GPU."""
+    assert read_options(options(workspace, tmp_path, **COMPILED | changes), 1).training.compile
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"objective__name": "next_token", "training__gradient_accumulation_steps": 2},
-        {"future_encoder__max_anchors": 24, "future_encoder__learnable_temperature": True},
-        {"objective__start_step": 5, "training__gradient_accumulation_steps": 3, "future_encoder__target": "random"},
-        {"future_encoder__target": "ema", "future_encoder__ema_decay": 0.5, "evaluation__interval": 4},
-        {"future_encoder__every": 3, "future_encoder__layers": 1, "metrics__diagnostics_interval": 4},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
 def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     tiny_llama(vocab_size=264, **WIDE).save_pretrained(tmp_path / "model")
     runs = {}
     for name, is_on in (("plain", False), ("graphs", True)):
-        options = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
+        settings = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
         says = "from now on micro-steps are CUDA graphs" if is_on else ""
-        rows = run_ranks(1, workspace, tmp_path / name, says=says, **options)
-        runs[name] = [{key: value for key, value in row.items() if key in COMPARED or "validation" in key} for row in rows]
+        rows = run_ranks(1, workspace, tmp_path / name, says=says, **settings)
+        runs[name] = [
+            {key: value for key, value in row.items() if key in COMPARED or "validation" in key or "code" in key} for row in rows
+        ]
     assert runs["graphs"] == runs["plain"]
     one, other = final_weights(tmp_path / "graphs"), final_weights(tmp_path / "plain")
     assert all(torch.equal(one[name], other[name]) for name in other)

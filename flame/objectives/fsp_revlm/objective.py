@@ -10,9 +10,11 @@ A position counts if it has a token two ahead: the summary leaves out the next t
 paper adds L to next-token prediction with factor 1. It is a sum over the d channels. With a wide model, a
 `fsp_revlm.loss_weight` of 1 / d makes it a mean.
 
-A is a transformer layer with its norm, like each head of MTP, and r the state after Q's final norm. The paper trains Q first,
-in as many steps, and then freezes it: that is two runs, the second with `train_reverse = false`. By default both are trained in
-one run. Then Q learns from the same batches, and its cross entropy is part of the objective's loss.
+A is a transformer layer with its norm, like each head of MTP. Here it reads the model's final states; in the paper it starts
+below the last layer. r is the state after Q's final norm, and L a mean over positions, of which the paper says nothing. It
+trains Q first, in as many steps, and then takes it as A's teacher: that is two runs, the second with `train_reverse = false`.
+By default both are trained in one run. Then Q learns from the same batches, and its cross entropy is part of the objective's
+loss.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ A curriculum (Aynetdinov and Akbik 2025, arXiv:2505.22757) lets only the first h
 
     forward: min(k, floor(e k / E) + 1) tokens are predicted,      reverse: max(1, k - floor(e k / E)).
 
-The other heads are left out of the loss, and not computed.
+The other heads are left out of the loss, and not computed. (The formulas of the paper speak of epochs, its figures of steps.)
 """
 
 from __future__ import annotations
