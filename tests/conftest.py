@@ -56,7 +56,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def draw_no_curves() -> Iterator[None]:
     """Runs of this process end without their picture, which takes half of a toy run's time. A test that wants it puts it back."""
-    with patch("flame.trainer.finish.plot_run"):
+    with patch("flame.logging.plots.plot_run"):
         yield
 
 

@@ -21,6 +21,7 @@ STARTS_FILE = "starts.jsonl"
 """In a run's folder: a line for each start."""
 FIRST_STEP_FILE = "first_step.jsonl"
 """In a run's folder: what each start begins with."""
+CURVES_FILE = "curves.png"
 
 
 @dataclass(kw_only=True)

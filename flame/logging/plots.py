@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from flame.config.run import CURVES_FILE
 from flame.errors import UserError, end_on_user_error
 from flame.logging.console import find_row_kind
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.runtime.json_lines import parse_line
 
-CURVES_FILE = "curves.png"
 Rows = list[dict[str, float | None]]
 LN_N = "ln N"
 DATA_WAIT = "data wait"

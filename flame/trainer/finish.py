@@ -9,9 +9,9 @@ from pathlib import Path
 
 from flame.checkpoints.manifest import TRAINER_FILE
 from flame.checkpoints.storage import METADATA_FILE
+from flame.config.run import CURVES_FILE
 from flame.config.schema import JobConfig
 from flame.errors import MachineFault, UserError
-from flame.logging.plots import CURVES_FILE, plot_run
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.weights.export import convert
 
@@ -52,6 +52,9 @@ def finish_run(config: JobConfig, step: int) -> None:
         raise MachineFault(f'"{gone[0]}" was deleted while the run was going on: the same command makes again what is lost')
     if _exports(config):
         convert(config.checkpoint_folder / f"step-{step}", folder / HF_FOLDER, config.checkpoint.export_dtype)
+    # Imported here, since it brings matplotlib, for which a start would wait.
+    from flame.logging.plots import plot_run
+
     try:
         plot_run(folder)
     except UserError as error:  # a finished run without anything to plot has not failed

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flame.checkpoints.going_back import NOTE_FILE
-from flame.config.run import CHECKPOINT_FOLDER, FIRST_STEP_FILE, STARTS_FILE
+from flame.config.run import CHECKPOINT_FOLDER, CURVES_FILE, FIRST_STEP_FILE, STARTS_FILE
 from flame.data.audit import AUDIT_FOLDER
 from flame.errors import UserError
-from flame.logging.plots import CURVES_FILE
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.logging.writers.wandb import WANDB_ID_FILE
 from flame.runtime.lock import LOCK_FILE

@@ -69,7 +69,7 @@ def _train_rank(rank: int, ranks: int, folder: str, argvs: list[list[str]]) -> N
     os.environ |= {"MASTER_ADDR": "a file", "MASTER_PORT": "of the test"}
     for number, argv in enumerate(argvs):
         store = partial(_open_store, f"{folder}/{number}", ranks)
-        with patch("flame.runtime.distributed._open_store", store), patch("flame.trainer.finish.plot_run"):
+        with patch("flame.runtime.distributed._open_store", store), patch("flame.logging.plots.plot_run"):
             main(argv)
 
 

@@ -33,7 +33,7 @@ from tests.support.runs import (
 
 
 def test_a_run_draws_its_curves(workspace, tmp_path, monkeypatch):
-    monkeypatch.setattr("flame.trainer.finish.plot_run", plot_run)
+    monkeypatch.setattr("flame.logging.plots.plot_run", plot_run)
     run_here(workspace, tmp_path / "run", training__steps=2)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
 
