@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ Function = Callable[[], object]
 
 class CannotRun(Exception):
     """A sampler has given up."""
+
+
+START = time.perf_counter()
 
 
 class Sample(NamedTuple):
@@ -121,6 +125,11 @@ def collector_at_rest() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def note(text: str) -> None:
+    """To standard error, with the seconds since this module was imported."""
+    print(f"[{time.perf_counter() - START:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Report:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import kernels, prototypes
 from benchmarks.fp8 import compare_summaries
+from benchmarks.implementations import MODEL
 from benchmarks.memory import read_peaks
 from benchmarks.packs import draw_batch, draw_cu_seqlens, pack_documents
-from benchmarks.peers import MODEL
 from benchmarks.prototypes import ChunkedCrossEntropy, ChunkedInfoNCE, Dense, Planned
 from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns
 from flame.models.causal_lm import load_model_config

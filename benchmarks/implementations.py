@@ -1,12 +1,10 @@
-"""Training steps at the shape of Llama-3.2-1B on one GPU, beside those of a peer and of two plain implementations. Prints tables.
+"""Training steps at the shape of Llama-3.2-1B on one GPU, beside those of two plain implementations. Prints tables.
 
-    python -m benchmarks.peers OUT [--titan-site DIR] [--lengths 16384,32768,65536]
+    python -m benchmarks.implementations OUT [--lengths 16384,32768,65536]
 
 Ours is what `flame.train` runs: the modules under FSDP2 on a mesh of one rank, float32 weights, bfloat16 arithmetic, compiled
-layers, `compute_losses`, clipping and AdamW. Others: `benchmarks.prototypes`, and torchtitan 0.2.2's own Llama (next-token
-only, untied head, bfloat16 weights), which needs DIR, a folder that `pip install --no-deps --target DIR torchtitan==0.2.2`
-filled. It runs in a process of its own, since ours imports another version; both sit on the GPU and take turns, step by step.
-The others have no optimizer.
+layers, `compute_losses`, clipping and AdamW. The others are those of `benchmarks.prototypes`, without optimizer. For other
+trainers see `benchmarks.other_trainers`.
 
 All at a length take turns, except that the dense recipe takes them with ours alone, and where it is not expected to fit it has
 the GPU to itself. Times are medians with the range. Peak memory is what a process with nothing else in it would need, without
@@ -17,13 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +28,7 @@ from transformers import PretrainedConfig
 
 from benchmarks.packs import LONGEST, draw_batch
 from benchmarks.prototypes import Dense, Planned
-from benchmarks.timing import CannotRun, Report, Sample, Timing, measure_in_turns, measure_side_by_side, sample
+from benchmarks.timing import Report, Sample, Timing, measure_in_turns, measure_side_by_side, note, sample
 from benchmarks.training_step import TrainingStep, free_memory
 from flame.attention import flash as flash_kernels
 from flame.config.schema import JobConfig, ObjectiveChoice, Training
@@ -48,10 +41,8 @@ from flame.runtime.distributed import end_processes, set_single_process_defaults
 
 REPO = Path(__file__).parent.parent
 MODEL = REPO / "configs" / "models" / "llama_1B.json"
-START = time.perf_counter()
 PEAK_FLOPS = 989e12
 WARMUP = 2
-LONGEST_OF_PEER = 32_768
 LONGEST_OF_DENSE = 16_384
 
 Prototype = TypeVar("Prototype", Planned, Dense)
@@ -68,7 +59,6 @@ OURS_BARE_BY_DENSE = "ours, future, no optimizer (in turns with dense)"
 PLANNED_NEXT_TOKEN = "planned prototype, next-token, no optimizer"
 PLANNED_FUTURE = "planned prototype, future, no optimizer"
 DENSE = "dense recipe, future, no optimizer"
-PEER = "torchtitan 0.2.2, next-token, no optimizer"
 
 
 @dataclass
@@ -91,10 +81,6 @@ class Outcome:
     """None: out of memory."""
     ratios: dict[str, float] = field(default_factory=dict)
     future_extra_gib: float | None = None
-
-
-def note(text: str) -> None:
-    print(f"[{time.perf_counter() - START:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def count_repeats(length: int) -> int:
@@ -124,80 +110,14 @@ class Ours(TrainingStep):
         self.model.zero_grad()
 
 
-class Peer:
-    """torchtitan's Llama in its own process (`benchmarks.peer_titan`), which begins to build and compile it at once.
-
-    Args:
-        options: of `benchmarks.peer_titan`.
-    """
-
-    def __init__(self, site: Path, batch: PackedBatch, folder: Path, options: Sequence[str]):
-        name = "-".join(["titan", *options])
-        pack, self._log = folder / f"{name}.pt", folder / f"{name}.log"
-        torch.save({"input_ids": batch.input_ids, "labels": batch.labels, "cu_seqlens": batch.cu_seqlens}, pack)
-        paths = [str(site.resolve()), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.peer_titan", str(MODEL), str(pack), *options],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=REPO,
-            )
-        self.has_failed = False
-        self._ask()
-
-    def _ask(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("run 1\n")
-        self._process.stdin.flush()
-        self._is_asked = True
-
-    def sample(self) -> Sample:
-        """One step.
-
-        Raises:
-            torch.OutOfMemoryError: the peer's.
-            CannotRun: it has ended by itself.
-        """
-        assert self._process.stdout is not None
-        if not self._is_asked:
-            with suppress(BrokenPipeError):
-                self._ask()
-        self._is_asked = False
-        reply = self._process.stdout.readline()
-        if not reply:
-            self.has_failed = True
-            note("the peer has ended, and is left out; its last words:\n" + self._log.read_text()[-3000:])
-            raise CannotRun
-        steps = json.loads(reply)
-        if steps is None:
-            raise torch.OutOfMemoryError("in the peer")
-        return Sample(*steps[0])
-
-    def close(self) -> None:
-        """End it, and wait until the GPU is free of it."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
 # ---------------------------------------------------------------- one length
 
 
 class Measurement:
     """Measures all steps at one length into an `Outcome`."""
 
-    def __init__(self, length: int, model_config: PretrainedConfig, mesh: DeviceMesh, titan_site: Path | None, folder: Path):
+    def __init__(self, length: int, model_config: PretrainedConfig, mesh: DeviceMesh):
         self.length, self.model_config, self.mesh = length, model_config, mesh
-        self.titan_site, self.folder = titan_site, folder
         self.batch = draw_batch(length, model_config.vocab_size)
         self.batch_on_gpu = self.batch.to("cuda")
         self.outcome = Outcome(length, len(self.batch.cu_seqlens) - 1)
@@ -218,40 +138,29 @@ class Measurement:
         return self.outcome
 
     def _measure_ours_and_others(self) -> None:
-        peer = None
-        if self.titan_site is not None and self.length <= LONGEST_OF_PEER:
-            peer = Peer(self.titan_site, self.batch, self.folder, ["--weights", "bfloat16"])
-        try:
-            note(f"{self.length}: building")
-            ours = Ours(self.model_config, self.config, self.batch, self.mesh)
-            self.flops_next_token, self.flops_future = ours.count_flops()
-            planned, planned_gib = self._build_held(Planned)
+        note(f"{self.length}: building")
+        ours = Ours(self.model_config, self.config, self.batch, self.mesh)
+        self.flops_next_token, self.flops_future = ours.count_flops()
+        planned, planned_gib = self._build_held(Planned)
 
-            kinds = {
-                OURS_NEXT_TOKEN_BARE: (False, False),
-                OURS_FUTURE_BARE: (True, False),
-                OURS_NEXT_TOKEN: (False, True),
-                OURS_FUTURE: (True, True),
-                OURS_FP8: (True, True, True),
-            }
-            held = {name: ours.count_held_gib(*kind[:2]) for name, kind in kinds.items()}
-            held |= dict.fromkeys((PLANNED_NEXT_TOKEN, PLANNED_FUTURE), planned_gib)
-            steps: dict[str, Callable[[], None]] = {name: partial(ours.run, *kind) for name, kind in kinds.items()}
-            steps |= {BODY: ours.step_body, PRODUCTS: self._multiply_as_infonce()}
-            steps |= {PLANNED_NEXT_TOKEN: planned.step_next_token, PLANNED_FUTURE: planned.step}
-            samplers: dict[str, Callable[[], Sample]] = {
-                name: partial(sample, announce_first(name, step)) for name, step in steps.items()
-            }
-            if peer is not None:
-                samplers[PEER] = peer.sample
-            timings = measure_in_turns(samplers, count_repeats(self.length), WARMUP)
-            allocated, expected = torch.cuda.memory_allocated() / 2**30, held[OURS_FUTURE] + planned_gib
-            note(f"held between steps: {allocated:.1f} GiB, of which ours and the prototype's weights are {expected:.1f}")
-        finally:
-            if peer is not None:
-                peer.close()
-        if peer is not None and peer.has_failed:
-            del timings[PEER]
+        kinds = {
+            OURS_NEXT_TOKEN_BARE: (False, False),
+            OURS_FUTURE_BARE: (True, False),
+            OURS_NEXT_TOKEN: (False, True),
+            OURS_FUTURE: (True, True),
+            OURS_FP8: (True, True, True),
+        }
+        held = {name: ours.count_held_gib(*kind[:2]) for name, kind in kinds.items()}
+        held |= dict.fromkeys((PLANNED_NEXT_TOKEN, PLANNED_FUTURE), planned_gib)
+        steps: dict[str, Callable[[], None]] = {name: partial(ours.run, *kind) for name, kind in kinds.items()}
+        steps |= {BODY: ours.step_body, PRODUCTS: self._multiply_as_infonce()}
+        steps |= {PLANNED_NEXT_TOKEN: planned.step_next_token, PLANNED_FUTURE: planned.step}
+        samplers: dict[str, Callable[[], Sample]] = {
+            name: partial(sample, announce_first(name, step)) for name, step in steps.items()
+        }
+        timings = measure_in_turns(samplers, count_repeats(self.length), WARMUP)
+        allocated, expected = torch.cuda.memory_allocated() / 2**30, held[OURS_FUTURE] + planned_gib
+        note(f"held between steps: {allocated:.1f} GiB, of which ours and the prototype's weights are {expected:.1f}")
         for name, timing in timings.items():
             self._add(name, timing, held.get(name))
 
@@ -310,8 +219,6 @@ class Measurement:
     def _compare(self) -> None:
         """Ratios of medians; above 1 the first is better, except where it says otherwise."""
         pairs = {
-            "tokens/s, ours next-token without optimizer / torchtitan": (PEER, OURS_NEXT_TOKEN_BARE),
-            "tokens/s, ours next-token with optimizer / torchtitan without": (PEER, OURS_NEXT_TOKEN),
             "tokens/s, ours next-token / planned, both without optimizer": (PLANNED_NEXT_TOKEN, OURS_NEXT_TOKEN_BARE),
             "tokens/s, ours future / planned, both without optimizer": (PLANNED_FUTURE, OURS_FUTURE_BARE),
             "tokens/s, ours future with optimizer / planned without": (PLANNED_FUTURE, OURS_FUTURE),
@@ -373,12 +280,9 @@ def read_lengths(text: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Training steps beside those of others.", allow_abbrev=False)
-    parser.add_argument("out", type=Path, help="folder for peers.md and peers.json")
-    parser.add_argument("--titan-site", type=Path, help="folder that holds torchtitan 0.2.2; without it the peer is left out")
+    parser.add_argument("out", type=Path, help="folder for implementations.md and implementations.json")
     parser.add_argument("--lengths", type=read_lengths, default="16384,32768,65536", help="tokens in a step, separated by commas")
     arguments = parser.parse_args(argv)
-    if arguments.titan_site is not None and not (arguments.titan_site / "torchtitan").is_dir():
-        parser.error(f"--titan-site = {arguments.titan_site} holds no torchtitan")
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
 
@@ -387,15 +291,14 @@ def main(argv: list[str]) -> None:
     set_single_process_defaults()
     _, mesh = start_processes(Training(), timeout_seconds=600)
     model_config = load_model_config(str(MODEL))
-    report = Report(arguments.out / "peers.md")
+    report = Report(arguments.out / "implementations.md")
     attention = flash_kernels.describe(model_config.head_dim)
     report.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {MODEL.stem}, {attention}")
     outcomes = []
-    with tempfile.TemporaryDirectory() as folder:
-        for length in arguments.lengths:
-            outcomes.append(Measurement(length, model_config, mesh, arguments.titan_site, Path(folder)).run())
-            show(outcomes[-1], report)
-            (arguments.out / "peers.json").write_text(json.dumps([as_json(outcome) for outcome in outcomes], indent=1))
+    for length in arguments.lengths:
+        outcomes.append(Measurement(length, model_config, mesh).run())
+        show(outcomes[-1], report)
+        (arguments.out / "implementations.json").write_text(json.dumps([as_json(outcome) for outcome in outcomes], indent=1))
     note("done")
     end_processes()
 
