@@ -22,6 +22,7 @@ from tests.support.paths import REPO
 from tests.support.ranks import train_on_ranks
 
 SEQ_LEN = 64
+MICRO_STEPS = 2
 RANKS_SECONDS = 240
 MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
 
@@ -39,7 +40,7 @@ def options(workspace: Path, run: Path, **changes: object) -> list[str]:
         "training.seq_len": SEQ_LEN,
         "training.context_len": 48,
         "training.steps": 6,
-        "training.gradient_accumulation_steps": 4,
+        "training.gradient_accumulation_steps": MICRO_STEPS,
         "optimizer.lr": 1e-2,
         "lr_scheduler.warmup_steps": 2,
         "objective.name": "future",
