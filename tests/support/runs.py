@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def cut_power_after(step: int, argv: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(ranks: int, workspace: Path, run: Path, module: str = "flame.train", **changes: object) -> list[dict]:
-    arguments = ["-m", module, *options(workspace, run, **changes)]
+def run_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
+    arguments = ["-m", "flame.train", *options(workspace, run, **changes)]
     if ranks > torch.cuda.device_count() == 1:
         run_on_shared_gpu(ranks, arguments)
     else:
@@ -120,9 +121,11 @@ def find_free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def fork_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
-    """As `run_ranks`, without the launcher and by processes that have imported everything."""
-    train_on_ranks(ranks, [options(workspace, run, **changes)])
+def fork_ranks(
+    ranks: int, workspace: Path, run: Path, prepare: Callable[[], object] | None = None, **changes: object
+) -> list[dict]:
+    """As `run_ranks`, without the launcher and by processes that have imported everything, which first do what `prepare` says."""
+    train_on_ranks(ranks, [options(workspace, run, **changes)], prepare)
     return read_metrics(run)
 
 
