@@ -156,15 +156,14 @@ def test_an_exported_model_has_the_same_logits(name, tmp_path):
 
 
 @every_path
-@pytest.mark.parametrize("window_k", [0, 3])
-def test_no_leak(name, attention, window_k):
+def test_no_leak(name, attention):
     """One token changed: what may see it, in either direction, and nothing else."""
     model = build_like(build_reference(name), attention)
     batch = random_batch(CU)
     limits = list_layer_limits(model.lm.config)
     horizon = sum(limits) if all(limits) else 60
     with torch.no_grad():
-        past, future = model.encode_past(batch), model.encode_future(batch, window_k)
+        past, futures = model.encode_past(batch), {window_k: model.encode_future(batch, window_k) for window_k in (0, 3)}
         for j in (0, 1, 12, 24, 25, 26, 37, 49, 50, 59):
             document = torch.bucketize(j, CU, right=True)
             start, end = int(CU[document - 1]), int(CU[document])
@@ -173,9 +172,10 @@ def test_no_leak(name, attention, window_k):
             changed = pack(tokens, CU)
             seen_by = find_changes(model.encode_past(changed), past)
             assert j in seen_by and min(seen_by) == j and max(seen_by) < end and max(seen_by) <= j + horizon
-            seen_by = find_changes(model.encode_future(changed, window_k), future)
-            ahead = min(horizon, 2 * window_k or 60)
-            assert j in seen_by and max(seen_by) == j and min(seen_by) >= max(start, j - ahead)
+            for window_k, future in futures.items():
+                seen_by = find_changes(model.encode_future(changed, window_k), future)
+                ahead = min(horizon, 2 * window_k or 60)
+                assert j in seen_by and max(seen_by) == j and min(seen_by) >= max(start, j - ahead)
 
 
 def find_changes(found: Tensor, base: Tensor) -> list[int]:
@@ -310,11 +310,11 @@ def n_pairs(length: int, limit: int, own: bool) -> int:
 
 
 @every_family
-def test_twenty_steps_lower_both_losses(name, mesh):
+def test_ten_steps_lower_both_losses(name, mesh):
     model = build_sharded(build_toy(name), mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     batch, measured = random_batch(CU), []
-    for _ in range(20):
+    for _ in range(10):
         losses = model(compute_losses, batch, Requested(aux=True))
         assert losses.ce_sum is not None and losses.aux is not None
         loss = losses.ce_sum / batch.num_labels + losses.aux.loss_sum / losses.aux.num_items
@@ -325,21 +325,23 @@ def test_twenty_steps_lower_both_losses(name, mesh):
     assert measured[-1][0] < 0.85 * measured[0][0] and measured[-1][1] < 0.95 * measured[0][1]
 
 
-@pytest.mark.parametrize("future_k", [0, 3, 20])
 @every_family
-def test_as_many_tokens_as_the_reach_change_a_summary(name, future_k):
-    config, model_config = future_config(future_k=future_k), build_toy(name)
-    model, batch = build_unsharded(config, model_config), random_batch(torch.tensor([0, 40], dtype=torch.int32))
+def test_as_many_tokens_as_the_reach_change_a_summary(name):
+    """Up to the last of them, and none from the next one on."""
+    one_document, model_config = torch.tensor([0, 40], dtype=torch.int32), build_toy(name)
+    model, tokens = build_unsharded(future_config(), model_config), random_batch(one_document).input_ids[0]
 
-    def summarize_first(tokens: Tensor) -> Tensor:
+    def summarize_first(tokens: Tensor, future_k: int) -> Tensor:
         with torch.no_grad():
-            return model.encode_future(pack(tokens, torch.tensor([0, 40], dtype=torch.int32)), future_k)[0]
+            return model.encode_future(pack(tokens, one_document), future_k)[0]
 
-    tokens = batch.input_ids[0]
-    base = summarize_first(tokens)
-    others = [torch.cat([tokens[:at], (tokens[at : at + 1] + 1) % 61, tokens[at + 1 :]]) for at in range(40)]
-    changing = [at for at, changed in enumerate(others) if not torch.equal(summarize_first(changed), base)]
-    assert changing == list(range(min(find_horizon(config.get(FutureOptions), model_config) or 40, 40)))
+    for future_k in (0, 3, 20):
+        reach = min(find_horizon(FutureOptions(future_k=future_k), model_config) or 40, 40)
+        places = sorted({0, 1, reach // 2, reach - 2, reach - 1, reach, reach + 1, 39} & set(range(40)))
+        base = summarize_first(tokens, future_k)
+        others = [torch.cat([tokens[:at], (tokens[at : at + 1] + 1) % 61, tokens[at + 1 :]]) for at in places]
+        changing = [at for at, other in zip(places, others, strict=True) if not summarize_first(other, future_k).equal(base)]
+        assert changing == [at for at in places if at < reach], future_k
 
 
 def test_the_reach_of_summaries_that_no_layer_makes():

@@ -228,7 +228,7 @@ def validated(rows: list[dict]) -> list[dict]:
 @pytest.mark.slow
 def test_ranks_and_accumulation_divide_by_the_same_counts(workspace, tmp_path):
     one = run_here(workspace, tmp_path / "one", **GRAPHS)
-    two = fork_ranks(2, workspace, tmp_path / "two", **GRAPHS, training__gradient_accumulation_steps=2)
+    two = fork_ranks(2, workspace, tmp_path / "two", **GRAPHS, training__gradient_accumulation_steps=1)
     assert {"validation_exact_match", "validation_first_branch"} <= set(validated(one)[0])
     assert [row["step"] for row in validated(one)] == [3, 6]
     for a, b in zip(one, two, strict=True):
@@ -236,7 +236,7 @@ def test_ranks_and_accumulation_divide_by_the_same_counts(workspace, tmp_path):
         for name in ("loss", "ce_loss", "aux_loss", "validation_loss", "validation_exact_match", "validation_first_branch"):
             assert (name in a) == (name in b)
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=2e-4), name
-    assert 0 < one[0]["anchors"] < 4 * 200 / 3
+    assert 0 < one[0]["anchors"] < 2 * 200 / 3
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
@@ -289,7 +289,7 @@ def test_sizes_are_told_apart_by_the_lengths_of_their_documents(sizes, names):
 
 
 def test_losses_of_a_run_are_means_over_its_answers(workspace, tmp_path):
-    """The first step against plain cross entropy over the answers of its four packs."""
+    """The first step against plain cross entropy over the answers of its packs."""
     run = tmp_path / "run"
     set_single_process_defaults()
     changes = GRAPHS | {"training__steps": 1, "future_predictor__dropout": 0.0, "checkpoint__enable_checkpoint": False}
@@ -314,7 +314,7 @@ def test_losses_of_a_run_are_means_over_its_answers(workspace, tmp_path):
     trainer.model.forward = keep
     trainer.train()
     row = next(row for row in read_metrics(run) if "ce_loss" in row)
-    assert list(sums) == [0, 1, 2, 3]
+    assert list(sums) == [0, 1]
     assert row["ce_loss"] == pytest.approx(math.fsum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()), rel=1e-5)
     assert row["anchors"] == sum(n for _, n in sums.values())
 

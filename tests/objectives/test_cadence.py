@@ -22,7 +22,8 @@ from tests.support.models import build_unsharded, future_config, get_own, random
 from tests.support.runs import cut_power_after, final_weights, fork_ranks, measured, options, read_metrics, run_here
 
 WITHOUT_SAVING = {"checkpoint__enable_checkpoint": False, "metrics__diagnostics_interval": 0}
-EVERY_SECOND = {"future_encoder__every": 2, "future_encoder__draw_step": True, "future_encoder__sequence_share": 0.5}
+FOUR = {"training__gradient_accumulation_steps": 4}
+EVERY_SECOND = {"future_encoder__every": 2, "future_encoder__draw_step": True, "future_encoder__sequence_share": 0.5} | FOUR
 
 
 def list_sequences(cadence: Cadence, step: int) -> set[int]:
@@ -110,8 +111,8 @@ def see_passes(workspace: Path, run: Path, **changes: object) -> tuple[list[set[
 
 @pytest.mark.parametrize("negatives", ["local", "global"])
 def test_what_has_no_loss_costs_no_pass_and_no_flops(workspace, tmp_path, negatives):
-    changes = {"training__steps": 4, "future_encoder__negatives": negatives, "future_predictor__dropout": 0.0}
-    passes, rows = see_passes(workspace, tmp_path / "half", **changes, **EVERY_SECOND | {"future_encoder__draw_step": False})
+    changes = FOUR | {"training__steps": 4, "future_encoder__negatives": negatives, "future_predictor__dropout": 0.0}
+    passes, rows = see_passes(workspace, tmp_path / "half", **changes | EVERY_SECOND | {"future_encoder__draw_step": False})
     assert passes == [set(), {4, 5}, set(), {14, 15}]
     assert ["aux_loss" in row for row in rows] == [False, True, False, True]
     assert [row.get("loss_weight") for row in rows] == [None, 0.03, None, 0.03]
@@ -141,8 +142,8 @@ def test_global_negatives_are_counted_from_the_sequences_with_the_loss():
 def test_the_loss_is_the_mean_over_its_sequences(workspace, tmp_path):
     """Half of the sequences give the loss of a step that has no others, and leave the cross entropy as it is."""
     changes = {"training__steps": 1, "future_predictor__dropout": 0.0}
-    (half,) = run_here(workspace, tmp_path / "half", future_encoder__sequence_share=0.5, **changes, **WITHOUT_SAVING)
-    (whole,) = run_here(workspace, tmp_path / "whole", **changes, **WITHOUT_SAVING)
+    (half,) = run_here(workspace, tmp_path / "half", future_encoder__sequence_share=0.5, **FOUR, **changes, **WITHOUT_SAVING)
+    (whole,) = run_here(workspace, tmp_path / "whole", **FOUR, **changes, **WITHOUT_SAVING)
     (first,) = run_here(workspace, tmp_path / "first", training__gradient_accumulation_steps=2, **changes, **WITHOUT_SAVING)
     assert half["ce_loss"] == whole["ce_loss"] != first["ce_loss"]
     assert half["aux_loss"] == pytest.approx(first["aux_loss"], rel=1e-6) and half["anchors"] == first["anchors"]
@@ -198,7 +199,7 @@ def test_two_ranks_choose_the_same(workspace, tmp_path):
 )
 def test_what_cannot_be_chosen_is_told(workspace, tmp_path, capsys, changes, expected):
     with pytest.raises(SystemExit) as stop:
-        run_here(workspace, tmp_path / "run", **changes)
+        run_here(workspace, tmp_path / "run", **FOUR, **changes)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and error.startswith(expected) and "\n" not in error
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support.paths import REPO
 from tests.support.ranks import train_on_ranks
 
 SEQ_LEN = 64
+MICRO_STEPS = 2
 RANKS_SECONDS = 240
 MEASURED = ("loss", "ce_loss", "aux_loss", "mi_lower_bound", "infonce_accuracy", "grad_norm", "lr", "anchors")
 
@@ -39,7 +41,7 @@ def options(workspace: Path, run: Path, **changes: object) -> list[str]:
         "training.seq_len": SEQ_LEN,
         "training.context_len": 48,
         "training.steps": 6,
-        "training.gradient_accumulation_steps": 4,
+        "training.gradient_accumulation_steps": MICRO_STEPS,
         "optimizer.lr": 1e-2,
         "lr_scheduler.warmup_steps": 2,
         "objective.name": "future",
@@ -80,11 +82,9 @@ def cut_power_after(step: int, argv: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(
-    ranks: int, workspace: Path, run: Path, module: str = "flame.train", says: str = "", **changes: object
-) -> list[dict]:
+def run_ranks(ranks: int, workspace: Path, run: Path, says: str = "", **changes: object) -> list[dict]:
     """Metrics of a run of its own processes, in whose output something must stand."""
-    arguments = ["-m", module, *options(workspace, run, **changes)]
+    arguments = ["-m", "flame.train", *options(workspace, run, **changes)]
     if ranks > torch.cuda.device_count() == 1:
         printed = run_on_shared_gpu(ranks, arguments)
     else:
@@ -125,9 +125,11 @@ def find_free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def fork_ranks(ranks: int, workspace: Path, run: Path, **changes: object) -> list[dict]:
-    """As `run_ranks`, without the launcher and by processes that have imported everything."""
-    train_on_ranks(ranks, [options(workspace, run, **changes)])
+def fork_ranks(
+    ranks: int, workspace: Path, run: Path, prepare: Callable[[], object] | None = None, **changes: object
+) -> list[dict]:
+    """As `run_ranks`, without the launcher and by processes that have imported everything, which first do what `prepare` says."""
+    train_on_ranks(ranks, [options(workspace, run, **changes)], prepare)
     return read_metrics(run)
 
 

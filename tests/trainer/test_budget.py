@@ -12,10 +12,10 @@ from flame.config.help import write_config
 from flame.train import main
 from flame.trainer.options import read_options
 from tests.support.options import read_mistakes
-from tests.support.runs import SEQ_LEN, final_weights, measured, options, read_metrics, run_here
+from tests.support.runs import MICRO_STEPS, SEQ_LEN, final_weights, measured, options, read_metrics, run_here
 
 QUICK = {"training__steps": None}
-TOKENS_PER_STEP = 4 * SEQ_LEN
+TOKENS_PER_STEP = MICRO_STEPS * SEQ_LEN
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,18 @@ def token_folder(workspace, tmp_path_factory) -> Path:
 def test_tokens_are_as_many_steps_as_they_take(workspace, tmp_path, plain_run, caplog, tokens):
     rows = run_here(workspace, tmp_path / "run", **QUICK, training__tokens=tokens)
     assert measured(rows) == measured(read_metrics(plain_run))
-    assert f"training.tokens = {tokens:g}: up to step 6, of 256 tokens each" in caplog.messages
+    assert f"training.tokens = {tokens:g}: up to step 6, of {TOKENS_PER_STEP} tokens each" in caplog.messages
     assert "steps = 6" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_a_budget_is_the_same_after_a_resume_with_larger_steps(workspace, tmp_path):
-    """Two steps of 4 sequences, then steps of 8."""
+    """Two steps, then steps of twice as many sequences."""
     run = tmp_path / "run"
     run_here(workspace, run, **QUICK, training__tokens=2 * TOKENS_PER_STEP)
-    rows = run_here(workspace, run, **QUICK, training__tokens=8 * TOKENS_PER_STEP, training__gradient_accumulation_steps=8)
+    larger = {"training__tokens": 8 * TOKENS_PER_STEP, "training__gradient_accumulation_steps": 2 * MICRO_STEPS}
+    rows = run_here(workspace, run, **QUICK, **larger)
     assert (rows[-1]["step"], rows[-1]["tokens_seen"]) == (5, 8 * TOKENS_PER_STEP)
-    again = {"training__tokens": 8 * TOKENS_PER_STEP, "training__gradient_accumulation_steps": 8}
-    assert run_here(workspace, run, **QUICK, **again) == rows
+    assert run_here(workspace, run, **QUICK, **larger) == rows
 
 
 def test_epochs_of_a_token_folder(workspace, tmp_path, token_folder, caplog):

@@ -156,7 +156,7 @@ def test_the_command(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         launch([*argv, "--estimate", "4"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "a step on 4 GPUs: 1,024 tokens" in out and "activations" in out and "H200" in out
+    assert "a step on 4 GPUs: 512 tokens" in out and "activations" in out and "H200" in out
     assert launch([*argv, "--estimate", "none"]) == 2
     assert capsys.readouterr().err == "--estimate none: allowed is a number of GPUs above 0\n"
 

@@ -29,7 +29,7 @@ def first(workspace: Path, tmp_path_factory) -> dict:
         ({"objective__name": "mtp"}, ("weights", "data")),
         ({"training__seed": 7}, ()),
         ({"training__num_streams": 6}, ("weights",)),
-        ({"training__gradient_accumulation_steps": 2}, ("weights",)),
+        ({"training__gradient_accumulation_steps": 3}, ("weights",)),
     ],
     ids=str,
 )

@@ -402,7 +402,7 @@ def check_rows(rows: list[dict], others: list[dict]) -> None:
 def test_two_gpus_equal_one(workspace: Path, tmp_path: Path, options: dict[str, object]):
     tiny_llama(vocab_size=264, **WIDE).save_pretrained(tmp_path / "model")
     changes = options | IN_FLOAT32 | {"model__config": tmp_path / "model"}
-    one = run_ranks(1, workspace, tmp_path / "one", **changes)
+    one = run_ranks(1, workspace, tmp_path / "one", training__gradient_accumulation_steps=4, **changes)
     two = run_ranks(2, workspace, tmp_path / "two", training__gradient_accumulation_steps=2, **changes)
     check_rows(two, one)
     assert read_metrics(tmp_path / "two")[-1]["mfu"] > 0
@@ -452,7 +452,7 @@ def test_hsdp_and_one_gpu_go_on_from_two(workspace: Path, tmp_path: Path):
     replicated = {"training__data_parallel_replicate_degree": 2, "training__gradient_accumulation_steps": 2}
     run_deterministic(workspace, run, ranks=2, **replicated, **IN_FLOAT32)
     shutil.rmtree(run / "checkpoint" / "step-6")
-    rows = run_deterministic(workspace, run, ranks=1, **IN_FLOAT32)
+    rows = run_deterministic(workspace, run, ranks=1, training__gradient_accumulation_steps=4, **IN_FLOAT32)
     check_rows(rows, plain)
     assert [row["anchors"] for row in rows] == [row["anchors"] for row in plain]
 

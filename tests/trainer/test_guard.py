@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +16,11 @@ from flame.kernels.gradient_guard import guard_gradient
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.wrapper import TrainingModel
 from flame.objectives.schedule import WeightSchedule
-from flame.runtime.distributed import set_single_process_defaults
+from flame.runtime.distributed import get_rank, set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
-from tests.support.paths import REPO
-from tests.support.runs import options, read_metrics, run_ranks
+from tests.support.ranks import train_to_their_ends
+from tests.support.runs import fork_ranks, options, read_metrics
 
 CHANGES = {
     "training__steps": 3,
@@ -126,10 +123,10 @@ def test_a_fault_on_the_future_side_leaves_the_backbone_training(workspace, tmp_
     assert [row["skipped_aux"] for row in rows] == [0, 1, 1] and [row["skipped_steps"] for row in rows] == [0, 0, 0]
     assert ["ce_loss" in row for row in rows] == [True] * 3
     (told,) = [record.getMessage() for record in caplog.records if "future loss skipped" in record.getMessage()]
-    assert told.startswith("step 2: the future loss, or a gradient of it, is not finite; sequence 4 (json: documents ")
+    assert told.startswith("step 2: the future loss, or a gradient of it, is not finite; sequence 2 (json: documents ")
     (line,) = (tmp_path / "found" / "skipped.jsonl").read_text().splitlines()
     row = json.loads(line)
-    assert (row["step"], row["skipped"], [s["sequence"] for s in row["sequences"]]) == (2, "future loss", [4, 5, 6, 7])
+    assert (row["step"], row["skipped"], [s["sequence"] for s in row["sequences"]]) == (2, "future loss", [2, 3])
     assert all(suspect["documents"] for suspect in row["sequences"])
 
 
@@ -185,36 +182,27 @@ def test_the_sequence_with_the_bad_loss_is_named(workspace, tmp_path, monkeypatc
         return real(*args) * (float("inf") if len(calls) == 7 else 1.0)
 
     monkeypatch.setattr(flame.models.output_head, "linear_cross_entropy", cross_entropy)
-    run_trainer(Trainer, workspace, tmp_path / "run")
+    run_trainer(Trainer, workspace, tmp_path / "run", training__gradient_accumulation_steps=4)
     (told,) = [record.getMessage() for record in caplog.records if "step skipped" in record.getMessage()]
     assert told.startswith("step 2: loss inf, gradient norm nan; sequence 6 (json: documents ") and "sequence 7" not in told
     rows = read_metrics(tmp_path / "run")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1] and [row["skipped_aux"] for row in rows] == [0, 0, 0]
 
 
-ONE_RANK_BREAKS = """
-import sys
-from flame.runtime.distributed import get_rank
-from flame.models.wrapper import TrainingModel
-from flame.train import main
-real = TrainingModel.encode_future
-calls = []
-def encode(self, *args):
-    calls.append(1)
-    return real(self, *args) * (float("nan") if get_rank() == 1 and len(calls) in (3, 4) else 1.0)
-TrainingModel.encode_future = encode
-main(sys.argv[1:])
-"""
+def break_rank_1() -> None:
+    """It loses the summaries of its sequences of step 2."""
+    real, calls = TrainingModel.encode_future, []
+
+    def encode(self, *args):
+        calls.append(1)
+        return real(self, *args) * (float("nan") if get_rank() == 1 and len(calls) in (3, 4) else 1.0)
+
+    TrainingModel.encode_future = encode  # type: ignore[method-assign]
 
 
-@pytest.mark.slow
-def test_a_fault_on_one_rank_is_told_by_all(workspace, tmp_path, monkeypatch):
+def test_a_fault_on_one_rank_is_told_by_all(workspace, tmp_path):
     """Rank 1's sequences of step 2 (5 and 7) lose their future loss; the others keep theirs, and both ranks go on together."""
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "broken.py").write_text(ONE_RANK_BREAKS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")]))
-    changes = CHANGES | {"training__gradient_accumulation_steps": 2}
-    rows = run_ranks(2, workspace, tmp_path / "run", module="broken", **changes)
+    rows = fork_ranks(2, workspace, tmp_path / "run", break_rank_1, **CHANGES)
     assert [row["skipped_aux"] for row in rows] == [0, 1, 1] and all(row["aux_loss"] > 0 for row in rows)
     row = json.loads((tmp_path / "run" / "skipped.jsonl").read_text())
     assert [suspect["sequence"] for suspect in row["sequences"]] == [5, 7]
@@ -230,8 +218,8 @@ class Shards:
 
     def read_shard(self, shard, row):
         for number in range(row, 10**6):
-            if shard == 1 and number == 200:
-                raise UserError("shard 1 is broken after row 200")
+            if shard == 1 and number == 80:
+                raise UserError("shard 1 is broken after row 80")
             yield f"row {number} of shard {shard}"
 
 
@@ -243,17 +231,12 @@ class Breaking(SourceKind):
 """
 
 
-@pytest.mark.slow
 def test_data_that_are_wrong_on_one_rank_end_both_in_one_line_with_nothing_lost(workspace, tmp_path):
     (tmp_path / "breaking.py").write_text(BREAKS_ON_ONE_RANK)
     changes = {"training__dataset": tmp_path / "breaking.py", "training__num_streams": 2, "training__steps": 500}
     changes |= {"training__data_files": None, "metrics__log_freq": 1, "checkpoint__interval": 400}
-    argv = options(workspace, tmp_path / "run", **changes)
-    command = ["bash", "train.sh", *argv]
-    environment = os.environ | {"NGPU": "2", "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1] == "shard 1 is broken after row 200"
+    ended = train_to_their_ends(2, options(workspace, tmp_path / "run", **changes), tmp_path)
+    assert ended == [(2, "shard 1 is broken after row 80\n")] * 2
     rows = read_metrics(tmp_path / "run")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoint")] == [f"step-{rows[-1]['step']}"]
 

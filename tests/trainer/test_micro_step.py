@@ -216,6 +216,7 @@ COMPILED = {
     "training__compile": True,
     "training__deterministic": True,
     "training__steps": 14,
+    "training__gradient_accumulation_steps": 4,  # graphs are captured in the middle of a step
     "checkpoint__interval": 7,
     "validation__holdout_every": 4,
     "validation__interval": 3,  # a forward without a backward

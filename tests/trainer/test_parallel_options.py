@@ -150,7 +150,7 @@ def test_a_checkpoint_holds_bfloat16_moments(workspace, tmp_path):
 def test_ranks_are_interchangeable(workspace, tmp_path):
     changes = {"optimizer__name": "Muon", "optimizer__state_dtype": "bfloat16"}
     alone = run_here(workspace, tmp_path / "alone", **changes)
-    both = fork_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=2, **changes)
+    both = fork_ranks(2, workspace, tmp_path / "both", training__gradient_accumulation_steps=1, **changes)
     for found, expected in zip(measured(both), measured(alone), strict=True):  # each shard draws its own roundings
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3), (found, expected)
 
@@ -190,7 +190,7 @@ def test_activation_checkpointing_and_accumulation_change_nothing(workspace, tmp
 def test_groups_change_nothing(workspace, tmp_path, monkeypatch, target):
     """A small model on one device is one FSDP group, a large one has one for each layer."""
     counts, numbers, weights = [], [], []
-    changes = {"future_encoder__target": target, "training__steps": 3, "training__gradient_accumulation_steps": 2}
+    changes = {"future_encoder__target": target, "training__steps": 3}
     for most in (parallelize.MOST_WEIGHTS_IN_ONE_GROUP, 0):
         monkeypatch.setattr(parallelize, "MOST_WEIGHTS_IN_ONE_GROUP", most)
         run = tmp_path / str(most)
@@ -359,10 +359,10 @@ def test_offloading_changes_no_loss(workspace, tmp_path, name, state_dtype):
 @pytest.mark.multi_gpu
 def test_offloading_and_muon_on_two_gpus(workspace, tmp_path):
     changes = {"optimizer__name": "Muon"}
-    expected = run_ranks(1, workspace, tmp_path / "alone", **changes)
-    changes["training__gradient_accumulation_steps"] = 2
+    expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=4, **changes)
     for offload in (False, True):
-        found = run_ranks(2, workspace, tmp_path / f"two-{offload}", training__cpu_offload=offload, **changes)
+        halves = {"training__gradient_accumulation_steps": 2, "training__cpu_offload": offload}
+        found = run_ranks(2, workspace, tmp_path / f"two-{offload}", **halves, **changes)
         for row, other in zip(measured(found), measured(expected), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)
 
@@ -395,7 +395,7 @@ def test_float8_on_two_gpus(workspace, tmp_path, float8):
     """Weights are gathered before they are rounded, so ranks share their scales."""
     tiny_llama(vocab_size=272).save_pretrained(tmp_path / "model")  # a multiple of 16
     changes = {"training__float8": float8, "training__float8_head": True, "model__config": tmp_path / "model"}
-    expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=2, **changes)
+    expected = run_ranks(1, workspace, tmp_path / "alone", training__gradient_accumulation_steps=4, **changes)
     found = run_ranks(2, workspace, tmp_path / "two", **changes)
     for row, other in zip(measured(found), measured(expected), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-2), (row, other)

@@ -14,11 +14,10 @@ from flame.config.profiling import Profiling, read_spans
 from flame.errors import UserError
 from flame.trainer.profiler import PROFILE_FOLDER, Profiler
 from tests.support.options import read_mistakes
-from tests.support.runs import measured, read_metrics, run_here
+from tests.support.runs import MICRO_STEPS, measured, read_metrics, run_here
 
 ONCE_A_STEP = ("waiting for data", "optimizer")
 ONCE_A_MICRO_STEP = ("causal forward", "anti-causal forward", "cross entropy", "objective's loss", "backward")
-MICRO_STEPS = 4
 
 
 @pytest.mark.parametrize(

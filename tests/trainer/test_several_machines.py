@@ -84,7 +84,7 @@ def wait_for_steps(run: Path, count: int, machines: list[Machine]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_that_differ_are_refused_on_both(workspace: Path, tmp_path: Path) -> None:
     arguments = [options(workspace, tmp_path / "run", optimizer__lr=lr) for lr in ("1e-3", "5e-3")]
     line = f"optimizer.lr is 0.001 on rank 0 ({HOST}), 0.005 on rank 1 ({HOST}): {ADVICE}"
@@ -247,7 +247,7 @@ def networks() -> Iterator[list[list[str]]]:
         ip("netns", "delete", name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_find_the_interface_that_joins_them(workspace: Path, tmp_path: Path, networks: list[list[str]]) -> None:
     run = tmp_path / "run"
     with start([options(workspace, run)] * 2, networks, MASTER_ADDR="10.77.0.1") as machines:

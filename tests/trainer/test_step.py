@@ -27,9 +27,8 @@ from flame.train import Trainer, compute_losses
 from flame.trainer import micro_step
 from flame.trainer.options import read_options
 from tests.support.models import build_unsharded, future_config, random_batch
-from tests.support.runs import SEQ_LEN, options, read_metrics, run_here
+from tests.support.runs import MICRO_STEPS, SEQ_LEN, options, read_metrics, run_here
 
-MICRO_STEPS = 4
 T = TypeVar("T", bound=Trainer)
 
 

@@ -20,6 +20,7 @@ from flame.weights.tensors import read_model_tensors
 from tests.support.models import tiny_llama
 from tests.support.runs import (
     MEASURED,
+    MICRO_STEPS,
     REPO,
     SEQ_LEN,
     cut_power_after,
@@ -42,7 +43,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(plain_run):
     rows = read_metrics(plain_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(MEASURED) <= set(rows[0])
-    assert rows[-1]["tokens_seen"] == 6 * 4 * SEQ_LEN
+    assert rows[-1]["tokens_seen"] == 6 * MICRO_STEPS * SEQ_LEN
     assert rows[-1]["ce_loss"] < rows[0]["ce_loss"]
     assert [path.name for path in list_checkpoints(plain_run / "checkpoint")] == ["step-3", "step-6"]
     start = json.loads((plain_run / "starts.jsonl").read_text())
@@ -96,23 +97,25 @@ def test_a_finished_run_is_left_as_it_is(workspace, plain_run):
     [(2, {}), pytest.param(4, {"training__data_parallel_replicate_degree": 2}, marks=pytest.mark.long)],
     ids=["fsdp", "hsdp"],
 )
-def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, plain_run, ranks, changes):
+def test_ranks_and_accumulation_are_interchangeable(workspace, tmp_path, ranks, changes):
     """1 rank x 4 micro-steps = 2 ranks x 2 = 4 ranks (2 x 2 HSDP) x 1, dropout included."""
-    accumulation = 4 // ranks
-    rows = fork_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=accumulation, **changes)
-    for found, expected in zip(measured(rows), measured(read_metrics(plain_run)), strict=True):
+    alone = run_here(workspace, tmp_path / "alone", training__gradient_accumulation_steps=4)
+    rows = fork_ranks(ranks, workspace, tmp_path / "run", training__gradient_accumulation_steps=4 // ranks, **changes)
+    for found, expected in zip(measured(rows), measured(alone), strict=True):
         assert found == pytest.approx(expected, rel=2e-4), (found, expected)
-    torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(plain_run), rtol=0, atol=2e-3)
+    torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(tmp_path / "alone"), rtol=0, atol=2e-3)
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_one_rank_resumes_on_two(workspace, tmp_path, plain_run):
+def test_a_checkpoint_of_one_rank_resumes_on_two(workspace, tmp_path):
     run = tmp_path / "run"
     run_here(workspace, run, training__steps=3, lr_scheduler__decay_type="linear")
     reference = run_here(workspace, tmp_path / "reference", lr_scheduler__decay_type="linear")
     first = json.loads((list_checkpoints(run / "checkpoint")[-1] / "trainer.json").read_text())
-    assert first["data"]["next_sequence"] == 12
-    rows = fork_ranks(2, workspace, run, training__gradient_accumulation_steps=2, lr_scheduler__decay_type="linear")
+    assert first["data"]["next_sequence"] == 3 * MICRO_STEPS
+    rows = fork_ranks(
+        2, workspace, run, training__gradient_accumulation_steps=MICRO_STEPS // 2, lr_scheduler__decay_type="linear"
+    )
     # Steps 1 to 3 were made with the schedule of a three-step run; the data goes on exactly.
     assert [row["anchors"] for row in rows] == [row["anchors"] for row in reference]
     assert rows[-1]["tokens_seen"] == reference[-1]["tokens_seen"]
@@ -164,7 +167,7 @@ def test_a_loss_that_is_not_finite(workspace, tmp_path, capsys):
         run_here(workspace, tmp_path / "stop", **changes, training__max_skipped_steps=1)
     assert stop.value.code == 2
     line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith("step 2: loss ") and "gradient norm nan; sequence 4 (json: documents " in line
+    assert "\n" not in line and line.startswith("step 2: loss ") and "gradient norm nan; sequence 2 (json: documents " in line
     assert "training.max_skipped_steps = 1" in line
     dist.destroy_process_group()
     with pytest.raises(SystemExit):

@@ -99,22 +99,26 @@ def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+WHOLE, SHARDS = 10**9, 40_000
+"""Bytes of a file at most."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_folder_is_what_save_pretrained_writes(tmp_path, family, dtype):
-    """Names, shapes, bytes and configuration; in one file and in many."""
-    model = build_model(FAMILIES[family]())
-    checkpoint = make_checkpoint(tmp_path / "run", model)
-    model.save_pretrained(tmp_path / "whole")  # read back, since transformers keeps some tensors in float32
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
-    model.save_pretrained(tmp_path / "expected")
-    expected = read_weights(tmp_path / "expected")
-    for case, max_shard_bytes in (("one", 10**9), ("many", 40_000)):
-        out = tmp_path / case
+def test_the_folder_is_what_save_pretrained_writes(tmp_path, family):
+    """Names, shapes, bytes and configuration; in one file and in many, which is the same in either type."""
+    whole = build_model(FAMILIES[family]())
+    checkpoint = make_checkpoint(tmp_path / "run", whole)
+    whole.save_pretrained(tmp_path / "whole")  # read back, since transformers keeps some tensors in float32
+    cases: list[tuple[Literal["float32", "bfloat16"], int]] = [("float32", WHOLE), ("bfloat16", SHARDS)]
+    for dtype, max_shard_bytes in [*cases, ("float32", SHARDS), ("bfloat16", WHOLE)] if family == "mixtral" else cases:
+        expected_folder, out = tmp_path / f"expected {dtype}", tmp_path / f"{dtype} {max_shard_bytes}"
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
+        model.save_pretrained(expected_folder)
+        expected = read_weights(expected_folder)
         convert(checkpoint, out, dtype, max_shard_bytes=max_shard_bytes)
         assert_same_weights(read_weights(out), expected)
         files = sorted(out.glob("model*.safetensors"))
-        assert (len(files) == 1) == (case == "one")
+        assert (len(files) == 1) == (max_shard_bytes == WHOLE)
         assert all(path.stat().st_size < max_shard_bytes + 10_000 for path in files)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == expected.keys()
@@ -122,12 +126,12 @@ def test_the_folder_is_what_save_pretrained_writes(tmp_path, family, dtype):
             with safe_open(out / file, "pt") as shard:
                 assert name in shard.keys()  # noqa: SIM118 - it is no dictionary
                 assert shard.metadata() == {"format": "pt"}
-        settings, expected_settings = (json.loads((path / "config.json").read_text()) for path in (out, tmp_path / "expected"))
+        settings, expected_settings = (json.loads((path / "config.json").read_text()) for path in (out, expected_folder))
         assert {key: settings[key] for key in expected_settings} == expected_settings
         read = type(model.config).from_pretrained(out).to_dict()  # with older names beside these, which mean the same
         meant = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
         assert {key: read[key] for key in meant} == meant
-        generation = [json.loads((path / "generation_config.json").read_text()) for path in (out, tmp_path / "expected")]
+        generation = [json.loads((path / "generation_config.json").read_text()) for path in (out, expected_folder)]
         assert generation[0] == generation[1]
 
 
