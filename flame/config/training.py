@@ -119,9 +119,9 @@ class Training(Corpus):
     for each row. "rowwise_with_gw_hp" leaves the gradients of the weights in bfloat16. Validation and evaluation are not rounded.
     Needs a GPU of compute capability 8.9 or above, and training.compile to be fast."""
     float8_head: bool = option(False, applies=When("experimental.freeze_lm_for_infonce", (False,)))
-    """Logits of the output head in next-token cross entropies, and the gradients of the hidden states there, in 8-bit floats with
-    a scale for each row. Needs a GPU of compute capability 8.9 or above. Gradients of the head, validation, evaluation and what
-    else an objective does with the head stay as they are."""
+    """Logits of the output head in cross entropies of tokens, also those of mtp's heads, and the gradients of the hidden states
+    there, in 8-bit floats with a scale for each row. Needs a GPU of compute capability 8.9 or above. Gradients of the head,
+    validation, evaluation and what else an objective does with the head stay as they are."""
 
     @property
     def budget(self) -> str | None:

@@ -16,7 +16,7 @@ device. Shapes: T tokens of a packed sequence, d width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -308,6 +308,14 @@ class Objective(nn.Module):
     def list_required(self) -> Sequence[str]:
         """Names of exported modules that must come from initial weights, since the run does not train them."""
         return []
+
+    def explain_taken(self, taken: Set[str]) -> Iterator[str]:
+        """Lines for the log on options that have no effect since modules were taken from initial weights.
+
+        Args:
+            taken: names of the modules.
+        """
+        yield from ()
 
     def describe_task(self) -> Task:
         """What the exported modules are trained for. It is saved with them."""

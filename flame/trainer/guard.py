@@ -104,16 +104,21 @@ class StepGuard:
         """
         loss_value, norm_value, failed_losses, failed_gradients = torch.stack([loss, grad_norm, *failures]).tolist()
         counters = self._counters
+        has_aux = any(losses.aux is not None for losses in outcomes)  # the same on all ranks
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             counters.skipped_steps += 1
             counters.skipped_in_a_row += 1
+            counters.skipped_aux_in_a_row += has_aux
             is_bad = [losses.ce_sum is not None and not losses.ce_sum.isfinite() for losses in outcomes]
             found = f"loss {loss_value:g}, gradient norm {norm_value:g}"
-            self._report(step, "step", found, _name_bad(batches, is_bad), counters.skipped_in_a_row)
+            in_a_row = max(counters.skipped_in_a_row, counters.skipped_aux_in_a_row if has_aux else 0)
+            self._report(step, "step", found, _name_bad(batches, is_bad), in_a_row)
             return False
         counters.skipped_in_a_row = 0
         if not failed_losses and not failed_gradients:
-            counters.skipped_aux_in_a_row = 0
+            # A step without the objective's loss says nothing of an objective that fails whenever it is computed.
+            if has_aux:
+                counters.skipped_aux_in_a_row = 0
             return True
         counters.skipped_aux += 1
         counters.skipped_aux_in_a_row += 1

@@ -92,6 +92,8 @@ class RunMeters:
         self.throughput = Throughput(self.metrics, device, get_world_size(), config.training.steps - start_step)
         self._stragglers = StragglerWatch(device)
         self._logged_step = start_step
+        self._items: int | None = None
+        """What the objective's loss was averaged over since the last line; None if no step had it."""
         self._has_reported_no_count = False
 
     @property
@@ -124,6 +126,7 @@ class RunMeters:
         for name, rate in rates.items():
             self.metrics.record_last(name, rate)
         if weight > 0 and self._objective is not None:
+            self._items = (self._items or 0) + counts.aux
             if self._objective.count_metric is not None:
                 self.metrics.record_mean(self._objective.count_metric, counts.aux, 1)
             self.metrics.record_last("loss_weight", weight)
@@ -170,11 +173,11 @@ class RunMeters:
             slow = self._stragglers.compare(*own_times, values["step_seconds"])
         for line in slow if get_rank() == 0 else ():
             logger.warning(line)
-        metric = self._objective.count_metric if self._objective is not None else None
-        if metric is not None and values.get(metric) == 0 and get_rank() == 0 and not self._has_reported_no_count:
+        if self._items == 0 and get_rank() == 0 and not self._has_reported_no_count:
             self._has_reported_no_count = True
             assert self._objective is not None
             logger.warning(self._objective.explain_no_count())
+        self._items = None
 
     def _describe(self, values: Mapping[str, float], prefix: str) -> str:
         return self._objective.describe_metrics(values, prefix) if self._objective is not None else ""

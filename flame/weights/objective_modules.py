@@ -64,6 +64,7 @@ def plan_modules(objective: Objective, found: WeightSource) -> ModulePlan:
             plan.lines.append(f"{module} from {found.label}: {len(live[module])} tensors")
     if plan.taken:
         plan.lines.extend(_compare(theirs, own, found.label))
+        plan.lines.extend(objective.explain_taken(plan.taken))
     return plan
 
 

@@ -95,11 +95,18 @@ def test_each_layer_of_both_networks_is_a_group(leave_no_trace, changes):
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 2 + 2 + 1
 
 
-def test_a_frozen_model_without_weights_is_refused():
-    argv = ["--objective.name=fsp_revlm", "--fsp_revlm.train_reverse=false"]
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--fsp_revlm.train_reverse=false", "fsp_revlm.train_reverse = false, but nothing says"),
+        ("--fsp_revlm.reverse_weight=0", "fsp_revlm.reverse_weight = 0 with train_reverse = true trains"),
+    ],
+)
+def test_a_reverse_model_that_nothing_has_trained_is_refused(option, told):
+    argv = ["--objective.name=fsp_revlm", option]
     with pytest.raises(UserError) as caught:
         read_options(["--model.config=m.json", "--model.tokenizer_path=bytes", "--training.dataset=pathstar", *argv], 1)
-    assert any(line.startswith("fsp_revlm.train_reverse = false") for line in caught.value.lines)
+    assert any(line.startswith(told) for line in caught.value.lines)
 
 
 def test_weights_without_a_reverse_model_are_refused(workspace, tmp_path, exported_run, capsys):

@@ -210,15 +210,33 @@ def test_a_run_is_not_continued_as_another_one(workspace, whole_runs, capsys, be
     assert (run / "metrics.jsonl").read_bytes() == rows
 
 
-def test_a_run_that_never_has_an_anchor_says_so(workspace, tmp_path, caplog):
-    """Documents of a few tokens, and targets beyond their end."""
+UNSET = {"future_encoder__learnable_temperature": None, "future_predictor__dropout": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"future_encoder__target_shift": 9}, "no position has a target, so the future loss teaches nothing."),
+        (UNSET | {"objective__name": "stp"}, "no document counts for the stp loss"),
+        (UNSET | {"objective__name": "fsp_revlm"}, "no position counts for the fsp_revlm loss"),
+    ],
+    ids=["future", "stp", "fsp_revlm"],
+)
+def test_a_run_in_which_nothing_counts_says_so(workspace, tmp_path, caplog, changes, expected):
+    """Documents of one letter: none has what the objective looks for."""
     corpus = tmp_path / "short.jsonl"
-    corpus.write_text('{"text": "ab"}\n{"text": "abc"}\n' * 10)
-    run = {"training__data_files": corpus, "future_encoder__target_shift": 9, "checkpoint__enable_checkpoint": False}
-    rows = run_here(workspace, tmp_path / "run", **COMMON | run)
-    told = [record.getMessage() for record in caplog.records if "no position has a target" in record.getMessage()]
-    assert len(told) == 1 and "future_encoder.target_shift = 9" in told[0]
-    assert all(row["anchors"] == 0 and "aux_loss" not in row for row in rows)
+    corpus.write_text('{"text": "a"}\n' * 20)
+    run = {"training__data_files": corpus, "checkpoint__enable_checkpoint": False}
+    rows = run_here(workspace, tmp_path / "run", **COMMON | run | changes)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith(expected)]
+    assert len(told) == 1 and all(row.get("anchors", 0) == 0 and "aux_loss" not in row for row in rows)
+
+
+def test_steps_without_the_loss_are_not_taken_for_such_a_run(workspace, tmp_path, caplog):
+    """Every line of the log is of one step, and every second step has the loss."""
+    run = {"checkpoint__enable_checkpoint": False, "future_encoder__every": 2, "training__steps": 4, "metrics__log_freq": 1}
+    run_here(workspace, tmp_path / "run", **COMMON | run)
+    assert not any("no position has a target" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("mtp", "layers."), ("random", "predictor."), ("ema", "predictor.")])

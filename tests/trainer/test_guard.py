@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,17 @@ from torch.distributed.tensor import DTensor
 from flame.checkpoints.files import list_checkpoints
 from flame.errors import UserError
 from flame.kernels.gradient_guard import guard_gradient
+from flame.logging.counters import Counters
+from flame.models.aux_loss import AuxLoss
 from flame.models.mi_estimator import InfoNCEEstimator
 from flame.models.wrapper import TrainingModel
 from flame.objectives.schedule import WeightSchedule
+from flame.objectives.step import Losses
 from flame.runtime.distributed import get_rank, set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.guard import StepGuard
 from flame.trainer.options import read_options
+from tests.support.models import build_unsharded, future_config, random_batch, random_cu_seqlens
 from tests.support.ranks import train_to_their_ends
 from tests.support.runs import fork_ranks, options, read_metrics
 
@@ -249,3 +255,37 @@ def test_the_guard_passes_finite_gradients_and_stops_the_others():
         x.grad = None
         (guard_gradient(x) * torch.tensor([1.0, bad])).sum().backward()
         assert torch.equal(x.grad, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("part", ["aux", "whole"])
+def test_steps_without_the_objective_do_not_hide_that_it_always_fails(
+    tmp_path: Path, one_process: None, every: int, part: str
+) -> None:
+    """It is what a NaN in an objective's loss leads to, which some report as failed and others do not."""
+    model, batch, counters = build_unsharded(future_config()), random_batch(random_cu_seqlens(32, 3, 0)), Counters()
+    guard, zero, stopped_at = StepGuard(3, tmp_path, model, counters, torch.device("cpu")), torch.zeros(()), None
+    for step in range(1, 20):
+        has_loss = step % every == 0
+        aux = AuxLoss(zero, zero, torch.full((), float(part == "aux")), {}) if has_loss else None
+        value = torch.tensor(math.nan if has_loss and part == "whole" else 1.0)
+        outcomes = [Losses(torch.tensor(1.0), aux)]
+        loss, failures = guard.reduce(value, outcomes)
+        try:
+            is_applied = guard.should_apply(step, loss, torch.tensor(1.0), failures, [batch], outcomes)
+        except UserError:
+            stopped_at = step
+            break
+        assert is_applied == (not has_loss or part == "aux")
+    assert stopped_at == 3 * every
+
+
+def test_a_good_step_with_the_objective_ends_its_streak(tmp_path: Path, one_process: None) -> None:
+    model, batch, counters = build_unsharded(future_config()), random_batch(random_cu_seqlens(32, 3, 0)), Counters()
+    guard, zero = StepGuard(2, tmp_path, model, counters, torch.device("cpu")), torch.zeros(())
+    for step, (loss, failed) in enumerate([(math.nan, 0), (1.0, 0), (1.0, 1), (1.0, 0), (math.nan, 0), (1.0, 0)] * 3):
+        outcomes = [Losses(torch.tensor(1.0), AuxLoss(zero, zero, torch.tensor(float(failed)), {}))]
+        reduced, failures = guard.reduce(torch.tensor(loss), outcomes)
+        guard.should_apply(step, reduced, torch.tensor(1.0), failures, [batch], outcomes)
+    assert (counters.skipped_steps, counters.skipped_in_a_row) == (6, 0)
+    assert (counters.skipped_aux, counters.skipped_aux_in_a_row) == (3, 0)

@@ -122,6 +122,23 @@ def test_the_fixed_projection_comes_along(workspace, tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_told"),
+    [({"learnable_temperature": True}, True), ({"learnable_temperature": False}, False), ({"estimator_type": "bilinear"}, True)],
+    ids=str,
+)
+def test_a_temperature_that_comes_with_the_weights_is_told(workspace, tmp_path, caplog, changes, is_told):
+    settings = {"future_encoder__learnable_temperature": None} | {
+        f"future_encoder__{name}": value for name, value in changes.items()
+    }
+    run_here(workspace, tmp_path / "first", training__steps=1, checkpoint__export_hf=True, **settings)
+    caplog.clear()
+    settings |= {"future_encoder__temperature": 0.5, "checkpoint__initial_load_path": tmp_path / "first" / "hf"}
+    list_initial_weights(workspace, tmp_path / "run", **settings)
+    said = [message for message in caplog.messages if message.startswith("future_encoder.temperature = 0.5 has no effect")]
+    assert len(said) == is_told
+
+
 def test_older_exports_are_taken_as_they_are(workspace, tmp_path, exported_run, trained, caplog):
     shutil.copytree(exported_run / "hf", tmp_path / "hf")
     modules = tmp_path / "hf" / "future_modules.safetensors"

@@ -34,6 +34,11 @@ class ReverseSummaryOptions(ObjectiveOptions):
                 f"{name}.train_reverse = false, but nothing says where the reverse language model's weights are: set "
                 "checkpoint.initial_load_path to the exported folder of a run that trained it, or train it"
             )
+        if self.train_reverse and self.reverse_weight == 0:
+            yield (
+                f"{name}.reverse_weight = 0 with train_reverse = true trains the reverse language model on nothing: set it above "
+                "0, or train_reverse = false with weights that a run has trained"
+            )
         if job.training.context_len < 3:
             yield (
                 f"training.context_len = {job.training.context_len} leaves no token two ahead, which {name} summarises: set it "

@@ -12,7 +12,7 @@ one, is added: `flame.objectives.future.actions`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
@@ -323,6 +323,13 @@ class FutureObjective(Objective):
 
     def list_exported(self) -> Sequence[str]:
         return ["predictor.", "estimator."]
+
+    def explain_taken(self, taken: Set[str]) -> Iterator[str]:
+        if "estimator" in taken and self.options.only_starts_from_temperature:
+            yield (
+                f"future_encoder.temperature = {self.options.temperature:g} has no effect: it is where learning starts, and the "
+                "estimator goes on from what was learned (checkpoint.load_objective = false starts anew)"
+            )
 
     def describe_task(self) -> Task:
         """The fixed projection needs no comparison: the estimator has it."""

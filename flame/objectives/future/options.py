@@ -160,6 +160,11 @@ class FutureOptions(ObjectiveOptions):
     """Learn the temperature, starting from future_encoder.temperature. It stays between 0.01 and 1."""
 
     @property
+    def only_starts_from_temperature(self) -> bool:
+        """Whether the temperature, or a matrix that has it, is learned."""
+        return _learns_temperature(self)
+
+    @property
     def learns_temperature(self) -> bool:
         """Whether the temperature is a parameter."""
         return self.learnable_temperature and ESTIMATORS[self.estimator_type].can_learn_temperature
