@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     texts = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
     if arguments.out:
-        vectors = embed(modules, lm, texts, arguments.longest)
+        vectors = embed(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
         try:
             np.savez(arguments.out, **{name: each.numpy() for name, each in vectors._asdict().items()})
         except OSError as error:

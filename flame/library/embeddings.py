@@ -120,15 +120,19 @@ def read_states(modules: FutureModules, lm: nn.Module, input_ids: Tensor, cu_seq
     return states, states
 
 
-def embed(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_tokens: int) -> Vectors:
+def embed(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_tokens: int, end: int | None = None) -> Vectors:
     """Vectors of texts, int64 [n] each.
 
     Args:
         most_tokens: of a forward.
+        end: the token that ends a document. Where a text has it, states and guesses are those before it: after it comes nothing,
+            and the predictor has never been trained on it.
     """
     states, guesses, summaries = [], [], []
     for tokens, cu_seqlens in pack(texts, most_tokens):
         first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long() - 1
+        if end is not None:
+            last = torch.where((tokens[last] == end) & (last > first), last - 1, last)
         final, read = read_states(modules, lm, tokens, cu_seqlens)
         states.append(F.normalize(final[last].float(), dim=-1).cpu())
         guesses.append(guess(modules, read[last]).cpu())

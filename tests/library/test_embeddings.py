@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.cli.embed import main
 from flame.errors import UserError
@@ -133,6 +133,23 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a guess" and printed[-1] == "2 texts"
     vectors = np.load(tmp_path / "v.npz")
     assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "guesses", "summaries"), (2, 32))
+
+
+def test_guesses_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
+    """Of a text that is cut, they are made at its last token. A summary is of the whole text, with its end."""
+    folder, written = exports("defaults"), ("alpha beta gamma", "delta epsilon")
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "v.npz"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
+    assert main([str(folder), "--data_files", str(texts), "--device", "cpu", "--longest", "14", "--out", str(out)]) == 0
+    vectors, lm, modules = np.load(out), AutoModelForCausalLM.from_pretrained(folder), load_modules(folder, CPU)
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    read = [list(text.encode())[:14] for text in written]
+    without_end = embed(modules, lm, [torch.tensor(tokens) for tokens in read], 64)
+    whole = embed(modules, lm, [torch.tensor((tokens + [end])[:14]) for tokens in read], 64)
+    assert len(read[0]) == 14 and len(read[1]) == 13
+    for name, expected in (("states", without_end), ("guesses", without_end), ("summaries", whole)):
+        torch.testing.assert_close(torch.from_numpy(vectors[name]), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole.guesses[1], without_end.guesses[1], atol=1e-3)
 
 
 @pytest.mark.parametrize(
