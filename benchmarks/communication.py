@@ -67,7 +67,7 @@ class Step(NamedTuple):
 OBJECTIVES = ("next token", "future")
 MEASURED: dict[int, dict[str, dict[int, float]]] = {
     16_384: {"next token": {1: 265.0, 2: 271.0, 4: 275.0}, "future": {1: 330.0, 2: 348.0, 4: 353.0}},
-    65_536: {"next token": {1: 966.0}, "future": {1: 1279.0}},
+    65_536: {"next token": {1: 986.0, 2: 993.0}, "future": {1: 1320.0, 2: 1325.0}},
 }
 """ms of a step by tokens a GPU, objective and GPUs, PyTorch's flash kernel (docs/performance.md)."""
 SHARES = {

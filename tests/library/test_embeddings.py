@@ -145,7 +145,7 @@ def test_guesses_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
     end = AutoTokenizer.from_pretrained(folder).eos_token_id
     read = [list(text.encode())[:14] for text in written]
     without_end = embed(modules, lm, [torch.tensor(tokens) for tokens in read], 64)
-    whole = embed(modules, lm, [torch.tensor((tokens + [end])[:14]) for tokens in read], 64)
+    whole = embed(modules, lm, [torch.tensor([*tokens, end][:14]) for tokens in read], 64)
     assert len(read[0]) == 14 and len(read[1]) == 13
     for name, expected in (("states", without_end), ("guesses", without_end), ("summaries", whole)):
         torch.testing.assert_close(torch.from_numpy(vectors[name]), getattr(expected, name), rtol=1e-4, atol=1e-5)
