@@ -46,7 +46,7 @@ def hash_futures(input_ids: Tensor, segment_ids: Tensor, horizon: int = 0) -> Te
     return first << 31 | second
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)  # far more lengths than a run has: a CUDA graph reads these tensors as long as it lives
 def _list_powers(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Powers 0 to count - 1 of the bases modulo `PRIME`, int64 [2, count], and their inverses."""
     powers = np.stack([_raise(base, count) for base in BASES])
