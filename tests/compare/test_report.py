@@ -123,6 +123,7 @@ def test_runs_of_different_seeds_are_no_pair(spec: Spec):
         ("training.num_streams = 2", "training.num_streams = 1 and 2"),
         ("pathstar.graphs = 1000", "pathstar.graphs = 0 and 1000"),
         ("validation.num_sequences = 9", "validation.num_sequences = 4 and 9"),
+        ('training.answer_separator = "?"', "training.answer_separator"),
     ],
 )
 def test_an_option_that_decides_the_data_breaks_a_pair(tmp_path: Path, option: str, told: str):
@@ -130,6 +131,31 @@ def test_an_option_that_decides_the_data_breaks_a_pair(tmp_path: Path, option: s
     found = analyse(spec, read_results(write_all(spec)))
     assert len(found.uncounted) == 3 and told in found.uncounted[0]
     assert next(row for row in found.rows if row.arm == "mtp").paired is None
+
+
+@pytest.mark.parametrize(
+    ("option", "metric", "told"),
+    [
+        ('training.loss_on = "all"', "validation_ce_loss", "training.loss_on = answer and all"),
+        ("evaluation.num_questions = 5", "evaluation/books/ce_loss", "evaluation.num_questions = 1000 and 5"),
+        ("held_out.books.num_documents = 5", "evaluation/books/ce_loss", "held_out.books.num_documents = 1000 and 5"),
+    ],
+)
+def test_what_one_metric_is_measured_on_breaks_its_pairs_alone(tmp_path: Path, option: str, metric: str, told: str):
+    path = Path(write_spec(tmp_path, old='name = "mtp"', new=f'name = "mtp"\n{option}'))
+    held_out = 'evaluation.interval = 10\nheld_out.books.dataset = "pathstar"\nheld_out.books.dataset_name = "3x3"\n'
+    text = path.read_text().replace("[arms.next_token]", held_out + "[arms.next_token]")
+    path.write_text(text.partition("[metrics")[0] + '[metrics.validation_ce_loss]\n[metrics."evaluation/books/ce_loss"]\n')
+    spec = read_spec(str(path))
+    for run in list_runs(spec):
+        write_result(run, [0.1, 0.2])
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write('\n{"step": 20, "validation_ce_loss": 1.0, "evaluation/books/ce_loss": 2.0}\n')
+    found = analyse(spec, read_results(list_runs(spec)))
+    assert found.uncounted[0] == f"graphs: mtp and next_token are no pair with seed 1 for {metric}: {told}"
+    assert len(found.uncounted) == 3
+    paired = {row.metric.name: row.paired is not None for row in found.rows if row.arm == "mtp"}
+    assert paired == {name: name != metric for name in ("validation_ce_loss", "evaluation/books/ce_loss")}
 
 
 def test_what_a_reader_is_warned_of(spec: Spec):
