@@ -13,6 +13,7 @@ from flame.compare.results import Result, read_result
 from flame.compare.runs import Run
 from flame.compare.spec import Spec
 from flame.compare.statistics import Paired, adjust_holm, compare_pairs
+from flame.trainer.run_record import DIRTY
 
 FEWEST_SEEDS = 5
 """Of a claim."""
@@ -194,7 +195,7 @@ def _list_notes(spec: Spec, results: Results) -> list[str]:
         notes.append(f"The runs were made on different devices ({'; '.join(devices)}): do not compare their wall clocks.")
     revisions = {revision for result in began for revision in result.revisions}
     if len(revisions) > 1:
-        shown = sorted(f"{revision[:8]}{'-dirty' * revision.endswith('-dirty')}" for revision in revisions)
+        shown = sorted("".join([revision[:8], *revision.partition(DIRTY)[1:]]) for revision in revisions)
         notes.append(f"The runs were made with {len(revisions)} revisions of the code: {', '.join(shown)}.")
     if spec.parallel > 1:
         notes.append(f"{spec.parallel} runs shared a device: a run alone takes less wall clock than the tables say.")

@@ -17,6 +17,7 @@ from flame.errors import UserError
 from flame.evaluation.tasks import name_task, split_names
 from flame.logging.console import EVALUATION_PREFIX
 from flame.objectives.registry import choose_objective
+from flame.trainer.named_files import hash_named_files
 from flame.trainer.options import build_table, read_options
 from flame.trainer.run_record import CONFIG_FILE
 
@@ -66,6 +67,7 @@ class Run:
         kept = {key: value for key, value in options.items() if key not in SILENT and not _is_length(key)}
         return {
             "options": json.loads(json.dumps(kept)),
+            "files": hash_named_files(options),
             "budget": list(self.budget),
             "steps": self.steps,
             "processes": self.processes,
@@ -195,9 +197,14 @@ def find_other_run(run: Run) -> str | None:
     wanted = run.describe()
     if run.budget.kind == "seconds" and run.steps is None:  # not known yet
         wanted["steps"] = record.get("steps")
-    if wanted == record:
+    if is_same(record, wanted):
         return None
     return f'"{run.folder}" holds a stale run, with {describe_changes(record, wanted)}: remove it, or choose another compare.out'
+
+
+def is_same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a record is of what is wanted now. One of an earlier version does not say what the files held."""
+    return {"files": wanted["files"], **record} == wanted
 
 
 def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -207,6 +214,12 @@ def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> st
         f"{key} = {before.get(key)} (now {now.get(key)})"
         for key in dict.fromkeys([*now, *before])
         if before.get(key) != now.get(key)
+    ]
+    told, files = record.get("files", wanted["files"]), wanted["files"]
+    changes += [
+        f"another content of {key} = {now.get(key)}"
+        for key in dict.fromkeys([*files, *told])
+        if files.get(key) != told.get(key) and before.get(key) == now.get(key)
     ]
     if wanted["budget"] != record.get("budget"):
         changes.append(f"a budget of {Budget(*record['budget'])} (now {Budget(*wanted['budget'])})")

@@ -163,12 +163,14 @@ def test_what_a_reader_is_warned_of(spec: Spec):
     first = runs[0].folder / "first_step.jsonl"
     first.write_text(json.dumps(json.loads(first.read_text()) | {"device": "another chip"}) + "\n")
     (runs[1].folder / "starts.jsonl").write_text(json.dumps({"git_revision": "def"}) + "\n")
+    for run, state in zip(runs[2:4], ("1", "2"), strict=True):
+        (run.folder / "starts.jsonl").write_text(json.dumps({"git_revision": f"{'c' * 40}-dirty-{state}"}) + "\n")
     stopping = replace(spec, parallel=2, metrics=(Metric("validation_exact_match", True, stop_at=1.0),))
     notes = " ".join(analyse(stopping, read_results(runs)).notes)
     for part in (
         "3 seeds are fewer",
         "different devices (a chip; another chip)",
-        "2 revisions of the code: abc, def",
+        "4 revisions of the code: abc, cccccccc-dirty-1, cccccccc-dirty-2, def",
         "shared a device",
     ):
         assert part in notes
