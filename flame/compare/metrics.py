@@ -11,6 +11,10 @@ from flame.logging.console import EVALUATION_PREFIX
 LOWER = ("loss", "ce_loss", "aux_loss", "largest_ce_loss")
 HIGHER = ("exact_match", "first_branch", "infonce_accuracy", "mi_lower_bound", "positive_cosine")
 VALIDATION = "validation_"
+TOTAL = "loss"
+"""Cross entropy and loss_weight times the objective's loss."""
+OF_OBJECTIVE = (TOTAL, "aux_loss")
+"""Numbers of different meaning under each objective."""
 EVALUATION_LOWER = ("bits_per_byte", "ce_loss")
 EVALUATION_HIGHER = ("accuracy", "exact_match")
 """Begin the names, such as `accuracy_per_byte`."""

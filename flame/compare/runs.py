@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flame.compare.metrics import VALIDATION, Metric
-from flame.compare.spec import CONFIG_KEY, Budget, Options, Spec, flatten, parse_spec
+from flame.compare.metrics import OF_OBJECTIVE, TOTAL, VALIDATION, Metric
+from flame.compare.spec import CONFIG_KEY, DEFAULT_METRIC, Budget, Options, Spec, flatten, parse_spec
 from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
 from flame.config.training import LENGTHS
 from flame.errors import UserError
 from flame.evaluation.tasks import name_task, split_names
 from flame.logging.console import EVALUATION_PREFIX
-from flame.objectives.registry import choose_objective
+from flame.objectives.registry import BUILT_IN, choose_objective
 from flame.trainer.named_files import hash_named_files
 from flame.trainer.options import build_table, read_options
 from flame.trainer.run_record import CONFIG_FILE
@@ -130,6 +130,7 @@ def read_spec(path: str) -> Spec:
         for arm in spec.arms:
             of_arm = [line for line in _find_faults(spec, one[task, arm]) if line not in of_task]
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
+        faults += _find_incomparable(spec, task, [one[task, arm] for arm in spec.arms])
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return spec
@@ -162,6 +163,32 @@ def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:
             yield (
                 f"metrics.{name}: nothing of that name is evaluated, {there}: "
                 f"name it in evaluation.tasks or as [held_out.NAME], and write {EVALUATION_PREFIX}NAME/METRIC"
+            )
+
+
+def _find_incomparable(spec: Spec, task: str, runs: Sequence[Run]) -> Iterator[str]:
+    """A line for each metric whose meaning depends on the objective, where arms train different ones."""
+    metrics = [metric.name for metric in spec.metrics if metric.name.removeprefix(VALIDATION) in OF_OBJECTIVE]
+    if not metrics:
+        return
+    trained: dict[str, tuple[Any, ...]] = {}
+    for run in runs:
+        try:
+            config = read_options(run.spell_options(), run.processes)
+        except UserError:
+            continue  # of its options another line speaks
+        kind = choose_objective(config)
+        own_code = config.objective.path if kind is not None and kind.name not in BUILT_IN else ""
+        trained[run.arm] = () if kind is None else (kind.name, own_code, config.get(kind.options).loss_weight)
+    for name in metrics:
+        has_weight = name.removeprefix(VALIDATION) == TOTAL
+        kinds = {arm: objective if has_weight else objective[:2] for arm, objective in trained.items()}
+        first = {kind: arm for arm, kind in reversed(kinds.items())}
+        if len(first) > 1:
+            different = [arm for arm in kinds if arm in first.values()]
+            yield (
+                f"metrics.{name} ({spec.path}, task {task}): it means something else under each objective"
+                f"{' and loss_weight' * has_weight}, and arms differ in that ({', '.join(different)}): use {DEFAULT_METRIC}"
             )
 
 

@@ -95,6 +95,28 @@ held_out.books.dataset_name = "3x3"
     assert all("nothing of that name is evaluated, there are facts, books" in line for line in caught.value.lines)
 
 
+@pytest.mark.parametrize("metric", ["loss", "validation_loss", "aux_loss", "validation_aux_loss"])
+def test_a_loss_of_different_objectives_is_not_compared(tmp_path: Path, metric: str):
+    with pytest.raises(UserError) as caught:
+        read_spec(write_spec(tmp_path, old="validation_exact_match", new=metric))
+    told = f"metrics.{metric} ({tmp_path}/spec.toml, task graphs)"
+    expect_one_line(caught.value, told, "(next_token, mtp, future)", "use validation_ce_loss")
+
+
+def test_a_loss_of_one_objective_is_compared(tmp_path: Path):
+    """Its weight is a factor of the sum alone."""
+    path = Path(write_spec(tmp_path, old="[arms.future]", new='[arms.future]\nobjective.name = "mtp"\nmtp.loss_weight = 0.5'))
+    text = path.read_text().replace('objective.name = "next_token"', 'objective.name = "mtp"')
+    path.write_text(text.replace("validation_exact_match", "validation_aux_loss"))
+    assert read_spec(str(path)).metrics[0].name == "validation_aux_loss"
+    path.write_text(text.replace("validation_exact_match", "validation_loss"))
+    with pytest.raises(UserError) as caught:
+        read_spec(str(path))
+    expect_one_line(caught.value, "metrics.validation_loss", "(next_token, future)", "loss_weight")
+    path.write_text(text.replace("validation_exact_match", "validation_loss").replace("mtp.loss_weight = 0.5", ""))
+    assert read_spec(str(path)).metrics[0].name == "validation_loss"
+
+
 def test_a_value_may_begin_with_dashes(tmp_path: Path):
     path = write_spec(tmp_path, old="[arms.next_token]", new='job.description = "--fast and = so"\n[arms.next_token]')
     config = read_options(list_runs(read_spec(path))[0].spell_options(), 1)
