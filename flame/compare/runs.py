@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flame.compare.metrics import OF_OBJECTIVE, TOTAL, VALIDATION, Metric
+from flame.compare.metrics import OF_ANSWERS, OF_OBJECTIVE, TOTAL, VALIDATION, Metric
 from flame.compare.spec import CONFIG_KEY, DEFAULT_METRIC, Budget, Options, Spec, flatten, parse_spec
 from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
@@ -125,10 +125,12 @@ def read_spec(path: str) -> Spec:
     for task in (name for name in spec.tasks if spec.arms and CONFIG_KEY in spec.tasks[name]):
         first = one[task, next(iter(spec.arms))]
         base = replace(first, options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
-        of_task = _find_faults(spec, base)
+        of_arms = {arm: _find_faults(spec, one[task, arm]) for arm in spec.arms}
+        # What all arms have is the task's own. What they all set otherwise is none.
+        of_task = [line for line in _find_faults(spec, base) if all(line in lines for lines in of_arms.values())]
         faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
         for arm in spec.arms:
-            of_arm = [line for line in _find_faults(spec, one[task, arm]) if line not in of_task]
+            of_arm = [line for line in of_arms[arm] if line not in of_task]
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
         faults += _find_incomparable(spec, task, [one[task, arm] for arm in spec.arms])
     if faults:
@@ -152,6 +154,9 @@ def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:
     wanted = [name for name in names if name.startswith(VALIDATION)]
     if wanted and not config.validation.interval:
         yield f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"
+    of_answers = [name for name in wanted if name.removeprefix(VALIDATION).partition("/")[0] in OF_ANSWERS]
+    if of_answers and config.training.loss_on != "answer":
+        yield f'training.loss_on = "{config.training.loss_on}", and metrics.{of_answers[0]} is compared: set it to "answer"'
     wanted = [name for name in names if name.startswith(EVALUATION_PREFIX)]
     if wanted and not config.evaluation.interval:
         yield f"evaluation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flame.compare.command import main
+from flame.compare.metrics import find_meant
 from flame.compare.runs import list_runs, read_spec, resolve
 from flame.compare.spec import Budget
 from flame.errors import UserError
@@ -42,6 +43,26 @@ def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
         ('name = "mtp"', 'name = "mtp"\ntraining.steps = 3', ("training.steps = 3 ([arms.mtp]", "budget is set in [compare]")),
         ('name = "mtp"', 'name = "mtp"\ntraining.seed = 3', ("training.seed = 3 ([arms.mtp]", "seeds are set in [compare]")),
         ("validation_exact_match", "validation_exact_mach", ("did you mean validation_exact_match?", 'better = "lower"')),
+        (
+            "validation_exact_match]",
+            'validation_exact_mach]\nbetter = "higher"',
+            ("metrics.validation_exact_mach", "no such metric, did you mean validation_exact_match?"),
+        ),
+        (
+            "[metrics.validation_exact_match]",
+            '[metrics."validaton_exact_match/5x5"]\nbetter = "higher"',
+            ("metrics.validaton_exact_match/5x5", "did you mean validation_exact_match/5x5?"),
+        ),
+        (
+            "[arms.mtp]",
+            '[arms.mtp]\ntraining.loss_on = "all"',
+            ("[arms.mtp]", 'training.loss_on = "all", and metrics.validation_exact_match is compared', 'set it to "answer"'),
+        ),
+        (
+            "model.config",
+            'training.loss_on = "all"\nmodel.config',
+            ("[tasks.graphs]", 'training.loss_on = "all", and metrics.validation_exact_match is compared'),
+        ),
         ("goal = 0.9", "goals = 0.9", ("metrics.validation_exact_match.goals", "did you mean goal?")),
         ("goal = 0.9", 'better = "more"', ('better = "more"', '"lower" or "higher"')),
         ('name = "mtp"', 'name = "mpt"', ("[arms.mtp]", 'objective.name = "mpt"')),
@@ -115,6 +136,38 @@ def test_a_loss_of_one_objective_is_compared(tmp_path: Path):
     expect_one_line(caught.value, "metrics.validation_loss", "(next_token, future)", "loss_weight")
     path.write_text(text.replace("validation_exact_match", "validation_loss").replace("mtp.loss_weight = 0.5", ""))
     assert read_spec(str(path)).metrics[0].name == "validation_loss"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("validation_exact_mach", "validation_exact_match"),
+        ("validation_cel_oss", "validation_ce_loss"),
+        ("validaton_ce_loss/web", "validation_ce_loss/web"),
+        ("aux_los", "aux_loss"),
+        ("evaluation/facts/acuracy", "evaluation/facts/accuracy"),
+        ("evaluation/facts/accuracy_per_bite", "evaluation/facts/accuracy_per_byte"),
+        ("validation_ce_loss/web", None),
+        ("evaluation/facts/accuracy_per_char", None),
+        ("validation_kl_loss", None),
+        ("validation_nitp_cosine", None),
+        ("negative_cosine", None),
+        ("action_loss", None),
+        ("mtp_ce_2", None),
+        ("tokens_seen", None),
+    ],
+)
+def test_a_slip_is_told_from_a_metric_of_ones_own(name: str, meant: str | None):
+    assert find_meant(name) == meant
+
+
+def test_what_all_arms_set_right_is_no_mistake_of_the_task(tmp_path: Path):
+    path = Path(write_spec(tmp_path, old="model.config", new='training.loss_on = "all"\nmodel.config'))
+    text = path.read_text()
+    for arm in ("next_token", "mtp", "future"):
+        text = text.replace(f"[arms.{arm}]", f'[arms.{arm}]\ntraining.loss_on = "answer"')
+    path.write_text(text)
+    assert len(read_spec(str(path)).arms) == 3
 
 
 def test_a_value_may_begin_with_dashes(tmp_path: Path):
