@@ -126,11 +126,13 @@ def read_spec(path: str) -> Spec:
         first = one[task, next(iter(spec.arms))]
         base = replace(first, options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
         of_arms = {arm: _find_faults(spec, one[task, arm]) for arm in spec.arms}
+        of_seeded = [line for lines in of_arms.values() for line in lines if line.split(" = ")[0] in spec.seeded]
+        faults += [f"compare.seeded of {spec.path}: {line}" for line in of_seeded]
         # What all arms have is the task's own. What they all set otherwise is none.
         of_task = [line for line in _find_faults(spec, base) if all(line in lines for lines in of_arms.values())]
         faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
         for arm in spec.arms:
-            of_arm = [line for line in of_arms[arm] if line not in of_task]
+            of_arm = [line for line in of_arms[arm] if line not in (*of_task, *of_seeded)]
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
         faults += _find_incomparable(spec, task, [one[task, arm] for arm in spec.arms])
     if faults:

@@ -63,6 +63,16 @@ def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
             'training.loss_on = "all"\nmodel.config',
             ("[tasks.graphs]", 'training.loss_on = "all", and metrics.validation_exact_match is compared'),
         ),
+        (
+            "tokens = 20_000",
+            'tokens = 20_000\nseeded = ["pathstar.sead"]',
+            ("compare.seeded of", "pathstar.sead = 1: no such option, did you mean pathstar.seed?"),
+        ),
+        (
+            "tokens = 20_000",
+            'tokens = 20_000\nseeded = ["objective.name"]',
+            ("compare.seeded of", "objective.name = "),
+        ),
         ("goal = 0.9", "goals = 0.9", ("metrics.validation_exact_match.goals", "did you mean goal?")),
         ("goal = 0.9", 'better = "more"', ('better = "more"', '"lower" or "higher"')),
         ('name = "mtp"', 'name = "mpt"', ("[arms.mtp]", 'objective.name = "mpt"')),
@@ -84,6 +94,7 @@ def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[st
     for part in (path, *parts):
         assert part in str(caught.value)
     assert len([line for line in caught.value.lines if parts[0] in line]) == 1
+    assert parts[0] != "compare.seeded of" or len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize(
