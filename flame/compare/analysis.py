@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flame.compare.metrics import Metric
-from flame.compare.pairs import find_fault
+from flame.compare.pairs import find_fault, find_measure_fault
 from flame.compare.results import Result, read_result
 from flame.compare.runs import Run
 from flame.compare.spec import Spec
 from flame.compare.statistics import Paired, adjust_holm, compare_pairs
+from flame.trainer.run_record import DIRTY
 
 FEWEST_SEEDS = 5
 """Of a claim."""
 
 Results = dict[tuple[str, str, int], Result]
 """By task, arm and seed."""
+Faults = dict[tuple[str, str, int, str], str]
+"""Why two runs are no pair, by task, arm, seed and metric."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,22 @@ def analyse(spec: Spec, results: Results) -> Analysis:
             rows += _correct([_compare(spec, results, faults, task, arm, metric) for arm in spec.arms])
     uncounted = [
         *_list_unended(spec, results),
-        *(
-            f"{task}: {arm} and {spec.baseline} are no pair with seed {seed}: {fault}"
-            for (task, arm, seed), fault in faults.items()
-        ),
+        *_list_pair_faults(spec, faults),
     ]
     return Analysis(tuple(rows), tuple(uncounted), tuple(_list_notes(spec, results)))
 
 
-def find_pair_faults(spec: Spec, results: Results) -> dict[tuple[str, str, int], str]:
+def find_pair_faults(spec: Spec, results: Results) -> Faults:
     """Why an ended run is no pair with the baseline's ended run of its seed, for those that are none."""
     faults = {}
     for (task, arm, seed), result in results.items():
         base = results[task, spec.baseline, seed]
-        if arm != spec.baseline and result.has_ended and base.has_ended and (fault := find_fault(base, result)):
-            faults[task, arm, seed] = fault
+        if arm == spec.baseline or not (result.has_ended and base.has_ended):
+            continue
+        shared = find_fault(base, result)
+        for metric in spec.metrics:
+            if fault := shared or find_measure_fault(base, result, metric.name):
+                faults[task, arm, seed, metric.name] = fault
     return faults
 
 
@@ -119,11 +123,12 @@ def find_unit(spec: Spec) -> str:
     return {"tokens": "tokens", "flops": "tflops", "seconds": "seconds"}[spec.budget.kind]
 
 
-def _compare(spec: Spec, results: Results, faults: dict[tuple[str, str, int], str], task: str, arm: str, metric: Metric) -> Row:
+def _compare(spec: Spec, results: Results, faults: Faults, task: str, arm: str, metric: Metric) -> Row:
     own = {seed: results[task, arm, seed] for seed in spec.seeds}
     ends = {seed: end for seed, result in own.items() if (end := result.find_end(metric.name)) is not None}
     base = {seed: results[task, spec.baseline, seed].find_end(metric.name) for seed in spec.seeds}
-    pairs = [(end, other) for seed, end in ends.items() if (other := base[seed]) is not None and (task, arm, seed) not in faults]
+    paired_seeds = [seed for seed in ends if (task, arm, seed, metric.name) not in faults]
+    pairs = [(ends[seed], other) for seed in paired_seeds if (other := base[seed]) is not None]
     effort = find_effort(metric, find_unit(spec), list(own.values())) if metric.goal is not None else None
     shared = {
         "task": task,
@@ -167,6 +172,18 @@ def _list_unended(spec: Spec, results: Results) -> list[str]:
     return lines
 
 
+def _list_pair_faults(spec: Spec, faults: Faults) -> list[str]:
+    """A line for each pair that is none, which names the metrics unless it is so for all."""
+    metrics: dict[tuple[str, str, int, str], list[str]] = {}
+    for (task, arm, seed, metric), fault in faults.items():
+        metrics.setdefault((task, arm, seed, fault), []).append(metric)
+    lines = []
+    for (task, arm, seed, fault), names in metrics.items():
+        measured = f" for {', '.join(names)}" if len(names) < len(spec.metrics) else ""
+        lines.append(f"{task}: {arm} and {spec.baseline} are no pair with seed {seed}{measured}: {fault}")
+    return lines
+
+
 def _list_notes(spec: Spec, results: Results) -> list[str]:
     notes = []
     if (seeds := len(spec.seeds)) < FEWEST_SEEDS:
@@ -178,7 +195,7 @@ def _list_notes(spec: Spec, results: Results) -> list[str]:
         notes.append(f"The runs were made on different devices ({'; '.join(devices)}): do not compare their wall clocks.")
     revisions = {revision for result in began for revision in result.revisions}
     if len(revisions) > 1:
-        shown = sorted(f"{revision[:8]}{'-dirty' * revision.endswith('-dirty')}" for revision in revisions)
+        shown = sorted("".join([revision[:8], *revision.partition(DIRTY)[1:]]) for revision in revisions)
         notes.append(f"The runs were made with {len(revisions)} revisions of the code: {', '.join(shown)}.")
     if spec.parallel > 1:
         notes.append(f"{spec.parallel} runs shared a device: a run alone takes less wall clock than the tables say.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import fields
-from typing import Any
 
 from flame.compare.results import Result
 from flame.compare.runs import read_record
 from flame.config.data import Corpus
 from flame.data.sources.registry import list_sections
+from flame.logging.console import EVALUATION_PREFIX
 
 CORPUS_KEYS = tuple(each.name for each in fields(Corpus))
 TRAINING_KEYS = (*CORPUS_KEYS, "num_streams", "seq_len", "context_len", "gradient_accumulation_steps", "seed")
@@ -21,6 +21,11 @@ DATA_KEYS = (
 )
 """Options that decide which tokens a step holds and what is measured on. Tokens of the first step could agree where later ones do
 not."""
+LABEL_KEYS = ("training.loss_on", "training.answer_separator")
+"""Options that decide which tokens a loss counts, in training and in validation."""
+EVALUATION_KEYS = ("evaluation.tasks", "evaluation.num_questions")
+"""Options that decide what an evaluation asks, beside the sections of held-out documents."""
+HELD_OUT = "held_out"
 
 
 def find_fault(one: Result, other: Result) -> str | None:
@@ -33,19 +38,20 @@ def find_fault(one: Result, other: Result) -> str | None:
     for name, what in (("weights", "initial weights differ"), ("data", "the first batches differ")):
         if name not in first or first[name] != second.get(name):
             return what
-    records = [read_record(each.folder) or {} for each in (one, other)]
-    keys = [key for key in _list_data_keys(*records) if _find(records[0], key) != _find(records[1], key)]
-    if keys:
-        return "; ".join(f"{key} = {_find(records[0], key)} and {_find(records[1], key)}" for key in keys)
-    return None
-
-
-def _list_data_keys(*records: Mapping[str, Any]) -> list[str]:
-    """Also those of mixtures and of generated data."""
     sections = ("sources", *list_sections())
-    own = {key for record in records for key in record.get("options", {}) if key.partition(".")[0] in sections}
-    return [*DATA_KEYS, *sorted(own)]
+    return _list_differences(one, other, DATA_KEYS, sections)
 
 
-def _find(record: Mapping[str, Any], key: str) -> Any:
-    return record.get("options", {}).get(key)
+def find_measure_fault(one: Result, other: Result, metric: str) -> str | None:
+    """Why a metric of two runs is not measured on the same, in some words; None if it is."""
+    if metric.startswith(EVALUATION_PREFIX):
+        return _list_differences(one, other, EVALUATION_KEYS, (HELD_OUT,))
+    return _list_differences(one, other, LABEL_KEYS)
+
+
+def _list_differences(one: Result, other: Result, keys: Iterable[str], sections: Collection[str] = ()) -> str | None:
+    """Options that differ, of these and of all in some sections, such as those of mixtures and of generated data."""
+    first, second = ((read_record(each.folder) or {}).get("options", {}) for each in (one, other))
+    own = sorted({key for key in (*first, *second) if key.partition(".")[0] in sections})
+    different = [key for key in (*keys, *own) if first.get(key) != second.get(key)]
+    return "; ".join(f"{key} = {first.get(key)} and {second.get(key)}" for key in different) or None

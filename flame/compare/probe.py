@@ -22,7 +22,7 @@ from flame.compare.devices import Slot
 from flame.compare.outcomes import COMPLETE, LOG_FILE, read_outcome
 from flame.compare.queue import RunQueue, say, try_lock
 from flame.compare.results import read_result
-from flame.compare.runs import FAR_AWAY, Run, resolve
+from flame.compare.runs import FAR_AWAY, Run, is_same, resolve
 from flame.compare.spec import Budget, Options, Spec
 from flame.errors import MachineFault, UserError
 from flame.objectives.registry import choose_objective
@@ -122,15 +122,16 @@ def _find_steps(spec: Spec, run: Run, slots: Sequence[Slot], wanted: dict[str, A
 
 def _describe(run: Run, slots: Sequence[Slot]) -> dict[str, Any]:
     """What the time of a step depends on."""
-    options = run.describe()["options"]
-    kept = {key: value for key, value in options.items() if not key.endswith(".seed")}
-    return {"options": kept, "processes": run.processes, "at a time": len(_share_device(slots)), "threads": slots[0].threads}
+    described = run.describe()
+    kept = {key: value for key, value in described["options"].items() if not key.endswith(".seed")}
+    shared = {"at a time": len(_share_device(slots)), "threads": slots[0].threads}
+    return {"options": kept, "files": described["files"], "processes": run.processes, **shared}
 
 
 def _read(folder: Path, wanted: dict[str, Any]) -> StepTimes | None:
     try:
         found = json.loads((folder / PROBE_FILE).read_text())
-        return StepTimes(**found["a step"]) if found["of"] == wanted else None
+        return StepTimes(**found["a step"]) if is_same(found["of"], wanted) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flame.compare.metrics import VALIDATION, Metric
-from flame.compare.spec import CONFIG_KEY, Budget, Options, Spec, flatten, parse_spec
+from flame.compare.metrics import OF_ANSWERS, OF_OBJECTIVE, TOTAL, VALIDATION, Metric
+from flame.compare.spec import CONFIG_KEY, DEFAULT_METRIC, Budget, Options, Spec, flatten, parse_spec
 from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
 from flame.config.training import LENGTHS
 from flame.errors import UserError
 from flame.evaluation.tasks import name_task, split_names
 from flame.logging.console import EVALUATION_PREFIX
-from flame.objectives.registry import choose_objective
+from flame.objectives.registry import BUILT_IN, choose_objective
+from flame.trainer.named_files import hash_named_files
 from flame.trainer.options import build_table, read_options
 from flame.trainer.run_record import CONFIG_FILE
 
@@ -66,6 +67,7 @@ class Run:
         kept = {key: value for key, value in options.items() if key not in SILENT and not _is_length(key)}
         return {
             "options": json.loads(json.dumps(kept)),
+            "files": hash_named_files(options),
             "budget": list(self.budget),
             "steps": self.steps,
             "processes": self.processes,
@@ -123,11 +125,16 @@ def read_spec(path: str) -> Spec:
     for task in (name for name in spec.tasks if spec.arms and CONFIG_KEY in spec.tasks[name]):
         first = one[task, next(iter(spec.arms))]
         base = replace(first, options=spec.tasks[task] | {"training.seed": spec.seeds[0]})
-        of_task = _find_faults(spec, base)
+        of_arms = {arm: _find_faults(spec, one[task, arm]) for arm in spec.arms}
+        of_seeded = [line for lines in of_arms.values() for line in lines if line.split(" = ")[0] in spec.seeded]
+        faults += [f"compare.seeded of {spec.path}: {line}" for line in of_seeded]
+        # What all arms have is the task's own. What they all set otherwise is none.
+        of_task = [line for line in _find_faults(spec, base) if all(line in lines for lines in of_arms.values())]
         faults += [f"[tasks.{task}] of {spec.path}: {line}" for line in of_task]
         for arm in spec.arms:
-            of_arm = [line for line in _find_faults(spec, one[task, arm]) if line not in of_task]
+            of_arm = [line for line in of_arms[arm] if line not in (*of_task, *of_seeded)]
             faults += [f"[arms.{arm}] of {spec.path}, task {task}: {line}" for line in of_arm]
+        faults += _find_incomparable(spec, task, [one[task, arm] for arm in spec.arms])
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return spec
@@ -149,6 +156,9 @@ def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:
     wanted = [name for name in names if name.startswith(VALIDATION)]
     if wanted and not config.validation.interval:
         yield f"validation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"
+    of_answers = [name for name in wanted if name.removeprefix(VALIDATION).partition("/")[0] in OF_ANSWERS]
+    if of_answers and config.training.loss_on != "answer":
+        yield f'training.loss_on = "{config.training.loss_on}", and metrics.{of_answers[0]} is compared: set it to "answer"'
     wanted = [name for name in names if name.startswith(EVALUATION_PREFIX)]
     if wanted and not config.evaluation.interval:
         yield f"evaluation.interval = 0, and metrics.{wanted[0]} is compared: set it above 0"
@@ -160,6 +170,32 @@ def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:
             yield (
                 f"metrics.{name}: nothing of that name is evaluated, {there}: "
                 f"name it in evaluation.tasks or as [held_out.NAME], and write {EVALUATION_PREFIX}NAME/METRIC"
+            )
+
+
+def _find_incomparable(spec: Spec, task: str, runs: Sequence[Run]) -> Iterator[str]:
+    """A line for each metric whose meaning depends on the objective, where arms train different ones."""
+    metrics = [metric.name for metric in spec.metrics if metric.name.removeprefix(VALIDATION) in OF_OBJECTIVE]
+    if not metrics:
+        return
+    trained: dict[str, tuple[Any, ...]] = {}
+    for run in runs:
+        try:
+            config = read_options(run.spell_options(), run.processes)
+        except UserError:
+            continue  # of its options another line speaks
+        kind = choose_objective(config)
+        own_code = config.objective.path if kind is not None and kind.name not in BUILT_IN else ""
+        trained[run.arm] = () if kind is None else (kind.name, own_code, config.get(kind.options).loss_weight)
+    for name in metrics:
+        has_weight = name.removeprefix(VALIDATION) == TOTAL
+        kinds = {arm: objective if has_weight else objective[:2] for arm, objective in trained.items()}
+        first = {kind: arm for arm, kind in reversed(kinds.items())}
+        if len(first) > 1:
+            different = [arm for arm in kinds if arm in first.values()]
+            yield (
+                f"metrics.{name} ({spec.path}, task {task}): it means something else under each objective"
+                f"{' and loss_weight' * has_weight}, and arms differ in that ({', '.join(different)}): use {DEFAULT_METRIC}"
             )
 
 
@@ -195,9 +231,14 @@ def find_other_run(run: Run) -> str | None:
     wanted = run.describe()
     if run.budget.kind == "seconds" and run.steps is None:  # not known yet
         wanted["steps"] = record.get("steps")
-    if wanted == record:
+    if is_same(record, wanted):
         return None
     return f'"{run.folder}" holds a stale run, with {describe_changes(record, wanted)}: remove it, or choose another compare.out'
+
+
+def is_same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a record is of what is wanted now. One of an earlier version does not say what the files held."""
+    return {"files": wanted["files"], **record} == wanted
 
 
 def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -207,6 +248,12 @@ def describe_changes(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> st
         f"{key} = {before.get(key)} (now {now.get(key)})"
         for key in dict.fromkeys([*now, *before])
         if before.get(key) != now.get(key)
+    ]
+    told, files = record.get("files", wanted["files"]), wanted["files"]
+    changes += [
+        f"another content of {key} = {now.get(key)}"
+        for key in dict.fromkeys([*files, *told])
+        if files.get(key) != told.get(key) and before.get(key) == now.get(key)
     ]
     if wanted["budget"] != record.get("budget"):
         changes.append(f"a budget of {Budget(*record['budget'])} (now {Budget(*wanted['budget'])})")

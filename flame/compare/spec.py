@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tomli
 
-from flame.compare.metrics import Metric, list_known, read_better
+from flame.compare.metrics import Metric, find_meant, list_known, read_better
 from flame.config.table import format_toml
 from flame.config.training import LENGTHS
 from flame.errors import UserError
@@ -224,10 +224,12 @@ def _read_metrics(table: Mapping[str, Any], path: str, faults: list[str]) -> tup
         better = values.get("better", read_better(name))
         if better is None:
             advice = difflib.get_close_matches(name, list_known(), n=1)
-            meant = f"did you mean {advice[0]}? Else " if advice else ""
-            faults.append(f'{label} ({path}): {meant}say better = "lower" or better = "higher": it is not known of this metric')
+            guess = f"did you mean {advice[0]}? Else " if advice else ""
+            faults.append(f'{label} ({path}): {guess}say better = "lower" or better = "higher": it is not known of this metric')
         elif better not in ("lower", "higher"):
             faults.append(f'{label}.better = {format_toml(better)} ({path}): allowed is "lower" or "higher"')
+        elif meant := find_meant(name):
+            faults.append(f"{label} ({path}): no such metric, did you mean {meant}?")
         for key in ("goal", "stop_at"):
             value = values.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):

@@ -10,11 +10,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import flame
 from flame.config.help import write_config
 from flame.config.run import STARTS_FILE
 from flame.config.schema import JobConfig
+from flame.trainer.named_files import hash_code
 
 CONFIG_FILE = "config.toml"
+DIRTY = "-dirty"
 LIBRARIES = ("torch", "torchtitan", "transformers", "flash-linear-attention", "datasets")
 
 
@@ -25,13 +28,20 @@ def record_run(config: JobConfig, folder: Path, start_step: int, world_size: int
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "start_step": start_step,
         "world_size": world_size,
-        "git_revision": read_git_revision(),
+        "git_revision": describe_code(),
         "arguments": sys.argv[1:],
         "python": platform.python_version(),
         **{library: version(library) for library in LIBRARIES},
     }
     with (folder / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def describe_code() -> str | None:
+    """As `read_git_revision`, with a hash of flame's code behind "-dirty": two states of it are not one."""
+    revision = read_git_revision()
+    is_dirty = revision is not None and revision.endswith(DIRTY)
+    return f"{revision}-{hash_code(Path(flame.__file__).parent)[:8]}" if is_dirty else revision
 
 
 def read_git_revision() -> str | None:

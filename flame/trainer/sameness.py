@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from flame.config.schema import JobConfig
 from flame.data.corpus_content import describe_contents
 from flame.data.encoding import fingerprint_tokenizer
 from flame.runtime.sameness import reads_for_machine
+from flame.trainer.named_files import CODE_OPTIONS, hash_code, list_user_code
 from flame.trainer.run_record import read_git_revision
 from flame.trainer.setup import RunInputs
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "torchtitan", "flash-linear-attention", "triton", "datasets", "numpy")
 """Those that decide numbers."""
-CODE_OPTIONS = ("objective.path", "metrics.logger_path", "experimental.custom_model_path")
 PLACES = (
     "job.config_file",
     "job.dump_folder",
@@ -42,9 +41,9 @@ def describe_program(config: JobConfig) -> dict[str, Any]:
     if not reads_for_machine():
         return found
     found["git revision"] = read_git_revision()
-    found["hash of flame's code"] = _hash_code(Path(flame.__file__).parent)
-    for key, path in _list_user_code(options):
-        found[f"hash of {key}"] = _hash_code(path)
+    found["hash of flame's code"] = hash_code(Path(flame.__file__).parent)
+    for key, path in list_user_code(options):
+        found[f"hash of {key}"] = hash_code(path)
     return found
 
 
@@ -66,19 +65,3 @@ def _find_version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _list_user_code(options: dict[str, Any]) -> Iterator[tuple[str, Path]]:
-    for key, value in options.items():
-        is_code = key in CODE_OPTIONS or (key.endswith(".dataset") and str(value).endswith(".py"))
-        if is_code and value and (path := Path(value).expanduser()).exists():
-            yield key, path
-
-
-def _hash_code(path: Path) -> str:
-    """Hash of a Python file, or of all in a folder with their names."""
-    digest = sha256()
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-        digest.update(f"{file.relative_to(path)}\n".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

@@ -220,6 +220,23 @@ def test_a_stale_run_is_named_and_not_mixed(tmp_path: Path):
     expect_one_line(caught.value, "not of a comparison")
 
 
+def test_a_run_is_stale_once_a_file_that_it_names_has_another_content(tmp_path: Path):
+    model = tmp_path / "model.json"
+    model.write_text(text := (REPO / "configs/models/pathstar_cpu.json").read_text())
+    run = make_run(tmp_path, "quick", 1)
+    run = replace(run, options=run.options | {"model.config": str(model)})
+    write_record(run)
+    check_folders([run])
+    model.write_text(text + "\n")
+    with pytest.raises(UserError) as caught:
+        check_folders([run])
+    expect_one_line(caught.value, f"stale run, with another content of model.config = {model}: remove it")
+    record = read_record(run.folder) or {}
+    del record["files"]  # as an earlier version wrote it
+    (run.folder / "compare.json").write_text(json.dumps(record))
+    check_folders([run])
+
+
 @pytest.mark.parametrize(
     ("new", "told"), [("lr = 0.5", "optimizer.lr = 0.003 (now 0.5)"), ("learning = 1", "optimizer.learning = 1")]
 )

@@ -123,6 +123,7 @@ def test_runs_of_different_seeds_are_no_pair(spec: Spec):
         ("training.num_streams = 2", "training.num_streams = 1 and 2"),
         ("pathstar.graphs = 1000", "pathstar.graphs = 0 and 1000"),
         ("validation.num_sequences = 9", "validation.num_sequences = 4 and 9"),
+        ('training.answer_separator = "?"', "training.answer_separator"),
     ],
 )
 def test_an_option_that_decides_the_data_breaks_a_pair(tmp_path: Path, option: str, told: str):
@@ -132,17 +133,44 @@ def test_an_option_that_decides_the_data_breaks_a_pair(tmp_path: Path, option: s
     assert next(row for row in found.rows if row.arm == "mtp").paired is None
 
 
+@pytest.mark.parametrize(
+    ("option", "metric", "told"),
+    [
+        ('training.loss_on = "all"', "validation_ce_loss", "training.loss_on = answer and all"),
+        ("evaluation.num_questions = 5", "evaluation/books/ce_loss", "evaluation.num_questions = 1000 and 5"),
+        ("held_out.books.num_documents = 5", "evaluation/books/ce_loss", "held_out.books.num_documents = 1000 and 5"),
+    ],
+)
+def test_what_one_metric_is_measured_on_breaks_its_pairs_alone(tmp_path: Path, option: str, metric: str, told: str):
+    path = Path(write_spec(tmp_path, old='name = "mtp"', new=f'name = "mtp"\n{option}'))
+    held_out = 'evaluation.interval = 10\nheld_out.books.dataset = "pathstar"\nheld_out.books.dataset_name = "3x3"\n'
+    text = path.read_text().replace("[arms.next_token]", held_out + "[arms.next_token]")
+    path.write_text(text.partition("[metrics")[0] + '[metrics.validation_ce_loss]\n[metrics."evaluation/books/ce_loss"]\n')
+    spec = read_spec(str(path))
+    for run in list_runs(spec):
+        write_result(run, [0.1, 0.2])
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write('\n{"step": 20, "validation_ce_loss": 1.0, "evaluation/books/ce_loss": 2.0}\n')
+    found = analyse(spec, read_results(list_runs(spec)))
+    assert found.uncounted[0] == f"graphs: mtp and next_token are no pair with seed 1 for {metric}: {told}"
+    assert len(found.uncounted) == 3
+    paired = {row.metric.name: row.paired is not None for row in found.rows if row.arm == "mtp"}
+    assert paired == {name: name != metric for name in ("validation_ce_loss", "evaluation/books/ce_loss")}
+
+
 def test_what_a_reader_is_warned_of(spec: Spec):
     runs = write_all(spec)
     first = runs[0].folder / "first_step.jsonl"
     first.write_text(json.dumps(json.loads(first.read_text()) | {"device": "another chip"}) + "\n")
     (runs[1].folder / "starts.jsonl").write_text(json.dumps({"git_revision": "def"}) + "\n")
+    for run, state in zip(runs[2:4], ("1", "2"), strict=True):
+        (run.folder / "starts.jsonl").write_text(json.dumps({"git_revision": f"{'c' * 40}-dirty-{state}"}) + "\n")
     stopping = replace(spec, parallel=2, metrics=(Metric("validation_exact_match", True, stop_at=1.0),))
     notes = " ".join(analyse(stopping, read_results(runs)).notes)
     for part in (
         "3 seeds are fewer",
         "different devices (a chip; another chip)",
-        "2 revisions of the code: abc, def",
+        "4 revisions of the code: abc, cccccccc-dirty-1, cccccccc-dirty-2, def",
         "shared a device",
     ):
         assert part in notes

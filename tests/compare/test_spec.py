@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flame.compare.command import main
+from flame.compare.metrics import find_meant
 from flame.compare.runs import list_runs, read_spec, resolve
 from flame.compare.spec import Budget
 from flame.errors import UserError
@@ -42,6 +43,36 @@ def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
         ('name = "mtp"', 'name = "mtp"\ntraining.steps = 3', ("training.steps = 3 ([arms.mtp]", "budget is set in [compare]")),
         ('name = "mtp"', 'name = "mtp"\ntraining.seed = 3', ("training.seed = 3 ([arms.mtp]", "seeds are set in [compare]")),
         ("validation_exact_match", "validation_exact_mach", ("did you mean validation_exact_match?", 'better = "lower"')),
+        (
+            "validation_exact_match]",
+            'validation_exact_mach]\nbetter = "higher"',
+            ("metrics.validation_exact_mach", "no such metric, did you mean validation_exact_match?"),
+        ),
+        (
+            "[metrics.validation_exact_match]",
+            '[metrics."validaton_exact_match/5x5"]\nbetter = "higher"',
+            ("metrics.validaton_exact_match/5x5", "did you mean validation_exact_match/5x5?"),
+        ),
+        (
+            "[arms.mtp]",
+            '[arms.mtp]\ntraining.loss_on = "all"',
+            ("[arms.mtp]", 'training.loss_on = "all", and metrics.validation_exact_match is compared', 'set it to "answer"'),
+        ),
+        (
+            "model.config",
+            'training.loss_on = "all"\nmodel.config',
+            ("[tasks.graphs]", 'training.loss_on = "all", and metrics.validation_exact_match is compared'),
+        ),
+        (
+            "tokens = 20_000",
+            'tokens = 20_000\nseeded = ["pathstar.sead"]',
+            ("compare.seeded of", "pathstar.sead = 1: no such option, did you mean pathstar.seed?"),
+        ),
+        (
+            "tokens = 20_000",
+            'tokens = 20_000\nseeded = ["objective.name"]',
+            ("compare.seeded of", "objective.name = "),
+        ),
         ("goal = 0.9", "goals = 0.9", ("metrics.validation_exact_match.goals", "did you mean goal?")),
         ("goal = 0.9", 'better = "more"', ('better = "more"', '"lower" or "higher"')),
         ('name = "mtp"', 'name = "mpt"', ("[arms.mtp]", 'objective.name = "mpt"')),
@@ -63,6 +94,7 @@ def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[st
     for part in (path, *parts):
         assert part in str(caught.value)
     assert len([line for line in caught.value.lines if parts[0] in line]) == 1
+    assert parts[0] != "compare.seeded of" or len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -93,6 +125,60 @@ held_out.books.dataset_name = "3x3"
     with pytest.raises(UserError) as caught:
         read_spec(str(path))
     assert all("nothing of that name is evaluated, there are facts, books" in line for line in caught.value.lines)
+
+
+@pytest.mark.parametrize("metric", ["loss", "validation_loss", "aux_loss", "validation_aux_loss"])
+def test_a_loss_of_different_objectives_is_not_compared(tmp_path: Path, metric: str):
+    with pytest.raises(UserError) as caught:
+        read_spec(write_spec(tmp_path, old="validation_exact_match", new=metric))
+    told = f"metrics.{metric} ({tmp_path}/spec.toml, task graphs)"
+    expect_one_line(caught.value, told, "(next_token, mtp, future)", "use validation_ce_loss")
+
+
+def test_a_loss_of_one_objective_is_compared(tmp_path: Path):
+    """Its weight is a factor of the sum alone."""
+    path = Path(write_spec(tmp_path, old="[arms.future]", new='[arms.future]\nobjective.name = "mtp"\nmtp.loss_weight = 0.5'))
+    text = path.read_text().replace('objective.name = "next_token"', 'objective.name = "mtp"')
+    path.write_text(text.replace("validation_exact_match", "validation_aux_loss"))
+    assert read_spec(str(path)).metrics[0].name == "validation_aux_loss"
+    path.write_text(text.replace("validation_exact_match", "validation_loss"))
+    with pytest.raises(UserError) as caught:
+        read_spec(str(path))
+    expect_one_line(caught.value, "metrics.validation_loss", "(next_token, future)", "loss_weight")
+    path.write_text(text.replace("validation_exact_match", "validation_loss").replace("mtp.loss_weight = 0.5", ""))
+    assert read_spec(str(path)).metrics[0].name == "validation_loss"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("validation_exact_mach", "validation_exact_match"),
+        ("validation_cel_oss", "validation_ce_loss"),
+        ("validaton_ce_loss/web", "validation_ce_loss/web"),
+        ("aux_los", "aux_loss"),
+        ("evaluation/facts/acuracy", "evaluation/facts/accuracy"),
+        ("evaluation/facts/accuracy_per_bite", "evaluation/facts/accuracy_per_byte"),
+        ("validation_ce_loss/web", None),
+        ("evaluation/facts/accuracy_per_char", None),
+        ("validation_kl_loss", None),
+        ("validation_nitp_cosine", None),
+        ("negative_cosine", None),
+        ("action_loss", None),
+        ("mtp_ce_2", None),
+        ("tokens_seen", None),
+    ],
+)
+def test_a_slip_is_told_from_a_metric_of_ones_own(name: str, meant: str | None):
+    assert find_meant(name) == meant
+
+
+def test_what_all_arms_set_right_is_no_mistake_of_the_task(tmp_path: Path):
+    path = Path(write_spec(tmp_path, old="model.config", new='training.loss_on = "all"\nmodel.config'))
+    text = path.read_text()
+    for arm in ("next_token", "mtp", "future"):
+        text = text.replace(f"[arms.{arm}]", f'[arms.{arm}]\ntraining.loss_on = "answer"')
+    path.write_text(text)
+    assert len(read_spec(str(path)).arms) == 3
 
 
 def test_a_value_may_begin_with_dashes(tmp_path: Path):

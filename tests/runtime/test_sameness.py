@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flame.errors import UserError
 from flame.runtime.sameness import check_same, hash_pieces, list_differences
-from flame.trainer import sameness
+from flame.trainer.named_files import hash_code
 from flame.trainer.options import read_options
 from flame.trainer.sameness import PLACES, describe_program
 from flame.weights.fingerprint import describe_weights
@@ -106,11 +106,11 @@ def test_one_rank_of_a_machine_reads_for_all(monkeypatch: pytest.MonkeyPatch, mo
 
 def test_code_is_told_by_names_and_content(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1")
-    first = sameness._hash_code(tmp_path)
+    first = hash_code(tmp_path)
     (tmp_path / "b.txt").write_text("no code")
-    assert sameness._hash_code(tmp_path) == first
+    assert hash_code(tmp_path) == first
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert sameness._hash_code(tmp_path) != first
+    assert hash_code(tmp_path) != first
 
 
 def test_a_large_file_is_told_by_its_pieces(tmp_path: Path) -> None:
