@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from flame.config.schema import JobConfig
+from flame.data.tasks.reasoning_gym import Problem
 from flame.data.tokenizer import build_bytes_tokenizer
-from flame.evaluation.measured import AskedTask, HeldOutSet
+from flame.evaluation.measured import AskedTask, HeldOutSet, ProblemSet
 from flame.evaluation.scoring import Scorer, Scores, build_packed, pack_by_length
 from flame.evaluation.tasks import Answer, Question, Task
 from flame.evaluation.texts import ScoredText, cut_windows, encode_answers, encode_texts
@@ -27,6 +28,7 @@ from tests.support.ranks import run_on_ranks
 
 SEQ_LEN, CONTEXT_LEN = 160, 60
 TOKENIZER = build_bytes_tokenizer()
+SHARES = ("accuracy", "accuracy_per_char", "accuracy_per_byte", "exact_match")
 
 
 def score_here(model, texts: list[ScoredText], seq_len: int = SEQ_LEN) -> Scores:
@@ -141,6 +143,43 @@ def test_too_long_and_empty_answers_are_left_out_and_counted():
     assert (asked.num_questions, asked.num_cut, asked.num_left_out) == (2, 1, 2)
     assert "1 do not fit training.context_len" in asked.describe() and "2 are left out" in asked.describe()
     assert [text.num_inputs for text in asked.texts] == [CONTEXT_LEN, 2, 1]
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf, math.inf])
+def test_one_score_that_is_not_finite_makes_the_shares_nan(broken):
+    asked = AskedTask(Task("toy", [Question((Answer("q", " a"), Answer("q", " b")), 0)] * 3), TOKENIZER, CONTEXT_LEN)
+    log_probs = np.asarray([-1.0, -2.0] * 3)
+    sound = asked.measure(Scores(log_probs, np.ones(6, bool)))
+    assert {sound[name] for name in SHARES} == {1.0}
+    log_probs[3] = broken
+    found = asked.measure(Scores(log_probs, np.ones(6, bool)))
+    assert all(math.isnan(found[name]) for name in SHARES), found
+    assert found["bits_per_byte"] == sound["bits_per_byte"], "the right answers have scores"
+
+
+class Problems:
+    """Three problems, whose answers have 4, 16 and 17 bytes."""
+
+    lengths = (4, 16, 17)
+
+    def make(self, number: int) -> Problem:
+        return Problem("question=", "a" * self.lengths[number], {})
+
+    def verify(self, problem: Problem, answer: str) -> bool:
+        return problem.answer == answer
+
+
+def test_a_uniform_model_of_bytes_takes_eight_bits_per_byte_of_answers_of_any_length():
+    """An answer longer than the context cannot be scored whole, so it is left out and counted."""
+    problems = ProblemSet("toy", Problems(), 3, TOKENIZER, 16)
+    assert [(text.num_inputs, text.num_scored) for text in problems.texts] == [(12, 4), (16, 16)]
+    assert (problems.num_cut, problems.num_left_out) == (1, 1)
+    assert problems.describe().endswith(
+        "; 1 do not fit training.context_len, and lose the beginning of their question; 1 are left out of bits per byte, with "
+        "an answer that is empty or does not fit training.context_len"
+    )
+    log_probs = np.asarray([-math.log(256) * text.num_scored for text in problems.texts])
+    assert problems.measure(Scores(log_probs, np.ones(2, bool)))["bits_per_byte"] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.5, 3.0)])
