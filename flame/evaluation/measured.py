@@ -112,7 +112,7 @@ class HeldOutSet:
         self.texts: list[ScoredText] = []
         for ids, num_bytes in _encode(documents, tokenizer):
             self.num_documents += 1
-            self._num_bytes += num_bytes
+            self._num_bytes += num_bytes - count_first_bytes(tokenizer, ids)
             self.texts += cut_windows(ids, context_len)
         self._num_scored = sum(text.num_scored for text in self.texts)
 
@@ -120,10 +120,11 @@ class HeldOutSet:
         return f"{self.name}: {self.num_documents} held-out documents, {self._num_scored + self.num_documents} tokens"
 
     def measure(self, scores: Scores) -> dict[str, float]:
-        """Cross entropy in nats per token, and bits per byte. The first token of a document is not predicted, as in training; its
-        bytes count."""
+        """Cross entropy in nats per token, and bits per byte. The first token of a document is not predicted, as in training, so
+        neither the token nor its bytes count."""
         nats = -float(scores.log_probs.sum())
-        return {"ce_loss": nats / self._num_scored, "bits_per_byte": nats / math.log(2) / self._num_bytes}
+        found = {"ce_loss": nats / self._num_scored}
+        return found | ({"bits_per_byte": nats / math.log(2) / self._num_bytes} if self._num_bytes else {})
 
 
 class ProblemSet:
@@ -174,6 +175,17 @@ class ProblemSet:
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of token ids, without special tokens."""
     return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def count_first_bytes(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> int:
+    """UTF-8 bytes of a document, integer [n], that its first token stands for: 0 if that is one that begins each text."""
+    if len(ids) == 0:
+        return 0
+    text, token = decode(tokenizer, ids[:1].tolist()), tokenizer.backend_tokenizer.id_to_token(int(ids[0])) or ""
+    if "\ufffd" not in text or "\ufffd" in token:
+        return len(text.encode())
+    # The token ends inside a character. It is written as one byte, "<0xC3>", or with one symbol for each byte.
+    return 1 if token.startswith("<0x") else len(token)
 
 
 def _encode(
