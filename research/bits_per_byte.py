@@ -3,7 +3,8 @@
     python -m research.bits_per_byte TEXT.jsonl [TEXT.jsonl ...] --models FOLDER [FOLDER ...]
 
 A document is cut into chunks of `CONTEXT` tokens. Bits are those of all tokens but the first of a chunk, and bytes those of the
-whole text, so the figure does not depend on the tokenizer. Each line of the output is a model, with one number for each text.
+whole text, so the figure compares models with the same tokenizer. Each line of the output is a model, with one number for each
+text.
 """
 
 from __future__ import annotations

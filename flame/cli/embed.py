@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flame.cli.reading import add_options, check_positive, get_corpus, run_quietly
+from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 
@@ -43,16 +43,15 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from flame.data.tokenizer import load_tokenizer
     from flame.library.embeddings import embed, load_modules
     from flame.library.loading import load_model
-    from flame.library.retrieval import retrieve
+    from flame.library.retrieval import retrieve, split_texts
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
-    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = load_own_tokenizer(arguments.model, arguments.trust_remote_code)
     texts = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
     if arguments.out:
         vectors = embed(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
@@ -66,7 +65,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{'prefix':<22}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
         for each in found:
             print(f"{each.queries:<22}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")
-        print(f"{len(texts):,} texts")
+        count = len(split_texts(texts, modules.shift)[0])
+        short = f"; {len(texts) - count:,} more are too short to be cut in two" if count < len(texts) else ""
+        print(f"{count:,} texts{short}")
     return 0
 
 

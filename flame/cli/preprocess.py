@@ -49,6 +49,8 @@ def preprocess(
     Raises:
         UserError: the options or the data are wrong, `out` was begun with other ones, or it cannot be written.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--out "{out}" names a file: give a folder')
     source, rows = _open_text(corpus)
     tokenizer = load_tokenizer(tokenizer_path)
     rows = prepare_rows(source, rows, tokenizer, loss_on)

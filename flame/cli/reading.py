@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flame.config.data import Corpus
 from flame.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def add_options(parser: argparse.ArgumentParser, num_tokens: int) -> None:
@@ -41,6 +45,24 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 def get_corpus(arguments: argparse.Namespace) -> Corpus:
     """The corpus that the options name."""
     return Corpus(dataset=arguments.dataset, data_files=arguments.data_files, text_column=arguments.text_column)
+
+
+def load_own_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer that comes with a model.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from flame.data.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(name, trust_remote_code)
+    except UserError as error:  # it names the options of a run
+        options = {"model.tokenizer_path": "MODEL", "model.trust_remote_code = true": "--trust_remote_code"}
+        lines = list(error.lines)
+        for option, own in options.items():
+            lines = [line.replace(option, own) for line in lines]
+        raise UserError(*lines) from error
 
 
 def run_quietly(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import csv
 import sys
 from pathlib import Path
 
-from flame.cli.reading import add_options, check_positive, get_corpus, run_quietly
+from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 HORIZONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -40,15 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from flame.data.tokenizer import load_tokenizer
-    from flame.library.loading import load_model
+    from flame.library.loading import check_model, load_model
     from flame.library.readout import measure
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
+    for name in arguments.models:
+        check_model(name)
     rows = []
     for name in arguments.models:
-        tokenizer = load_tokenizer(name, arguments.trust_remote_code)
+        tokenizer = load_own_tokenizer(name, arguments.trust_remote_code)
         documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
         if len(documents) < HELD_OUT_EVERY:
             raise UserError(

@@ -113,7 +113,7 @@ def find_model_conflicts(config: str, tokenizer_path: str, start: Start) -> Iter
     if looks_like_path(weights) and not is_remote(weights) and not os.path.isdir(os.path.expanduser(weights)):
         yield f"{label}: no such folder"
         return
-    if newest := _find_checkpoint_in(weights):
+    if newest := find_checkpoint_in(weights):
         yield f'{label} is a folder of checkpoints: name one of them, such as "{newest}"'
         return
     beside = find_beside_weights(weights)
@@ -154,7 +154,7 @@ def find_branch_conflicts(branch_from: str, own_folder: Path) -> Iterator[str]:
         return  # the branch goes on from its own
     elif not looks_like_path(branch_from) and not os.path.isdir(path):
         yield f'checkpoint.branch_from = "{branch_from}": no such folder'
-    elif os.path.isdir(path) and not is_checkpoint(Path(path)) and not _find_checkpoint_in(branch_from):
+    elif os.path.isdir(path) and not is_checkpoint(Path(path)) and not find_checkpoint_in(branch_from):
         yield (
             f'checkpoint.branch_from = "{branch_from}" is no step-N checkpoint folder: name one, or take the weights alone with '
             "checkpoint.initial_load_path"
@@ -173,7 +173,7 @@ def _find_config_conflicts(config: str, start: Start, beside: str) -> Iterator[s
         yield f'model.config = "{config}": no such file or folder'
 
 
-def _find_checkpoint_in(weights: str) -> str:
+def find_checkpoint_in(weights: str) -> str:
     """The newest checkpoint in a folder that is none itself, but a run's or its checkpoints'."""
     folder = os.path.expanduser(weights)
     if not os.path.isdir(folder) or is_checkpoint(Path(folder)) or os.path.exists(os.path.join(folder, "config.json")):

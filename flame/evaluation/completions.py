@@ -117,9 +117,9 @@ class Completer:
 
 
 def _predict(model: TrainingModel, batch: PackedBatch, count: int) -> Tensor:
-    """Logits [count, V] of the tokens that follow the first documents of a packed sequence."""
+    """Logits [count, V], float32 or wider, of the tokens that follow the first documents of a packed sequence."""
     ends = batch.cu_seqlens[1 : count + 1].long() - 1
-    return model.output_head.compute_logits(model.encode_past(batch)[ends])
+    return model.output_head.compute_wide_logits(model.encode_past(batch)[ends])
 
 
 def read_prompts(path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[str], list[np.ndarray]]:

@@ -70,16 +70,18 @@ class AskedTask:
         """Shares of the questions, and bits per byte over the right answers of all questions together.
 
         The answer with the highest score is chosen, of equal ones the first. The length of an answer is that of its text without
-        the one space before it, as in lm-eval's `acc_norm` and `acc_bytes`.
+        the one space before it, as in lm-eval's `acc_norm` and `acc_bytes`. A score that is not finite makes the shares NaN.
         """
-        chosen: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_char": [], "accuracy_per_byte": []}
-        exact: list[bool] = []
+        chosen: dict[str, list[float]] = {"accuracy": [], "accuracy_per_char": [], "accuracy_per_byte": []}
+        exact: list[float] = []
         nats = num_bytes = 0.0
         start = 0
         for question, group in self._asked:
             end = start + len(group)
             log_probs, gold = scores.log_probs[start:end], question.gold
-            exact.append(bool(scores.is_greedy[start + gold]))
+            # An argmax of scores that are not finite would be an answer, and the metric a number that looks right.
+            broken = not np.isfinite(log_probs).all()
+            exact.append(math.nan if broken else float(scores.is_greedy[start + gold]))
             nats, num_bytes = nats - float(log_probs[gold]), num_bytes + group[gold].num_bytes
             if len(group) > 1:
                 texts = [answer.continuation.removeprefix(" ") for answer in question.answers]
@@ -88,7 +90,8 @@ class AskedTask:
                     ("accuracy_per_char", [len(text) for text in texts]),
                     ("accuracy_per_byte", [len(text.encode()) for text in texts]),
                 ):
-                    chosen[name].append(int(np.argmax(log_probs / np.maximum(lengths, 1))) == gold)
+                    is_right = int(np.argmax(log_probs / np.maximum(lengths, 1))) == gold
+                    chosen[name].append(math.nan if broken else float(is_right))
             start = end
         found = {name: float(np.mean(right)) for name, right in {**chosen, "exact_match": exact}.items() if right}
         return found | ({"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {})
@@ -109,7 +112,7 @@ class HeldOutSet:
         self.texts: list[ScoredText] = []
         for ids, num_bytes in _encode(documents, tokenizer):
             self.num_documents += 1
-            self._num_bytes += num_bytes
+            self._num_bytes += num_bytes - count_first_bytes(tokenizer, ids)
             self.texts += cut_windows(ids, context_len)
         self._num_scored = sum(text.num_scored for text in self.texts)
 
@@ -117,10 +120,11 @@ class HeldOutSet:
         return f"{self.name}: {self.num_documents} held-out documents, {self._num_scored + self.num_documents} tokens"
 
     def measure(self, scores: Scores) -> dict[str, float]:
-        """Cross entropy in nats per token, and bits per byte. The first token of a document is not predicted, as in training; its
-        bytes count."""
+        """Cross entropy in nats per token, and bits per byte. The first token of a document is not predicted, as in training, so
+        neither the token nor its bytes count."""
         nats = -float(scores.log_probs.sum())
-        return {"ce_loss": nats / self._num_scored, "bits_per_byte": nats / math.log(2) / self._num_bytes}
+        found = {"ce_loss": nats / self._num_scored}
+        return found | ({"bits_per_byte": nats / math.log(2) / self._num_bytes} if self._num_bytes else {})
 
 
 class ProblemSet:
@@ -129,6 +133,8 @@ class ProblemSet:
     Attributes:
         prompts: token ids of the questions.
         longest_answer: tokens of the longest answer that the source gives, with the end of text.
+        num_cut: problems of which a question is cut before the source's answer.
+        num_left_out: problems that are not in bits per byte, since the source's answer is empty or longer than `context_len`.
     """
 
     def __init__(self, name: str, problems: VerifiedProblems, count: int, tokenizer: PreTrainedTokenizerFast, context_len: int):
@@ -137,22 +143,26 @@ class ProblemSet:
         answers = encode_texts(tokenizer, [problem.answer for problem in self._made])
         self.prompts = encode_texts(tokenizer, [problem.prompt for problem in self._made])
         self.longest_answer = 1 + max(map(len, answers))
-        self._num_bytes = sum(len(problem.answer.encode()) for problem in self._made)
-        whole = [np.concatenate([prompt, answer]) for prompt, answer in zip(self.prompts, answers, strict=True)]
-        self.num_cut = sum(len(ids) > context_len + 1 for ids in whole)
-        self.texts = [
-            ScoredText(ids[-(context_len + 1) :], min(len(answer), context_len))
-            for ids, answer in zip(whole, answers, strict=True)
-        ]
+        scored = [0 < len(answer) <= context_len for answer in answers]
+        self.num_left_out = len(scored) - sum(scored)
+        self._num_bytes = sum(len(problem.answer.encode()) for problem in itertools.compress(self._made, scored))
+        pairs = list(itertools.compress(zip(self.prompts, answers, strict=True), scored))
+        self.num_cut = sum(len(prompt) + len(answer) > context_len + 1 for prompt, answer in pairs)
+        self.texts = [ScoredText(np.concatenate([prompt, answer])[-(context_len + 1) :], len(answer)) for prompt, answer in pairs]
 
     def describe(self) -> str:
         line = f"{self.name}: {len(self.prompts)} problems, answers of at most {self.longest_answer} tokens"
         if self.num_cut:
             line += f"; {self.num_cut} do not fit training.context_len, and lose the beginning of their question"
+        if self.num_left_out:
+            line += (
+                f"; {self.num_left_out} are left out of bits per byte, with an answer that is empty or does not fit "
+                "training.context_len"
+            )
         return line
 
     def measure(self, scores: Scores) -> dict[str, float]:
-        """Bits per byte of the source's own answers."""
+        """Bits per byte of the source's own answers, those that are scored."""
         return {"bits_per_byte": -float(scores.log_probs.sum()) / math.log(2) / self._num_bytes}
 
     def judge(self, completions: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -165,6 +175,17 @@ class ProblemSet:
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of token ids, without special tokens."""
     return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def count_first_bytes(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> int:
+    """UTF-8 bytes of a document, integer [n], that its first token stands for: 0 if that is one that begins each text."""
+    if len(ids) == 0:
+        return 0
+    text, token = decode(tokenizer, ids[:1].tolist()), tokenizer.backend_tokenizer.id_to_token(int(ids[0])) or ""
+    if "\ufffd" not in text or "\ufffd" in token:
+        return len(text.encode())
+    # The token ends inside a character. It is written as one byte, "<0xC3>", or with one symbol for each byte.
+    return 1 if token.startswith("<0x") else len(token)
 
 
 def _encode(

@@ -9,11 +9,32 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flame.attention.fla_families import register_fla_family
+from flame.config.locations import find_checkpoint_in, is_checkpoint, looks_like_path
 from flame.errors import UserError
 from flame.models.custom_model import import_custom_model
 
 LONGEST_REASON = 300
 WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def check_model(name: str) -> None:
+    """Check what a command names as its model, as far as that needs neither the Hub nor the weights.
+
+    Raises:
+        UserError: it can only be a path, and there is nothing; or it is a run's folder or a checkpoint.
+    """
+    path, label = Path(name).expanduser(), f'MODEL = "{name}"'
+    if not path.exists():
+        if looks_like_path(name):
+            raise UserError(f"{label}: no such file or folder here: give a folder, a JSON configuration or a Hub name")
+        return
+    export = "give what flame-convert-dcp-to-hf --checkpoint {} --out FOLDER writes"
+    if is_checkpoint(path):
+        raise UserError(f"{label} is a checkpoint: {export.format(name)}")
+    if (path / "hf" / "config.json").is_file() and not (path / "config.json").exists():
+        raise UserError(f'{label} is a run\'s folder: give "{path / "hf"}"')
+    if checkpoint := find_checkpoint_in(name):
+        raise UserError(f"{label} is a run's folder without an export: {export.format(checkpoint)}")
 
 
 def load_model(
@@ -37,6 +58,7 @@ def load_model(
     Raises:
         UserError: it cannot be loaded.
     """
+    check_model(name)
     import_custom_model(custom_model_path)
     path = Path(name).expanduser()
     is_config = path.is_file() or (path.is_dir() and not any(file for kind in WEIGHTS for file in path.glob(kind)))

@@ -92,7 +92,7 @@ class OutputHead(NamedTuple):
         """The head's product [n, V] in a dtype that is not narrower than that of states and weights."""
         if hidden_states.dtype == wide:
             return F.linear(hidden_states, self.weight, self.bias)
-        if hidden_states.is_cuda:
+        if hidden_states.is_cuda and len(hidden_states):  # none where a rank has no prompt left to complete
             product = torch.mm(hidden_states, self.weight.t(), out_dtype=wide)
         else:
             product = hidden_states.to(wide) @ self.weight.t().to(wide)
@@ -100,7 +100,14 @@ class OutputHead(NamedTuple):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> [T, V], in the dtype of the states."""
-        logits = F.linear(hidden_states, self.weight, self.bias) * self.rule.scale
+        return self._apply_rule(F.linear(hidden_states, self.weight, self.bias))
+
+    def compute_wide_logits(self, hidden_states: Tensor) -> Tensor:
+        """[n, d] -> [n, V], not rounded to the dtype of the states: the highest is the label that `score_labels` finds best."""
+        return self._apply_rule(self._project_wide(hidden_states, torch.promote_types(self.weight.dtype, torch.float32)))
+
+    def _apply_rule(self, products: Tensor) -> Tensor:
+        logits = products * self.rule.scale
         return logits if self.rule.cap is None else self.rule.cap * torch.tanh(logits / self.rule.cap)
 
 

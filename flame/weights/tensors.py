@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from flame.checkpoints.files import find_missing
 from flame.checkpoints.manifest import TRAINER_FILE, has_digests, read_state, verify_files, warn_unverified
 from flame.checkpoints.storage import TensorReader, verify_tensors
+from flame.config.locations import find_checkpoint_in
 from flame.errors import UserError
 
 MODEL_PREFIX = "model."
@@ -30,6 +31,8 @@ class ModelTensors:
     """
 
     def __init__(self, checkpoint: Path):
+        if newest := find_checkpoint_in(str(checkpoint)):
+            raise UserError(f'checkpoint "{checkpoint}" is a folder of checkpoints: name one of them, such as "{newest}"')
         if checkpoint.suffix or find_missing(checkpoint):
             raise UserError(f'checkpoint "{checkpoint}" is not a complete checkpoint folder (step-N, with {TRAINER_FILE} in it)')
         self.checkpoint = checkpoint

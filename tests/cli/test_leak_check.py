@@ -88,7 +88,7 @@ def test_folders_with_weights_windows_and_custom_code(tmp_path, capsys):
 
 
 MISTAKES = {
-    "no such place": (["nowhere/at/all"], "cannot be loaded"),
+    "no such place": (["nowhere/at/all"], "no such file or folder here"),
     "a negative window": (["config.json", "--window_k", "-5"], "--window_k = -5"),
     "unknown attention": (["config.json", "--attn", "psychic"], "cannot be loaded"),
     "unknown device": (["config.json", "--device", "abacus"], "cannot be loaded"),
@@ -108,3 +108,11 @@ def test_a_mistake_is_one_line_and_ends_with_2(tmp_path, monkeypatch, capsys, ca
     assert main([*arguments] if "--device" in arguments else [*arguments, "--device", "cpu"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+@pytest.mark.parametrize("name", ["nosuch.json", "/nosuch.json", "~/nosuch/model", "s3://bucket/model"])
+def test_a_path_that_is_nothing_is_not_asked_of_the_hub(name, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda *_, **__: pytest.fail("asked"))
+    assert main([name, "--device", "cpu"]) == 2
+    error = f'MODEL = "{name}": no such file or folder here: give a folder, a JSON configuration or a Hub name'
+    assert capsys.readouterr().err.splitlines() == [error]

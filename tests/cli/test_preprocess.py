@@ -353,7 +353,7 @@ def test_wrong_options_are_one_line(corpus: Path, tmp_path: Path, capsys: pytest
     expect_refusal(capsys, ["--out", str(out), "--tokenizer_path", "bytes", "--dataset", "text"], "--data_files")
     assert not out.exists()
     (tmp_path / "file").touch()
-    expect_refusal(capsys, options(corpus, tmp_path / "file"), f'--out "{tmp_path / "file"}"')
+    expect_refusal(capsys, options(corpus, tmp_path / "file"), f'--out "{tmp_path / "file"}" names a file: give a folder\n')
 
 
 def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

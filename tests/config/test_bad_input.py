@@ -554,6 +554,7 @@ def test_bad_text_files_are_bad_rows(folder: Path, streaming: bool) -> None:
 
 NO_TEXT = "yields no usable text"
 NO_OBJECTS = "all empty, not text or undecodable: the first rows are no JSON objects: check training.data_files = "
+ONE_ARRAY = "is one JSON array: one JSON object a line is needed: write each element on a line of its own"
 CHECK_FILES = "all empty, not text or undecodable: check training.data_files = "
 BROKEN: dict[str, tuple[str, bytes, str]] = {
     "empty text": ("text", b"", CHECK_FILES),
@@ -574,6 +575,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "which have: body, id, i\\x00; give the one that holds the text",
     ),
     "numbers under the key": ("json", b'{"id": 1}\n{"text": 1}\n', 'check what the rows hold as training.text_column = "text"'),
+    "one array": ("json", b'[{"text": "a"}, {"text": "b"}]\n', ONE_ARRAY),
+    "one array over lines": ("json", b'\xef\xbb\xbf\n [ \n{"text": "a"},\n{"text": "b"}\n]\n', ONE_ARRAY),
+    "one array from the first line on": ("json", b'[{"text": "a"},\n {"text": "b"}]\n', ONE_ARRAY),
     "cut parquet": ("parquet", PARQUET[:-300], "cannot be loaded"),
     "half a parquet": ("parquet", PARQUET[: len(PARQUET) // 2], "cannot be loaded"),
     "overwritten parquet": ("parquet", PARQUET[:100] + bytes(2000) + PARQUET[2100:], "cannot be "),

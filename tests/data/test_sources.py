@@ -648,3 +648,15 @@ def test_a_compressed_file_may_begin_with_a_skippable_frame(tmp_path: Path, form
     frames = b"".join(bytes([0x50 + n]) + b"\x2a\x4d\x18" + n.to_bytes(4, "little") + b"x" * n for n in (4, 0, 9))
     (tmp_path / "a.jsonl").write_bytes(frames + content)
     assert read_either(Training(dataset="json", data_files=f"{tmp_path}/a.jsonl", streaming=streaming)) == ["a"]
+
+
+@pytest.mark.parametrize("first", ["[1]", "[", "[2024] started", "[]", '[{"text": "x"}]'])
+def test_a_first_json_line_that_is_no_object_is_a_bad_row(tmp_path: Path, first: str) -> None:
+    """But a single bracket begins an array."""
+    (tmp_path / "a.jsonl").write_text(first + '\n{"text": "a"}\n{"text": "b"}\n')
+    training = Training(dataset="json", data_files=str(tmp_path / "a.jsonl"))
+    if first == "[":
+        with pytest.raises(UserError, match="is one JSON array"):
+            open_source(training)
+    else:
+        assert read_all(open_source(training)) == [None, "a", "b"]

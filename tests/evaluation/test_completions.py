@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flame.data.tokenizer import build_bytes_tokenizer
-from flame.evaluation.completions import Completer, read_prompts
+from flame.evaluation.completions import Completer, _predict, read_prompts
+from flame.evaluation.scoring import build_packed
 from tests.support.evaluation import build_toy, never
 from tests.support.models import CPU
 from tests.support.ranks import run_on_ranks
@@ -42,6 +43,18 @@ def test_greedy_completions_are_those_of_a_plain_loop():
     found = completer.complete(model, never)
     assert found == [complete_plainly(model.lm, prompt) for prompt in PROMPTS]
     assert completer.num_cut == 1 and {len(ids) for ids in found} > {NUM_TOKENS}
+
+
+def test_in_half_precision_the_chosen_token_is_what_scoring_calls_greedy():
+    """Logits of half precision have too many equals."""
+    model = build_toy().to(torch.bfloat16)
+    batch = build_packed([np.asarray([97, byte]) for byte in range(250)], 500, CONTEXT_LEN)
+    with torch.no_grad():
+        chosen = _predict(model, batch, 250).argmax(-1)
+        states = model.encode_past(batch)[batch.cu_seqlens[1:251].long() - 1]
+    assert model.output_head.score_labels(states, chosen).is_best.all()
+    logits = model.output_head.compute_logits(states)
+    assert ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).any(), "else this tests nothing"
 
 
 @pytest.mark.usefixtures("one_process")

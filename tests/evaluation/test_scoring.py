@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, processors
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedTokenizerFast
 
 from flame.config.schema import JobConfig
+from flame.data.tasks.reasoning_gym import Problem
 from flame.data.tokenizer import build_bytes_tokenizer
-from flame.evaluation.measured import AskedTask, HeldOutSet
+from flame.evaluation.measured import AskedTask, HeldOutSet, ProblemSet, count_first_bytes
 from flame.evaluation.scoring import Scorer, Scores, build_packed, pack_by_length
 from flame.evaluation.tasks import Answer, Question, Task
 from flame.evaluation.texts import ScoredText, cut_windows, encode_answers, encode_texts
@@ -27,6 +30,7 @@ from tests.support.ranks import run_on_ranks
 
 SEQ_LEN, CONTEXT_LEN = 160, 60
 TOKENIZER = build_bytes_tokenizer()
+SHARES = ("accuracy", "accuracy_per_char", "accuracy_per_byte", "exact_match")
 
 
 def score_here(model, texts: list[ScoredText], seq_len: int = SEQ_LEN) -> Scores:
@@ -91,16 +95,61 @@ def test_bits_per_byte_are_those_of_transformers_alone():
     model, texts = build_toy(3), ["alpha beta", "é" * 20, "x", "gamma delta epsilon\n" * 2]
     found = HeldOutSet("toy", texts, TOKENIZER, CONTEXT_LEN)
     measured = found.measure(score_here(model, found.texts))
-    bits, size = measure(model.lm, cut(texts, TOKENIZER)), sum(len(text.encode()) for text in texts)
+    bits, size = measure(model.lm, cut(texts, TOKENIZER)), sum(len(text.encode()) - 1 for text in texts)
     assert measured["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
-    tokens = sum(len(text.encode()) - 1 for text in texts)
-    assert measured["ce_loss"] == pytest.approx(bits * math.log(2) / tokens, rel=1e-5)
+    assert measured["ce_loss"] == pytest.approx(bits * math.log(2) / size, rel=1e-5)
     long = encode_texts(TOKENIZER, ["0123456789" * 17])[0]
     expected = sum(
         score_plainly(model.lm, long[max(end - CONTEXT_LEN - 1, 0) : end].tolist(), count)[0]
         for end, count in ((61, 60), (121, 60), (170, 49))
     )
     assert score_here(model, cut_windows(long, CONTEXT_LEN)).log_probs.sum() == pytest.approx(expected, abs=1e-3)
+
+
+def build_doubled(times: int, begin: bool = False) -> PreTrainedTokenizerFast:
+    """Tokens of 2**times letters x, each a byte; and a token that begins each text, if that is asked."""
+    symbols = [*("x" * 2**power for power in range(times + 1)), "<s>", "</s>"]
+    merges = [(symbol, symbol) for symbol in symbols[:times]]
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=merges))
+    backend.decoder = decoders.ByteLevel()
+    if begin:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", times + 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_bits_per_byte_of_a_uniform_model_do_not_depend_on_the_tokenizer(times, begin):
+    """Documents of 20 bytes, in tokens of 1, 2 and 4 bytes, each with 8 bits a byte. All bytes count where a token begins each
+    text, since they are predicted; elsewhere the first token is not, and its bytes do not count."""
+    tokenizer, texts = build_doubled(times, begin), ["x" * 20] * 3
+    ids = [(each, 20) for each in encode_texts(tokenizer, texts)]
+    for documents in (texts, ids):
+        found = HeldOutSet("toy", documents, tokenizer, 16)
+        log_probs = np.asarray([-8 * 2**times * math.log(2) * text.num_scored for text in found.texts])
+        assert found.measure(Scores(log_probs, np.ones(len(log_probs), bool)))["bits_per_byte"] == pytest.approx(8)
+        assert found._num_bytes == 3 * (20 if begin else 20 - 2**times)
+
+
+def test_the_bytes_of_a_first_token_are_those_of_its_text():
+    """Also where it ends inside a character, and where it stands for a space that the text does not have."""
+    for text in ("x", "é", "漢", "\ufffd", "😀"):
+        ids = encode_texts(TOKENIZER, [text])[0]
+        assert [count_first_bytes(TOKENIZER, ids[place:]) for place in range(len(ids) + 1)] == [*[1] * len(ids), 0]
+    pieces = ["<unk>", "</s>", "▁", "▁a", "\ufffd", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    counted = {
+        piece: count_first_bytes(tokenizer, np.asarray([pieces.index(piece)])) for piece in (*pieces[1:5], "<0xC3>", "<0x61>")
+    }
+    assert counted == {"</s>": 0, "▁": 0, "▁a": 1, "\ufffd": 3, "<0xC3>": 1, "<0x61>": 1}
+    merged = Tokenizer(models.BPE(vocab={"ð": 0, "Ł": 1, "ðŁ": 2, "</s>": 3}, merges=[("ð", "Ł")]))
+    merged.decoder = decoders.ByteLevel()
+    two = PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="</s>")
+    assert count_first_bytes(two, np.asarray([2, 0])) == 2
 
 
 @given(length=st.integers(0, 50), context_len=st.integers(1, 20))
@@ -141,6 +190,43 @@ def test_too_long_and_empty_answers_are_left_out_and_counted():
     assert (asked.num_questions, asked.num_cut, asked.num_left_out) == (2, 1, 2)
     assert "1 do not fit training.context_len" in asked.describe() and "2 are left out" in asked.describe()
     assert [text.num_inputs for text in asked.texts] == [CONTEXT_LEN, 2, 1]
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf, math.inf])
+def test_one_score_that_is_not_finite_makes_the_shares_nan(broken):
+    asked = AskedTask(Task("toy", [Question((Answer("q", " a"), Answer("q", " b")), 0)] * 3), TOKENIZER, CONTEXT_LEN)
+    log_probs = np.asarray([-1.0, -2.0] * 3)
+    sound = asked.measure(Scores(log_probs, np.ones(6, bool)))
+    assert {sound[name] for name in SHARES} == {1.0}
+    log_probs[3] = broken
+    found = asked.measure(Scores(log_probs, np.ones(6, bool)))
+    assert all(math.isnan(found[name]) for name in SHARES), found
+    assert found["bits_per_byte"] == sound["bits_per_byte"], "the right answers have scores"
+
+
+class Problems:
+    """Three problems, whose answers have 4, 16 and 17 bytes."""
+
+    lengths = (4, 16, 17)
+
+    def make(self, number: int) -> Problem:
+        return Problem("question=", "a" * self.lengths[number], {})
+
+    def verify(self, problem: Problem, answer: str) -> bool:
+        return problem.answer == answer
+
+
+def test_a_uniform_model_of_bytes_takes_eight_bits_per_byte_of_answers_of_any_length():
+    """An answer longer than the context cannot be scored whole, so it is left out and counted."""
+    problems = ProblemSet("toy", Problems(), 3, TOKENIZER, 16)
+    assert [(text.num_inputs, text.num_scored) for text in problems.texts] == [(12, 4), (16, 16)]
+    assert (problems.num_cut, problems.num_left_out) == (1, 1)
+    assert problems.describe().endswith(
+        "; 1 do not fit training.context_len, and lose the beginning of their question; 1 are left out of bits per byte, with "
+        "an answer that is empty or does not fit training.context_len"
+    )
+    log_probs = np.asarray([-math.log(256) * text.num_scored for text in problems.texts])
+    assert problems.measure(Scores(log_probs, np.ones(2, bool)))["bits_per_byte"] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.5, 3.0)])

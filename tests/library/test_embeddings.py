@@ -131,6 +131,10 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     assert main([*argv, "--out", str(tmp_path / "v.npz"), "--retrieve"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a guess" and printed[-1] == "2 texts"
+    with texts.open("a") as file:
+        file.write('{"text": "a"}\n{"text": "ab"}\n')
+    assert main([*argv, "--retrieve"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 texts; 2 more are too short to be cut in two"
     vectors = np.load(tmp_path / "v.npz")
     assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "guesses", "summaries"), (2, 32))
 
@@ -163,6 +167,12 @@ def test_mistakes_are_one_line(exports, capsys, argv, expected):
     assert main([str(exports("defaults")), *argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "\n" not in error and error.startswith(expected)
+
+
+def test_a_path_that_is_nothing_is_told_from_a_name_of_the_hub(capsys):
+    assert main(["./nosuch", "--data_files", __file__, "--retrieve"]) == 2
+    error = 'MODEL = "./nosuch": no such file or folder here: give a folder, a JSON configuration or a Hub name'
+    assert capsys.readouterr().err.splitlines() == [error]
 
 
 def test_what_has_no_summaries_is_told(workspace, tmp_path):

@@ -99,6 +99,7 @@ def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (["/nosuch"], 'MODEL = "/nosuch": no such file or folder here: give a folder, a JSON configuration or a Hub name'),
         (["--horizons", "0"], "--horizons 0: allowed are integers > 0"),
         (["--horizons", "99"], "--horizons 99: no held-out document is longer"),
         (["--tokens", "20"], "--data_files "),
@@ -110,6 +111,26 @@ def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
 def test_mistakes_are_one_line(exported_run, tmp_path, capsys, changes, expected):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": "alpha beta gamma"}) + "\n" for _ in range(10)))
-    assert main([str(exported_run / "hf"), "--data_files", str(texts), "--device", "cpu", *changes]) == 2
+    assert main(["--data_files", str(texts), "--device", "cpu", str(exported_run / "hf"), *changes]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and error.startswith(expected), error
+
+
+def test_a_runs_folder_is_told_from_its_export(exported_run, tmp_path, capsys):
+    """Also before a model is loaded that stands before it; and a tokenizer is said to be the model's."""
+    checkpoint = max((exported_run / "checkpoint").glob("step-*"))
+    without = tmp_path / "without"
+    (without / "checkpoint" / "step-2").mkdir(parents=True)
+    (without / "checkpoint" / "step-2" / "trainer.json").touch()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    convert = "give what flame-convert-dcp-to-hf --checkpoint {} --out FOLDER writes"
+    for folder, expected in (
+        (exported_run, f' is a run\'s folder: give "{exported_run / "hf"}"'),
+        (checkpoint, f" is a checkpoint: {convert.format(checkpoint)}"),
+        (without, f" is a run's folder without an export: {convert.format(without / 'checkpoint' / 'step-2')}"),
+        (empty, " cannot be loaded as a tokenizer ("),
+    ):
+        assert main([str(folder), "--data_files", __file__, "--dataset", "text", "--device", "cpu"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and error.startswith(f'MODEL = "{folder}"{expected}'), error

@@ -354,6 +354,11 @@ def test_the_command_line(tmp_path, checkpoint, monkeypatch, capsys, caplog):
         run_command(monkeypatch, "--checkpoint", tmp_path, "--out", tmp_path / "other")
     assert stop.value.code == 2
     assert "is not a complete checkpoint folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "--checkpoint", checkpoint.parent, "--out", tmp_path / "other")
+    newest = max(checkpoint.parent.glob("step-*"))
+    error = f'checkpoint "{checkpoint.parent}" is a folder of checkpoints: name one of them, such as "{newest}"'
+    assert capsys.readouterr().err.splitlines()[-1] == error
 
 
 def test_an_architecture_of_the_users_own(tmp_path, monkeypatch, caplog):

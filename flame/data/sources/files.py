@@ -15,7 +15,7 @@ from flame.errors import UserError
 
 def split_patterns(data_files: str) -> list[str]:
     """The parts of `data_files`, without the empty ones."""
-    return [pattern.strip() for pattern in data_files.split(",") if pattern]
+    return [pattern for part in data_files.split(",") if (pattern := part.strip())]
 
 
 def find_missing(data_files: str, option: str) -> Iterator[str]:
@@ -30,7 +30,8 @@ def find_missing(data_files: str, option: str) -> Iterator[str]:
 
 
 def list_data_files(data_files: str, option: str, suffixes: Sequence[str]) -> list[str]:
-    """The files, in order, without duplicates: absolute paths here, or remote addresses.
+    """The files, in order: absolute paths here, or remote addresses. A file that is named by several paths or links is listed
+    once, by the first of them.
 
     Raises:
         UserError: a folder or a remote address has no file, or cannot be listed.
@@ -45,7 +46,10 @@ def list_data_files(data_files: str, option: str, suffixes: Sequence[str]) -> li
                 ends = " or ".join(suffixes)
                 raise UserError(f'{option}: "{pattern}" matches no file: of a folder, those that end with {ends} are read')
             found += here
-    return list(dict.fromkeys(found))
+    names: dict[str, str] = {}
+    for name in found:  # by the name given: what a link leads to, as in a cache of the Hub, may lack the suffix
+        names.setdefault(name if is_remote(name) else os.path.realpath(name), name)
+    return list(names.values())
 
 
 def describe_version(path: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -18,6 +19,8 @@ from flame.data.sources.text import Lines
 from flame.errors import UserError
 
 LONGEST_SHOWN_KEYS = 300
+BYTE_ORDER_MARK = "\xef\xbb\xbf"
+"""Of UTF-8, read as latin-1."""
 
 
 class JsonLines(FileKind):
@@ -33,6 +36,11 @@ class JsonLines(FileKind):
             raise UserError(explain_emptiness(self))
         key = self.corpus.text_column
         rows = self._open_lines(files, partial(decode_json_line, key=key))
+        if _is_array(rows):
+            raise UserError(
+                f"{self.option} ({self.files_option}) is one JSON array: one JSON object a line is needed: write each element on "
+                "a line of its own, as jq -c '.[]' does"
+            )
         content = _find_content(rows, key)
         if content != "text":
             rows.decode_as(content, partial(decode_json_line, key=key, content=content))
@@ -64,6 +72,18 @@ def decode_json_line(row: str, key: str, content: Content = "text") -> Document 
     if not isinstance(parsed, dict):
         return None
     return decode_text_cell(parsed.get(key)) if content == "text" else DECODERS[content](parsed.get(key))
+
+
+def _is_array(rows: CellRows) -> bool:
+    """Whether the data is one JSON array and no JSON lines. A first row that is broken in another way is a bad row."""
+    try:
+        cells = filter(None, (cell.removeprefix(BYTE_ORDER_MARK).strip() for cell in rows.list_first_cells()))
+        first = next(cells, "")
+        if re.match(r"\[\s*(\{|$)", first) and _parse_json_line(first) is None:
+            return True  # written over several lines
+        return isinstance(_parse_json_line(first), list) and all(isinstance(_parse_json_line(cell), list) for cell in cells)
+    except Exception:  # reading the rows reports it
+        return False
 
 
 def _find_content(rows: CellRows, key: str) -> Content:
