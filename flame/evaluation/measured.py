@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from flame.data.sources.base import VerifiedProblems
 from flame.evaluation.scoring import Scores
 from flame.evaluation.tasks import Question, Task
-from flame.evaluation.texts import EncodedAnswer, ScoredText, cut_windows, encode_answers, encode_texts
+from flame.evaluation.texts import EncodedAnswer, ScoredText, cut_windows, encode_answers, encode_continuations, encode_texts
 
 
 class Measured(Protocol):
@@ -140,8 +140,8 @@ class ProblemSet:
     def __init__(self, name: str, problems: VerifiedProblems, count: int, tokenizer: PreTrainedTokenizerFast, context_len: int):
         self.name, self._problems, self._tokenizer = name, problems, tokenizer
         self._made = [problems.make(number) for number in range(count)]
-        answers = encode_texts(tokenizer, [problem.answer for problem in self._made])
         self.prompts = encode_texts(tokenizer, [problem.prompt for problem in self._made])
+        answers = encode_continuations(tokenizer, [problem.answer for problem in self._made])
         self.longest_answer = 1 + max(map(len, answers))
         scored = [0 < len(answer) <= context_len for answer in answers]
         self.num_left_out = len(scored) - sum(scored)

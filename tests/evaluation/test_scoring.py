@@ -229,6 +229,21 @@ def test_a_uniform_model_of_bytes_takes_eight_bits_per_byte_of_answers_of_any_le
     assert problems.measure(Scores(log_probs, np.ones(2, bool)))["bits_per_byte"] == pytest.approx(8)
 
 
+class Doubling(Problems):
+    """Of one letter, for `build_doubled`."""
+
+    def make(self, number: int) -> Problem:
+        return Problem("x" * 3, "x" * self.lengths[number], {})
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_an_answer_follows_its_question_without_a_token_that_begins_texts(begin):
+    problems = ProblemSet("toy", Doubling(), 3, build_doubled(0, begin), 32)
+    first = [1] if begin else []
+    assert [text.ids.tolist() for text in problems.texts] == [first + [0] * (3 + n) for n in Doubling.lengths]
+    assert [text.num_scored for text in problems.texts] == list(Doubling.lengths)
+
+
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.5, 3.0)])
 def test_labels_are_scored_as_by_the_logits(rule, monkeypatch):
     """Also chunk by chunk."""
