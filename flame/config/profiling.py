@@ -13,7 +13,7 @@ from flame.config.types import Section, option
 if TYPE_CHECKING:
     from flame.config.schema import JobConfig
 
-SPAN = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+SPAN = re.compile(r"([1-9]\d{0,17})(?:-([1-9]\d{0,17}))?")  # Python reads no number of thousands of digits
 ALL_RANKS = "all"
 
 
@@ -56,7 +56,7 @@ class Profiling(Section):
                     'separated by commas, such as "20-22,500"'
                 )
         listed = [part.strip() for part in self.ranks.split(",")]
-        if self.ranks != ALL_RANKS and not all(part.isdecimal() and int(part) < job.world_size for part in listed):
+        if self.ranks != ALL_RANKS and not all(re.fullmatch(r"\d{1,9}", part) and int(part) < job.world_size for part in listed):
             yield (
                 f'profiling.ranks = "{self.ranks}": allowed are "{ALL_RANKS}", or ranks below {job.world_size}, separated by '
                 "commas"

@@ -5,6 +5,7 @@ Imports no torch, transformers or datasets: mistakes in options are reported bef
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,7 +70,7 @@ def _take_estimate(argv: list[str], world_size: int) -> tuple[list[str], int]:
     """The words without `--estimate [GPUS]`, and the number of GPUs."""
     place = argv.index(ESTIMATE)
     value = argv[place + 1] if len(argv) > place + 1 and not argv[place + 1].startswith("-") else None
-    if value is not None and not (value.isdecimal() and int(value) > 0):
+    if value is not None and not (re.fullmatch(r"\d{1,9}", value) and int(value) > 0):
         raise UserError(f"{ESTIMATE} {value}: allowed is a number of GPUs above 0")
     return argv[:place] + argv[place + 1 + (value is not None) :], int(value or world_size)
 

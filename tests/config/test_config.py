@@ -442,6 +442,14 @@ def test_junk_is_a_mistake_and_no_crash(folder: Path, argv: list[str], world_siz
         assert not any("\n" in line for line in error.lines)
 
 
+@pytest.mark.parametrize("key", ["profiling.trace_steps", "profiling.memory_steps", "profiling.ranks"])
+def test_numbers_of_thousands_of_digits_are_a_mistake_and_no_crash(key: str) -> None:
+    """Python does not read them."""
+    with pytest.raises(UserError) as caught:
+        read_options([f"--{key}={'9' * 5000}", "--model.config=m.json"], 1)
+    assert any(line.startswith(key) for line in caught.value.lines)
+
+
 TEXT_SAMPLES = (
     "x",
     "bytes",

@@ -157,8 +157,9 @@ def test_the_command(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "a step on 4 GPUs: 512 tokens" in out and "activations" in out and "H200" in out
-    assert launch([*argv, "--estimate", "none"]) == 2
-    assert capsys.readouterr().err == "--estimate none: allowed is a number of GPUs above 0\n"
+    for wrong in ("none", "0", "9" * 5000):
+        assert launch([*argv, "--estimate", wrong]) == 2
+        assert capsys.readouterr().err == f"--estimate {wrong}: allowed is a number of GPUs above 0\n"
 
 
 def test_units():
