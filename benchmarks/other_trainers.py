@@ -51,7 +51,7 @@ OURS = {
 """Steps in 8 bits, and the options of such a run."""
 PEERS = {
     "torchtitan 0.3.0": ["titan"],
-    "torchtitan 0.3.0, FlexAttention": ["titan", "--attention", "flex"],
+    "torchtitan 0.3.0, varlen": ["titan", "--attention", "varlen"],
     "transformers' Trainer": ["transformers_trainer"],
     "transformers' Trainer, compiled": ["transformers_trainer", "--compile"],
     "torchtitan 0.3.0, float8 rowwise": ["titan", "--float8", "rowwise"],

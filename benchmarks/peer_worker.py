@@ -1,6 +1,6 @@
 """Worker of `benchmarks.other_trainers`: next-token steps of another trainer, in a process of its own.
 
-    python -m benchmarks.peer_worker titan MODEL.json PACK.pt [--attention flex] [--float8 rowwise]
+    python -m benchmarks.peer_worker titan MODEL.json PACK.pt [--attention varlen] [--float8 rowwise]
 
 The first word names a module of `benchmarks.peer_models`, which is imported at once. PACK.pt holds input_ids and labels, int64
 [1, T], and cu_seqlens, int32 [S+1]. For each line "run N" on standard input it makes N steps, forward and backward without
@@ -55,8 +55,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("model", type=Path)
     parser.add_argument("pack", type=Path)
-    parser.add_argument("--flavor", default="1B", help="name of the model in torchtitan 0.3.0")
-    parser.add_argument("--attention", choices=("varlen", "flex"), default="varlen", help="of torchtitan 0.3.0")
+    parser.add_argument("--attention", choices=("flex", "varlen"), default="flex", help="of torchtitan 0.3.0")
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="of torchtitan 0.2.2")
     parser.add_argument("--float8", default="", help="recipe of torchao for all linear layers but the output head")
     parser.add_argument("--compile", action="store_true", help="the model of transformers")

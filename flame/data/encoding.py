@@ -142,16 +142,28 @@ def _encode_whole(backend: Tokenizer) -> None:
         backend.no_padding()
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_continuations(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of texts that follow others, without tokens that begin or end a text: int32 [n], n >= 0 each.
+
+    Raises:
+        UserError: as `encode_documents`.
+    """
+    return [np.asarray(ids, dtype=np.int32) for ids in _encode_batch(tokenizer, texts, add_special_tokens=False)]
+
+
+def _encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     backend = tokenizer.backend_tokenizer
     _encode_whole(backend)
     # No part of a text is a special token. Calls of `tokenizer` itself set this again.
     backend.encode_special_tokens = True
-    documents = []
     with _naming(tokenizer):
-        encodings = backend.encode_batch_fast(texts)  # "fast" does not compute the offsets of tokens in the text
-    for encoding in encodings:
-        ids = encoding.ids
+        # "fast" does not compute the offsets of tokens in the text
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    documents = []
+    for ids in _encode_batch(tokenizer, texts, add_special_tokens=True):
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
         documents.append(np.asarray(ids, dtype=np.int32))

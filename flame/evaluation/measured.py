@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from flame.data.encoding import encode_continuations
 from flame.data.sources.base import VerifiedProblems
 from flame.evaluation.scoring import Scores
 from flame.evaluation.tasks import Question, Task
-from flame.evaluation.texts import EncodedAnswer, ScoredText, cut_windows, encode_answers, encode_continuations, encode_texts
+from flame.evaluation.texts import EncodedAnswer, ScoredText, cut_windows, encode_answers, encode_texts
 
 
 class Measured(Protocol):

@@ -45,13 +45,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     return [ids[:-1] for ids in encode_documents(tokenizer, texts)]
 
 
-def encode_continuations(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of texts that follow others, without tokens that begin or end a text: int32 [n], n >= 0 each."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # no part of a text is a special token
-    return [np.asarray(each.ids, dtype=np.int32) for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 def find_first_token(tokenizer: PreTrainedTokenizerFast) -> int:
     """The token that a text follows which has nothing before it: the one that begins texts, or else the one that ends them."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

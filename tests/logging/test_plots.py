@@ -161,3 +161,9 @@ def test_time_and_memory_have_a_row_below(tmp_path):
     assert read_curves(time) == {"whole step": [0.5, 0.25], "waiting for data": [0.1, 0.05]}
     assert read_curves(speed_panel) == {"all GPUs": [128.0, 128.0]} and read_curves(memory) == {"peak": [2.5, 2.5]}
     assert [axes.get_subplotspec().rowspan.start for axes in get_panels(figure)] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_start_does_not_wait_for_the_library_that_draws():
+    program = "import sys, flame.train; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)
