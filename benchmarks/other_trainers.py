@@ -183,6 +183,7 @@ class Measurement:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         other = timings[name] if name not in faults else None
+        note("; ".join(f"{each}: {timing.show()} ms" for each, timing in timings.items() if timing is not None))
         return Pair(timings[BFLOAT16], other, "" if other is not None else faults.get(name, "failed"))
 
 

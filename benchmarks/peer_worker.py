@@ -66,7 +66,10 @@ def main(argv: list[str]) -> None:
     found = version(package)
     if found != expected:
         sys.exit(f"{package} {found} is first on the import path: PYTHONPATH must begin with a folder that holds {expected}")
-    peer = importlib.import_module(f"benchmarks.peer_models.{options.kind}")
+    try:
+        peer = importlib.import_module(f"benchmarks.peer_models.{options.kind}")
+    except ImportError as error:
+        sys.exit(f"{package} {found} does not run with torch {torch.__version__}: {error}")
     step = None
     for line in sys.stdin:
         verb, count = line.split()

@@ -113,16 +113,6 @@ def list_marked(marks: Tensor, bucket: int) -> Tensor:
     return marks.byte().argsort(descending=True, stable=True)[:bucket]
 
 
-def round_up_to_bucket(count: int, at_most: int, smallest: int = 64) -> int:
-    """Round `count` up to a bucket size. Few different sizes limit recompilation and cached memory.
-
-    Returns:
-        `count` rounded up to a bucket size (a multiple of `smallest`; four or fewer per factor of two), at most `at_most`.
-    """
-    grain = max(smallest, 1 << max((count - 1).bit_length() - 3, 0))
-    return min(max(-(-count // grain), 1) * grain, at_most)
-
-
 def draw_anchors(anchors: Tensor, at_most: int, run_seed: int, number: Tensor) -> tuple[Tensor, Tensor]:
     """Draw K positions at random, anchors first, without waiting for the device.
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flame.data.answer_suffixes import lay_out_suffixes, list_positions
+from flame.data.buckets import round_up_to_bucket
 from flame.data.document_streams import Cursor
 from flame.data.packing import Chunk, PackedSequence
 
@@ -59,6 +61,12 @@ class PackedBatch:
     tokens_left: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64 [num_labels], if only some tokens are labels: for each, how many tokens of its chunk follow the position that
     predicts it, at least 1."""
+    num_predicted: int = 0
+    """If only some tokens are labels: `num_labels`, padded to a bucket size."""
+    suffix_positions: torch.Tensor | None = None
+    """If only some tokens are labels: `SuffixLayout.positions`, None without a layout."""
+    suffix_cu_seqlens: torch.Tensor | None = None
+    """Likewise."""
 
     def count_ahead(self, distance: int) -> int:
         """How many positions with a label have a token of their chunk `distance` >= 1 ahead. Does not wait for the device."""
@@ -113,7 +121,15 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         chunk_labels = np.bincount(chunks, minlength=len(ends))
         with_labels, first = np.unique(chunks, return_index=True)
         answers = np.stack([labelled[first], ends[with_labels].astype(np.int64)], axis=1)
-        own = {"answers_only": True, "answers": answers, "tokens_left": ends[chunks] - 1 - labelled}
+        suffixes = lay_out_suffixes(answers, len(input_ids))
+        own = {
+            "answers_only": True,
+            "answers": answers,
+            "tokens_left": ends[chunks] - 1 - labelled,
+            "num_predicted": round_up_to_bucket(len(labelled), len(input_ids)),
+            "suffix_positions": None if suffixes is None else suffixes.positions,
+            "suffix_cu_seqlens": None if suffixes is None else suffixes.cu_seqlens,
+        }
     positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     return PackedBatch(
@@ -133,10 +149,3 @@ def build_batch(sequence: PackedSequence, sequence_index: int) -> PackedBatch:
         bad_rows=sequence.bad_rows,
         **own,
     )
-
-
-def list_positions(spans: np.ndarray) -> np.ndarray:
-    """All numbers in the spans [start, end), int64 [k, 2] -> int64 [n]."""
-    starts, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
-    before = lengths.cumsum() - lengths
-    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

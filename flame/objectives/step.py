@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from flame.attention.masks import list_marked, round_up_to_bucket
+from flame.attention.masks import list_marked
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.kernels.gradient_guard import guard_gradient
 from flame.kernels.softmax_rows import count_chunk_rows
@@ -90,7 +90,7 @@ def list_predicted(batch: PackedBatch) -> Tensor | None:
     if not batch.answers_only:
         return None
     labels = batch.labels[0]
-    return list_marked(labels != NO_LABEL, round_up_to_bucket(batch.num_labels, len(labels)))
+    return list_marked(labels != NO_LABEL, batch.num_predicted)
 
 
 def pick(rows: Tensor, positions: Tensor | None) -> Tensor:

@@ -24,12 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from flame.attention import flash as flash_kernels
-from flame.attention.backends import choose_attention, find_head_dims
+from flame.attention.backends import choose_attention
 from flame.attention.families import find_family
-from flame.attention.masks import round_up_to_bucket
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch
+from flame.data.buckets import round_up_to_bucket
 from flame.errors import UserError
 from flame.models.parallelize import find_compute_dtype
 from flame.models.wrapper import TrainingModel
@@ -114,9 +113,8 @@ class _Scales(NamedTuple):
 class _Kind(NamedTuple):
     """What a graph is captured for."""
 
-    tokens: int
-    bounds: int
-    """Entries of cu_seqlens, after padding."""
+    sizes: tuple[int, ...]
+    """Entries of each tensor of the packed sequence, after padding, and `num_predicted`."""
     requested: Requested
 
 
@@ -130,8 +128,8 @@ class _Graph(NamedTuple):
 
 FEWEST_BOUNDS = 16
 """Flash kernels take a moment for each empty document, so graphs for few documents have few."""
-KNOWN = ("answers_only",)
-"""Numbers of a packed sequence that a graph may keep: the same for all of them."""
+KNOWN = ("answers_only", "num_predicted")
+"""Numbers of a packed sequence that a graph may keep: the same for all of its kind."""
 WARM_UP = 2
 """Micro-steps of a kind that are launched one by one before its graph is captured: they compile, and allocate what stays."""
 MOST_GRAPHS = 24
@@ -158,13 +156,13 @@ class GraphedMicroStep(MicroStep):
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
-        if prepared is not None or batch.answers_only:
+        if prepared is not None:
             return super().run(batch, requested, prepared, divisors)
         # After a forward without a backward, as in validation, FSDP shows gathered weights until something reshards them. A
         # replay would not, and a capture would leave their gathering out.
         reshard_weights(self._model)
         batch = pad_documents(batch)
-        kind = _Kind(batch.input_ids.shape[1], len(batch.cu_seqlens), requested)
+        kind = _find_kind(batch, requested)
         with self._on_own_stream():
             if kind in self._graphs:
                 return self._replay(self._graphs[kind], batch, divisors)
@@ -293,7 +291,8 @@ class GraphedMicroStep(MicroStep):
             if key not in self._inputs:
                 self._inputs[key] = tensor.clone()
             own[name] = self._inputs[key]
-        unknown = {each.name: _Unknown(each.name) for each in fields(batch) if each.name not in own and each.name not in KNOWN}
+        known = {*own, *KNOWN, *(each.name for each in fields(batch) if getattr(batch, each.name) is None)}
+        unknown = {each.name: _Unknown(each.name) for each in fields(batch) if each.name not in known}
         return replace(batch, **own, **unknown)  # type: ignore[arg-type]
 
     def _find_scales(self, device: torch.device) -> _Scales:
@@ -338,6 +337,8 @@ def _fits_graph(objective: Objective) -> bool:
     return "fits_graph" in vars(type(objective)) and objective.fits_graph
 
 
+TRIED = ("llama",)
+"""Types of models whose runs were seen to be the same with graphs and without."""
 MOST_WEIGHTS = 150_000_000
 """Of larger models the kernels take longer than their launches."""
 
@@ -349,7 +350,7 @@ def choose_micro_step(config: JobConfig, model: TrainingModel, device: torch.dev
     obstacle = next(list_obstacles(config, model, device), None)
     if obstacle is None:
         return GraphedMicroStep(model)
-    logger.warning("training.cuda_graphs = true: no CUDA graphs, since %s", obstacle)
+    logger.info("no CUDA graphs (training.cuda_graphs): %s", obstacle)
     return MicroStep(model)
 
 
@@ -367,13 +368,10 @@ def list_obstacles(config: JobConfig, model: TrainingModel, device: torch.device
         yield f"there are {weights / 1e6:,.0f} million weights, more than {MOST_WEIGHTS / 1e6:.0f}"
     if choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) != "varlen":
         yield "attention takes no flash kernel"
-    elif flash_kernels.find_fa4(max(find_head_dims(lm.config))) is not None:
-        yield "they were not tried with FlashAttention-4"
-    family = find_family(lm.config)
-    if family is not None and family.has_experts:
-        yield "the model may have experts"
+    if lm.config.model_type not in TRIED or find_family(lm.config) is None or config.experimental.custom_model_path:
+        yield f'they were not tried with models like this one (model_type "{lm.config.model_type}"), but with {", ".join(TRIED)}'
     if training.loss_on != "all":
-        yield f'training.loss_on = "{training.loss_on}"'
+        yield f'they were not tried with training.loss_on = "{training.loss_on}"'
     if config.activation_checkpoint.mode != "none":
         yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}"'
     for name in ("dropout", "cpu_offload", "float8", "float8_head"):
@@ -385,11 +383,19 @@ def list_obstacles(config: JobConfig, model: TrainingModel, device: torch.device
         yield f"{objective.name}, with its options, does not fit into one"
 
 
+def _find_kind(batch: PackedBatch, requested: Requested) -> _Kind:
+    return _Kind((*(tensor.numel() for _, tensor in _list_tensors(batch)), batch.num_predicted), requested)
+
+
 def pad_documents(batch: PackedBatch) -> PackedBatch:
     """Put empty documents before the first one, so that packed sequences have few different numbers of documents."""
-    count = len(batch.cu_seqlens)
-    missing = round_up_to_bucket(count, batch.input_ids.shape[1] + FEWEST_BOUNDS, FEWEST_BOUNDS) - count
-    return replace(batch, cu_seqlens=F.pad(batch.cu_seqlens, (missing, 0)))
+    suffixes = None if batch.suffix_cu_seqlens is None else _pad_bounds(batch.suffix_cu_seqlens, batch.input_ids.shape[1])
+    return replace(batch, cu_seqlens=_pad_bounds(batch.cu_seqlens, batch.input_ids.shape[1]), suffix_cu_seqlens=suffixes)
+
+
+def _pad_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    count = len(cu_seqlens)
+    return F.pad(cu_seqlens, (round_up_to_bucket(count, tokens + FEWEST_BOUNDS, FEWEST_BOUNDS) - count, 0))
 
 
 def _list_tensors(batch: PackedBatch) -> list[tuple[str, Tensor]]:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.attention.masks import find_anchors, round_up_to_bucket
+from flame.attention.masks import find_anchors
 from flame.config.schema import Corpus, Training
 from flame.data.batch import NO_LABEL, PackedBatch, build_batch
+from flame.data.buckets import round_up_to_bucket
 from flame.data.document_streams import Cursor
 from flame.data.loader import MOST_VAIN_SEQUENCES, PackedLoader
 from flame.data.mixture import Mixture, open_held_out

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flame.attention.masks import round_up_to_bucket
+from flame.data.buckets import round_up_to_bucket
 from flame.models.estimator import _normalize
 from flame.models.estimators import HIGHEST_LEARNED_TEMPERATURE, LOWEST_LEARNED_TEMPERATURE
 from flame.models.mi_estimator import BilinearEstimator, InfoNCEEstimator, build_mi_estimator, read_temperature

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from flame.attention.varlen import DocumentLayout, attend
 from flame.config.training import Training
+from flame.data.batch import PackedBatch
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import Requested, compute_losses
 from flame.runtime.distributed import set_single_process_defaults, start_processes
 from flame.trainer import micro_step as module
 from flame.trainer.micro_step import (
+    TRIED,
     Divisors,
     GraphedMicroStep,
     MicroStep,
+    _find_kind,
     _fits_graph,
     choose_micro_step,
     list_obstacles,
@@ -30,6 +35,8 @@ from flame.trainer.micro_step import (
 )
 from flame.trainer.options import read_options
 from flame.trainer.setup import build_model, build_modules, materialize
+from tests.support.answers import answer_config, build_pack
+from tests.support.families import build_toy
 from tests.support.models import WIDE, build_unsharded, future_config, get_own, random_batch, random_cu_seqlens, tiny_llama
 from tests.support.objectives import OPTIONS, build_objective, choose
 from tests.support.runs import MEASURED, final_weights, options, run_ranks
@@ -76,7 +83,7 @@ def test_numbers_of_a_packed_sequence_cannot_be_read_inside_a_graph() -> None:
         value = getattr(inside, field.name)
         if isinstance(getattr(batch, field.name), torch.Tensor):
             assert value is not getattr(batch, field.name) and torch.equal(value, getattr(batch, field.name))
-        elif field.name != "answers_only":
+        elif value is not None and field.name not in ("answers_only", "num_predicted"):
             for use in (int, len, str, hash, *USES):
                 with pytest.raises(AssertionError, match=f"PackedBatch.{field.name} is read inside a CUDA graph"):
                     use(value)
@@ -96,12 +103,40 @@ def test_objectives_that_fit_read_tensors_alone(name: str) -> None:
     expect_the_same_without_numbers(build_objective(name))
 
 
-def expect_the_same_without_numbers(model: TrainingModel) -> None:
+@pytest.mark.parametrize("changes", [{}, {"max_anchors": 7}, {"target_shift": 2, "exclude_duplicates": True}], ids=str)
+def test_of_answers_the_future_loss_reads_tensors_alone(changes: dict[str, object]) -> None:
+    batch = build_pack([(17, 3), (30, 2), (4, 0), (9, 5)])
+    assert batch.suffix_positions is not None
+    expect_the_same_without_numbers(build_unsharded(answer_config(**changes)), batch)
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_of_answers_objectives_that_fit_read_tensors_alone(name: str) -> None:
+    expect_the_same_without_numbers(build_objective(name), build_pack([(17, 3), (30, 2), (4, 0), (9, 5)]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.permutations([(17, 3), (30, 2), (4, 1), (9, 5), (12, 2)]), name=st.sampled_from(["future", *GRAPHED]))
+def test_a_kind_holds_for_other_answers(lengths: list[tuple[int, int]], name: str) -> None:
+    """What a graph keeps of one packed sequence, with another one's tensors in it."""
+    one, other = (pad_documents(build_pack(each, seed)) for seed, each in enumerate((sorted(lengths), lengths)))
+    assume(_find_kind(one, Requested(aux=True)) == _find_kind(other, Requested(aux=True)))
+    model = build_unsharded(answer_config(exclude_duplicates=True)) if name == "future" else build_objective(name)
+    inside, divisors = GraphedMicroStep(model)._find_inputs(one), Divisors(50, 40, 0.5)
+    for field in fields(other):
+        if isinstance(value := getattr(other, field.name), torch.Tensor):
+            getattr(inside, field.name).copy_(value)
+    (_, loss), (_, expected) = (MicroStep(model).run(each, Requested(aux=True), None, divisors) for each in (inside, other))
+    assert torch.equal(loss, expected)
+
+
+def expect_the_same_without_numbers(model: TrainingModel, batch: PackedBatch | None = None) -> None:
     assert get_own(model).fits_graph
-    batch, graphed, divisors = random_batch(random_cu_seqlens(TOTAL, 5, 0)), GraphedMicroStep(model), Divisors(50, 40, 0.5)
+    batch = random_batch(random_cu_seqlens(TOTAL, 5, 0)) if batch is None else batch
+    graphed, divisors = GraphedMicroStep(model), Divisors(50, 40, 0.5)
     expected, loss = MicroStep(model).run(batch, Requested(aux=True), None, divisors)
-    found, again = MicroStep(model).run(graphed._find_inputs(batch), Requested(aux=True), None, divisors)
-    assert torch.equal(loss, again)
+    found, again = MicroStep(model).run(graphed._find_inputs(pad_documents(batch)), Requested(aux=True), None, divisors)
+    assert torch.equal(loss, again) and expected.aux.num_items > 0
     assert torch.equal(found.aux.loss_sum, expected.aux.loss_sum) and torch.equal(found.aux.num_items, expected.aux.num_items)
 
 
@@ -181,13 +216,27 @@ def test_a_graph_needs_room_beside_what_is_launched(
     assert len([line for line in caplog.messages if line.startswith("no CUDA graphs: 0.0 GiB are free")]) == (not has_room)
 
 
-def test_graphs_that_are_asked_for_and_cannot_be_had_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_why_there_are_no_graphs_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="flame")
     config = future_config()
     model = build_unsharded(config)
-    assert type(choose_micro_step(config, model, torch.device("cpu"))) is MicroStep and not caplog.messages
-    config.training.compile = config.training.cuda_graphs = True
-    assert type(choose_micro_step(config, model, torch.device("cpu"))) is MicroStep
-    assert caplog.messages == ["training.cuda_graphs = true: no CUDA graphs, since there is no GPU"]
+    for compiled, asked in ((False, True), (True, False), (True, True)):
+        config.training.compile, config.training.cuda_graphs = compiled, asked
+        assert type(choose_micro_step(config, model, torch.device("cpu"))) is MicroStep
+    assert caplog.messages == ["no CUDA graphs (training.cuda_graphs): there is no GPU"]
+
+
+def test_only_models_like_those_that_were_tried_get_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "choose_attention", lambda *_: "varlen")
+    for name in ("qwen3", "llama"):
+        config = future_config()
+        model = build_unsharded(config, build_toy(name))
+        told = " ".join(list_obstacles(config, model, torch.device("cuda")))
+        assert told == (
+            "" if name in TRIED else 'they were not tried with models like this one (model_type "qwen3"), but with llama'
+        )
+    config.experimental.custom_model_path = "own.py"
+    assert "like this one" in " ".join(list_obstacles(config, model, torch.device("cuda")))
 
 
 @pytest.mark.parametrize(
@@ -197,14 +246,13 @@ def test_graphs_that_are_asked_for_and_cannot_be_had_are_told(caplog: pytest.Log
         ("training", "cpu_offload", True, "training.cpu_offload is used"),
         ("training", "float8", "rowwise", "training.float8 is used"),
         ("training", "float8_head", True, "training.float8_head is used"),
-        ("training", "loss_on", "answer", 'training.loss_on = "answer"'),
+        ("training", "loss_on", "answer", 'they were not tried with training.loss_on = "answer"'),
         ("activation_checkpoint", "mode", "full", 'activation_checkpoint.mode = "full"'),
         ("experimental", "freeze_lm_for_infonce", True, "experimental.freeze_lm_for_infonce = true"),
     ],
 )
 def test_each_obstacle_is_named(monkeypatch: pytest.MonkeyPatch, section: str, name: str, value: object, told: str) -> None:
     monkeypatch.setattr(module, "choose_attention", lambda *_: "varlen")
-    monkeypatch.setattr(module.flash_kernels, "find_fa4", lambda _: None)
     config = future_config()
     model = build_unsharded(config)
     assert list(list_obstacles(config, model, torch.device("cuda"))) == []
@@ -261,11 +309,19 @@ def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+FUTURE_LOSSES: dict[str, dict[str, Any]] = {
+    "max_anchors": {"max_anchors": 100},
+    "all weights of the teacher": {"target": "ema"},
+    "duplicates": {"exclude_duplicates": True},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*GRAPHED, "max_anchors", "all weights of the teacher"])
-def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("name", [*GRAPHED, *FUTURE_LOSSES])
+def test_a_graph_repeats_for_other_packed_sequences(name: str, answers_only: bool) -> None:
     """Against the same micro-steps without a graph, with other documents, tokens and divisors each time."""
-    changes: dict[str, Any] = {"max_anchors": {"max_anchors": 100}, "all weights of the teacher": {"target": "ema"}}.get(name, {})
+    changes = FUTURE_LOSSES.get(name, {})
     config = choose("future" if changes else name, **changes)
     model = build_modules(config, tiny_llama(**WIDE), "cuda")
     materialize(model, torch.device("cuda"), seed=0)
@@ -274,7 +330,8 @@ def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
         part.compile(dynamic=False)
     plain, graphed = MicroStep(model), GraphedMicroStep(model)
     for seed in range(8):  # few and many documents in turns
-        batch = random_batch(random_cu_seqlens(256, 4 + 16 * (seed % 2) + seed // 2, seed), seed=seed).to("cuda")
+        cu_seqlens = random_cu_seqlens(256, 4 + 16 * (seed % 2) + seed // 2, seed)
+        batch = (draw_answers(seed) if answers_only else random_batch(cu_seqlens, seed=seed)).to("cuda")
         divisors, found = Divisors(200 + seed, 100 + seed, 0.1 * seed), []
         for step in (plain, graphed):
             model.zero_grad()
@@ -284,3 +341,9 @@ def test_a_graph_repeats_for_other_packed_sequences(name: str) -> None:
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
     assert len(graphed._graphs) == 2
+
+
+def draw_answers(seed: int) -> PackedBatch:
+    """Of even numbers few documents, of odd ones many."""
+    lengths = [(17, 3), (30, 2), (12, 2)] if seed % 2 == 0 else [(3, 3), (2, 2), (4, 1)]
+    return build_pack(random.Random(seed).sample(lengths, len(lengths)), seed)
