@@ -55,8 +55,15 @@ def test_jobs_share_the_host_but_no_gpu(tmp_path: Path, early):
 
 def test_jobs_start_beside_others_and_wait(tmp_path: Path):
     """Two on halves of the first one's GPUs, and a third when one of them has its turn."""
-    script = f"date +%s.%N; {WAIT} date +%s.%N; sleep 0.2; date +%s.%N"
-    jobs = [shell("first", script, 2), *(shell(name, script) for name in ("left", "right", "last"))]
+
+    def note_times(name: str, *until: str) -> str:
+        """Of the job's start, its turn and its end, which waits until those others have started."""
+        started = " && ".join(["true", *(f"[ -e {tmp_path}/{other} ]" for other in until)])
+        wait = f"for i in $(seq 1000); do {started} && break; sleep 0.01; done"
+        return f"touch {tmp_path}/{name}; date +%s.%N; {WAIT} date +%s.%N; {wait}; date +%s.%N"
+
+    jobs = [shell("first", note_times("first", "left", "right"), 2)]
+    jobs += [shell(name, note_times(name, *(["last"] if name != "last" else []))) for name in ("left", "right", "last")]
     assert all(each.problem is None for each in run_all(jobs, ["0", "1"], tmp_path).values())
     read = {job.name: list(map(float, (tmp_path / f"{job.name}.log").read_text().split())) for job in jobs}
     for name in ("left", "right"):
