@@ -44,6 +44,7 @@ def run_worker(arguments: argparse.Namespace) -> None:
             *("--training.seq_len", str(arguments.tokens), "--training.steps", str(steps), "--lr_scheduler.warmup_steps", "100"),
             *("--future_encoder.loss_weight", "0.1", "--objective.warmup_steps", "100"),
             *("--future_encoder.precision", arguments.worker),
+            *("--future_encoder.layers", "0", "--future_encoder.max_anchors", "0"),
             *("--metrics.log_freq", "1", "--metrics.enable_tensorboard", "false", "--checkpoint.enable_checkpoint", "false"),
         ],
         get_world_size(),

@@ -13,7 +13,8 @@ run() { # name, processes, micro-steps, further options
     NGPU=$ngpu bash train.sh --job.config_file configs/llama_340M.toml --job.dump_folder "$out/$name" \
         --training.dataset stdlib --training.dataset_name "" --model.tokenizer_path bytes \
         --training.steps "$steps" --training.gradient_accumulation_steps "$accumulation" \
-        --lr_scheduler.warmup_steps 40 --objective.warmup_steps 40 --future_encoder.loss_weight 0.1 --metrics.log_freq 4 \
+        --lr_scheduler.warmup_steps 40 --objective.warmup_steps 40 --future_encoder.loss_weight 0.1 \
+        --future_encoder.layers 0 --future_encoder.max_anchors 0 --metrics.log_freq 4 \
         --checkpoint.interval 1000000 --checkpoint.export_hf false "$@"
 }
 
