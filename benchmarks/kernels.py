@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.deterministic
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -330,6 +331,19 @@ class AttentionInputs:
         return self.flex(q, k, v, block_mask=self.masks["future"], enable_gqa=True)
 
 
+def deterministically(function: Callable[[], object]) -> Callable[[], object]:
+    """Called as under `training.deterministic`."""
+
+    def call() -> object:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return function()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return call
+
+
 def measure_attention(bench: Bench, heads: int, key_heads: int, head_width: int) -> None:
     inputs = AttentionInputs(bench, heads, key_heads, head_width)
     ours, shape = f"varlen_attention ({flash_kernels.describe(head_width)})", f"{heads}/{key_heads} heads x {head_width}"
@@ -346,6 +360,10 @@ def measure_attention(bench: Bench, heads: int, key_heads: int, head_width: int)
             ours: inputs.ours_backward,
             "aten's flash kernel": inputs.aten_backward,
             "compiled flex_attention": inputs.flex_causal_backward,
+        }),
+        ("causal forward + backward, deterministic", 3.5, causal_pairs, {
+            ours: deterministically(inputs.ours_backward),
+            "aten's flash kernel": deterministically(inputs.aten_backward),
         }),
         ("anti-causal forward", 1.0, future_pairs, {
             f"attend over {ours}": inputs.ours_future,
@@ -471,6 +489,7 @@ def main(argv: list[str]) -> None:
         parser.error("this machine has no GPU")
 
     torch._dynamo.config.recompile_limit = 64
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as in a run
     torch.manual_seed(0)
     bench = Bench(draw_batch(arguments.tokens, VOCABULARY).to("cuda"), arguments.repeats)
     documents = len(bench.batch.cu_seqlens) - 1
