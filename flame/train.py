@@ -204,7 +204,7 @@ class Trainer:
             self._evaluate_when_due()
             self.exporter.catch_up(self.checkpoints.saved_step)  # or before it exported it
             while self.step < self.config.training.steps:
-                with self.profiler.watch(self.step + 1):
+                with self.profiler.watch(self.step + 1, lambda: self.micro_step.graph_bytes):
                     self.train_step()
                 self.garbage.run(self.step)
                 self._log_when_due()

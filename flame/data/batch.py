@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flame.data.answer_suffixes import lay_out_suffixes, list_positions
 from flame.data.buckets import round_up_to_bucket
 from flame.data.document_streams import Cursor
 from flame.data.packing import Chunk, PackedSequence
+from flame.data.suffix_layout import lay_out_suffixes, list_positions
 
 NO_LABEL = -100
 
@@ -66,7 +66,7 @@ class PackedBatch:
     suffix_positions: torch.Tensor | None = None
     """If only some tokens are labels: `SuffixLayout.positions`, None without a layout."""
     suffix_cu_seqlens: torch.Tensor | None = None
-    """Likewise."""
+    """Likewise `SuffixLayout.cu_seqlens`."""
 
     def count_ahead(self, distance: int) -> int:
         """How many positions with a label have a token of their chunk `distance` >= 1 ahead. Does not wait for the device."""

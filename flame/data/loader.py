@@ -9,7 +9,8 @@ The life of a batch:
 4. A packer joins the documents of one stream end to end and cuts them into packed sequences (`packing`).
 5. The mixture chooses the source of each sequence of the run (`mixture`).
 6. The worker processes of a rank pack its sequences ahead of time (`RankShare`, below).
-7. The training process derives labels, positions and segments (`batch`), and returns the batch (`PackedLoader`, below).
+7. The training process derives labels, positions, segments and where answers are (`batch`, `suffix_layout`), and returns the
+   batch (`PackedLoader`, below).
 8. A thread keeps batches ready, so that the training loop can stop waiting for them (`prefetch`).
 9. After each step, the cursors move past what it has consumed; checkpoints store them (`state`). `audit` records what was
    consumed, `preview` shows it.

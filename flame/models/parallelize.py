@@ -74,9 +74,9 @@ def parallelize(
 
 MOST_GRAPHS = 128
 """Most graphs that torch may compile of one function. Beyond torch's own limit of 8, it would run uncompiled, and a resumed run,
-which compiles again, would round differently. A decoder layer needs a graph for each size of `answer_suffixes.SHARES` and for the
-whole packed sequence, in each pass, in training and validation, and for each kind of layer. An estimator's function needs a graph
-for each bucket of anchors (`buckets.round_up_to_bucket`), with and without gradient."""
+which compiles again, would round differently. A decoder layer needs a graph for each of `flame.data.suffix_layout.SHARES` and for
+the whole packed sequence, in each pass, in training and validation, and for each kind of layer. An estimator's function needs a
+graph for each bucket of anchors (`flame.data.buckets.round_up_to_bucket`), with and without gradient."""
 
 
 def _compile(model: TrainingModel, layers: list[nn.Module], own: nn.ModuleList, further: Sequence[nn.Module]) -> None:

@@ -90,6 +90,7 @@ def list_predicted(batch: PackedBatch) -> Tensor | None:
     if not batch.answers_only:
         return None
     labels = batch.labels[0]
+    assert batch.num_predicted, "only some tokens are labels, but the batch does not say how many"
     return list_marked(labels != NO_LABEL, batch.num_predicted)
 
 

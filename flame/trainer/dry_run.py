@@ -2,7 +2,7 @@
 
 Options, model, tokenizer, data and initial weights are opened and checked as for the run itself, with all their messages. The
 steps compute both losses on the first packed sequences of the data. The first one compiles. The last one is timed: on one GPU its
-micro-step may be a CUDA graph, which takes two before it.
+micro-step may be a CUDA graph, which takes two before it and one to be captured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flame.runtime.distributed import get_rank
 from flame.runtime.json_lines import parse_line
 from flame.trainer.micro_step import WARM_UP
 
-STEPS = WARM_UP + 1
+STEPS = WARM_UP + 2
 
 logger = logging.getLogger("flame")
 

@@ -125,7 +125,7 @@ def describe(estimate: Estimate, config: JobConfig) -> Iterator[str]:
         seconds = estimate.run_flops / (MFU * gpu.peak * 1e12 * ranks)
         yield f"{gpu.name:<14}{gpu.memory:>12}{fits:>6}{show_time(seconds):>26}"
     yield ""
-    yield from _list_caveats(config)
+    yield from _list_caveats(config, estimate.model_weights)
 
 
 def show_flops(flops: float) -> str:
@@ -143,13 +143,13 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _list_caveats(config: JobConfig) -> Iterator[str]:
+def _list_caveats(config: JobConfig, weights: float) -> Iterator[str]:
     training = config.training
     yield "With training.compile, memory is within 5 % of what Llamas of 340M, 1B and 8B took (docs/performance.md)."
     if not training.compile:
         yield "training.compile = false: activations are fitted to a single run."
-    if training.compile and training.cuda_graphs and config.world_size == 1:
-        yield f"Below {MOST_WEIGHTS / 1e6:.0f} million weights, CUDA graphs may keep as much again as a micro-step takes."
+    if training.compile and training.cuda_graphs and config.world_size == 1 and weights <= MOST_WEIGHTS:
+        yield "CUDA graphs, where there is room for them, may keep as much again as a micro-step takes."
     if training.float8 != "none":
         yield f'training.float8 = "{training.float8}": the memory is that of bfloat16.'
     if training.float8_head:

@@ -8,13 +8,14 @@ memory. So whatever differs from one packed sequence to the next must be a tenso
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -132,6 +133,8 @@ KNOWN = ("answers_only", "num_predicted")
 """Numbers of a packed sequence that a graph may keep: the same for all of its kind."""
 WARM_UP = 2
 """Micro-steps of a kind that are launched one by one before its graph is captured: they compile, and allocate what stays."""
+SYNCHRONIZES = "synchronizing CUDA operation"
+"""In torch's warnings of a wait."""
 MOST_GRAPHS = 24
 """Of other kinds, kernels are launched one by one."""
 
@@ -192,11 +195,13 @@ class GraphedMicroStep(MicroStep):
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
+        peak = torch.cuda.max_memory_allocated()
         with _watch_for_waits() as waits:
             found = super().run(batch, kind.requested, None, divisors)
         if waits and self._warm[kind] == WARM_UP:  # the first one compiles, which may wait
             self._leave_out(f"this model's step waits for the GPU ({waits[0]})")
-        self._working_bytes = max(self._working_bytes, torch.cuda.max_memory_allocated() - held)
+        if torch.cuda.max_memory_allocated() > peak or not self._working_bytes:  # else the peak was that of something else
+            self._working_bytes = max(self._working_bytes, torch.cuda.max_memory_allocated() - held)
         self._trained[kind] = [parameter for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, before, strict=True):
             if gradient is not None and parameter.grad is not None:
@@ -238,12 +243,14 @@ class GraphedMicroStep(MicroStep):
                 losses, loss = self._record(inside, kind.requested, scales)
         except RuntimeError as error:
             first = _find_first(error)
-            if isinstance(first, (AssertionError, torch.OutOfMemoryError)):
+            if isinstance(first, AssertionError):
                 raise first from None
-            raise UserError(
-                f"training.cuda_graphs = true: this model's step cannot become a CUDA graph ({str(first).splitlines()[0]}): set "
-                "it to false"
-            ) from error
+            # FSDP takes what was recorded for done, so the run cannot go on from here without the graph.
+            if isinstance(first, torch.OutOfMemoryError):
+                reason = "memory has run out while a micro-step became a CUDA graph, whose memory is its own"
+            else:
+                reason = f"this model's step cannot become a CUDA graph ({str(first).splitlines()[0]})"
+            raise UserError(f"training.cuda_graphs = true: {reason}: set it to false") from error
         if not self._graphs:
             logger.info("from now on micro-steps are CUDA graphs (docs/performance.md#small-models)")
         self.graph_bytes += torch.cuda.memory_reserved() - reserved
@@ -308,14 +315,27 @@ def _watch_for_waits() -> Iterator[list[str]]:
     if not torch.cuda.is_available():
         yield found
         return
-    before = torch.cuda.get_sync_debug_mode()
+    before, own_thread = torch.cuda.get_sync_debug_mode(), threading.get_ident()
+
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if SYNCHRONIZES not in str(message):
+            show(message, category, filename, lineno, file, line)
+        elif threading.get_ident() == own_thread:  # others, such as one that saves a checkpoint, may wait
+            found.append(f"{Path(filename).name}, line {lineno}")
+
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", message=f".*{SYNCHRONIZES}")
+            show, warnings.showwarning = warnings.showwarning, note
             yield found
-        own = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
-        found += [f"{Path(each.filename).name}, line {each.lineno}" for each in own]
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -340,7 +360,7 @@ def _fits_graph(objective: Objective) -> bool:
 TRIED = ("llama",)
 """Types of models whose runs were seen to be the same with graphs and without."""
 MOST_WEIGHTS = 150_000_000
-"""Of larger models the kernels take longer than their launches."""
+"""Of larger language models the kernels take longer than their launches."""
 
 
 def choose_micro_step(config: JobConfig, model: TrainingModel, device: torch.device) -> MicroStep:
@@ -363,15 +383,17 @@ def list_obstacles(config: JobConfig, model: TrainingModel, device: torch.device
         return
     if config.world_size > 1:
         yield "there is more than one rank"
-    weights = sum(weight.numel() for weight in model.parameters())
+    weights = sum(weight.numel() for weight in lm.parameters())
     if weights > MOST_WEIGHTS:
-        yield f"there are {weights / 1e6:,.0f} million weights, more than {MOST_WEIGHTS / 1e6:.0f}"
+        yield f"the language model has {weights / 1e6:,.0f} million weights, more than {MOST_WEIGHTS / 1e6:.0f}"
     if choose_attention(lm.config, device.type, find_compute_dtype(training, device.type)) != "varlen":
         yield "attention takes no flash kernel"
     if lm.config.model_type not in TRIED or find_family(lm.config) is None or config.experimental.custom_model_path:
         yield f'they were not tried with models like this one (model_type "{lm.config.model_type}"), but with {", ".join(TRIED)}'
     if training.loss_on != "all":
         yield f'they were not tried with training.loss_on = "{training.loss_on}"'
+    if config.profiling.trace_steps or config.profiling.memory_history:
+        yield "kernels in one have no names for profiling.trace_steps or profiling.memory_history"
     if config.activation_checkpoint.mode != "none":
         yield f'activation_checkpoint.mode = "{config.activation_checkpoint.mode}"'
     for name in ("dropout", "cpu_offload", "float8", "float8_head"):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,8 +46,11 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
 
     @contextmanager
-    def watch(self, step: int) -> Iterator[None]:
+    def watch(self, step: int, count_graph_bytes: Callable[[], int] = int) -> Iterator[None]:
         """Record the step that is made inside, as far as that is asked for.
+
+        Args:
+            count_graph_bytes: `MicroStep.graph_bytes` at the end.
 
         Raises:
             UserError: the GPU's memory has run out. A snapshot of it is written first.
@@ -56,7 +59,7 @@ class Profiler:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise UserError(self._explain_memory(step, error)) from error
+            raise UserError(self._explain_memory(step, error, count_graph_bytes())) from error
         self._end(step)
 
     def close(self) -> None:
@@ -94,14 +97,15 @@ class Profiler:
             path = self._write_snapshot(f"memory-step-{step}")
             logger.info("snapshot of the GPU's memory after step %d: %s", step, path)
 
-    def _explain_memory(self, step: int, error: torch.OutOfMemoryError) -> str:
-        gib = torch.cuda.max_memory_allocated() / 2**30
+    def _explain_memory(self, step: int, error: torch.OutOfMemoryError, graph_bytes: int) -> str:
+        gib = (torch.cuda.max_memory_allocated() + graph_bytes) / 2**30
+        graphs = f"set training.cuda_graphs = false, which frees {graph_bytes / 2**30:.1f} GiB, " if graph_bytes else ""
         try:
             where = f"; a snapshot of it is {self._write_snapshot(f'out-of-memory-step-{step}')} (docs/profiling.md)"
         except OSError as failure:
             where = f"; no snapshot could be written ({failure.strerror})"
         return (
-            f"step {step}: rank {self._rank} has run out of GPU memory, of which it had taken {gib:.1f} GiB: lower "
+            f"step {step}: rank {self._rank} has run out of GPU memory, of which it had taken {gib:.1f} GiB: {graphs}lower "
             f"training.seq_len, set activation_checkpoint.mode, or use more GPUs{where} [{' '.join(str(error).split())[:120]}]"
         )
 

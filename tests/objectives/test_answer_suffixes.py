@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flame.attention.backends import RecurrentBackend
-from flame.data.answer_suffixes import GRAIN, SHARES, find_share
+from flame.data.suffix_layout import GRAIN, SHARES, find_share
 from flame.models.causal_lm import find_decoder_layers
 from flame.models.parallelize import MOST_GRAPHS, _compile
 from flame.objectives.future import summaries

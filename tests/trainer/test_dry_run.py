@@ -31,7 +31,7 @@ def test_it_makes_the_first_step_of_the_run_and_keeps_nothing(workspace: Path, t
     lines = dry_run(caplog, argv)
     assert not (tmp_path / "run").exists() and not list_files(tmp_path / "temporary")
     first = run_here(workspace, tmp_path / "run", training__steps=1, validation__holdout_every=2, validation__interval=1)[0]
-    (step,) = (line for line in lines if line.startswith("step 1/3 "))
+    (step,) = (line for line in lines if line.startswith("step 1/4 "))
     assert f"ce {first['ce_loss']:6.3f}" in step and f"aux {first['aux_loss']:6.3f}" in step
     assert lines[-1].endswith(f"The run itself begins in {tmp_path / 'run'}")
     assert any(line.startswith("validation: 1 held-out sequences") for line in lines)
@@ -54,4 +54,4 @@ def test_mistakes_are_found(workspace: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_loss_that_begins_later_is_computed(workspace: Path, tmp_path: Path, caplog):
     lines = dry_run(caplog, options(workspace, tmp_path / "run", training__steps=50, objective__start_step=40))
-    assert any(line.startswith("step 1/3 ") and " aux " in line for line in lines)
+    assert any(line.startswith("step 1/4 ") and " aux " in line for line in lines)

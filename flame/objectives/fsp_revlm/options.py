@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ReverseSummaryOptions(ObjectiveOptions):
-    """Future summary prediction, learned summaries (arXiv:2510.14751). The loss is a sum over the channels of a state. With a
-    wide model, set loss_weight to about 1 / width, which makes it a mean."""
+    """Future summary prediction, learned summaries (arXiv:2510.14751). The loss is a sum over the channels of a state, which
+    drowns the cross entropy (docs/experiments.md). Set loss_weight to about 1 / width, which makes it a mean."""
 
     section: ClassVar[str] = "fsp_revlm"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flame.attention.masks import draw_anchors, find_anchors, find_neighbors
 from flame.data.batch import NO_LABEL, PackedBatch
+from flame.data.buckets import round_up_to_bucket
 from flame.objectives.future.options import FutureOptions
 from flame.runtime.seeds import derive_seed
 
@@ -60,10 +61,15 @@ def select_anchors(batch: PackedBatch, shift: int, bucket: int, seed: int) -> An
     return Anchors(*draw_anchors(is_valid, bucket, seed, batch.number), shift)
 
 
-def find_anchor_bucket(batch: PackedBatch, max_anchors: int) -> int:
+def find_anchor_bucket(batch: PackedBatch, shift: int, max_anchors: int) -> int:
     """Padded number of anchors: T, or a smaller bucket if only some tokens can be anchors. Does not wait for the device."""
-    total = batch.num_predicted if batch.answers_only else batch.input_ids.shape[1]
-    return min(max_anchors or total, total)
+    total = batch.input_ids.shape[1]
+    bucket = min(max_anchors or total, total)
+    if not batch.answers_only:
+        return bucket
+    if shift <= 1:  # all labels have a target; a CUDA graph knows this number alone
+        return min(batch.num_predicted, bucket)
+    return round_up_to_bucket(count_anchors(batch, shift, bucket), bucket)
 
 
 def count_anchors(batch: PackedBatch, shift: int, at_most: int) -> int:

@@ -1,4 +1,4 @@
-"""If only answers count, runs the anti-causal pass over the answer suffixes alone (`flame.data.answer_suffixes`).
+"""If only answers count, runs the anti-causal pass over the answer suffixes alone (`flame.data.suffix_layout`).
 
 A summary depends only on the tokens after its position. The pass over the suffixes, from the first label of each document to its
 end, therefore gives the same summaries as the pass over the whole packed sequence.

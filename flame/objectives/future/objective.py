@@ -235,7 +235,7 @@ class FutureObjective(Objective):
         return select_anchors(batch, self._choose_shift(batch), bucket, self.setup.seed)
 
     def _find_bucket(self, batch: PackedBatch) -> int:
-        return find_anchor_bucket(batch, self.options.max_anchors)
+        return find_anchor_bucket(batch, self._choose_shift(batch), self.options.max_anchors)
 
     def _choose_shift(self, batch: PackedBatch) -> int:
         return choose_shift(batch, self.options, self.setup.seed)

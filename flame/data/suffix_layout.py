@@ -1,4 +1,4 @@
-"""If only answers count: where the answer suffixes of a packed sequence are, packed for a pass that skips the prompts.
+"""Where the answer suffixes of a packed sequence are, if only answers count. A pass over them alone skips the prompts.
 
 The suffix of a document runs from the last token of its prompt to its end.
 """
@@ -14,7 +14,7 @@ SHARES = (2, 4, 8, 16)
 """The suffixes are padded to 1/2, 1/4, ... of the packed sequence. Few sizes, since layers are compiled for each of them."""
 GRAIN = 128
 """These sizes are multiples of this many tokens, as 8-bit products and block-wise attention need. It is also long enough for
-FlexAttention (`backends.SHORTEST_FLEX`)."""
+FlexAttention (`flame.attention.backends.SHORTEST_FLEX`)."""
 
 
 class SuffixLayout(NamedTuple):
