@@ -99,7 +99,7 @@ class Training(Corpus):
 
     compile: bool = False
     """Compile each decoder layer with torch.compile. Worth it on GPUs."""
-    cuda_graphs: bool = option(True, is_silent=True, applies=When("compile", (True,)))
+    cuda_graphs: bool = option(True, applies=When("compile", (True,)))
     """On one GPU, launch the forward and backward of a small model at once, as a CUDA graph, where the run allows it
     (docs/performance.md). Graphs hold memory."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"

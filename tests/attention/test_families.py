@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig, PreT
 
 from flame.attention.backends import SHORTEST_FLEX, Attention, choose_attention, name_implementation
 from flame.attention.families import FAMILIES, find_limits, list_layer_limits
+from flame.data.suffix_layout import GRAIN
 from flame.errors import UserError
 from flame.models.causal_lm import find_model_conflicts, load_model_config
 from flame.models.leak_check import LENGTHS
 from flame.models.wrapper import TrainingModel
-from flame.objectives.future.answer_suffixes import GRAIN
 from flame.objectives.future.options import FutureOptions
 from flame.objectives.future.summaries import find_horizon
 from flame.objectives.step import Requested, compute_losses

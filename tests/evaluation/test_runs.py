@@ -123,7 +123,7 @@ def test_a_dry_run_evaluates_one_question_of_each_task(workspace, asked, tmp_pat
     lines = [line.strip() for line in caplog.messages]
     assert any(line.startswith("choices: 1 questions") for line in lines)
     assert any(line.startswith("short: 1 held-out documents") for line in lines)
-    assert sum("step 3/3 · answers" in line for line in lines) == 1
+    assert sum("step 4/4 · answers" in line for line in lines) == 1
 
 
 def test_an_evaluation_that_is_asked_for_later_is_made_up_for(workspace, asked, tmp_path, plain_run, evaluated_run):
