@@ -14,6 +14,7 @@ from flame.config.profiling import Profiling, read_spans
 from flame.errors import UserError
 from flame.trainer.profiler import PROFILE_FOLDER, Profiler
 from tests.support.options import read_mistakes
+from tests.support.refusals import expect_one_line
 from tests.support.runs import MICRO_STEPS, measured, read_metrics, run_here
 
 ONCE_A_STEP = ("waiting for data", "optimizer")
@@ -78,6 +79,18 @@ def test_memory_is_written_when_asked_for_and_when_it_runs_out(workspace: Path, 
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     assert len(caught.value.lines) == 1
     assert (tmp_path / PROFILE_FOLDER / "out-of-memory-step-4-rank-0.pickle").exists()
+
+
+@pytest.mark.parametrize(
+    ("graph_bytes", "told"), [(0, "4.0 GiB: lower training.seq_len"), (3 << 30, "7.0 GiB: set training.cuda_graphs")]
+)
+def test_graphs_are_named_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, graph_bytes: int, told: str):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 4 << 30)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda _: None)
+    profiler = Profiler(Profiling(), tmp_path, rank=0, steps=range(5))
+    with pytest.raises(UserError) as caught, profiler.watch(4, lambda: graph_bytes):
+        raise torch.OutOfMemoryError("x")
+    expect_one_line(caught.value, told)
 
 
 def _count_names(path: Path) -> dict[str, int]:
