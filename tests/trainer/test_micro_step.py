@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from flame.trainer.micro_step import (
     _find_kind,
     _fits_graph,
     _Kind,
+    _watch_for_waits,
     choose_micro_step,
     list_obstacles,
     pad_documents,
@@ -268,6 +271,26 @@ def test_a_capture_that_fails_ends_the_run_and_names_the_option(
     with pytest.raises(UserError) as caught:
         graphed._capture(kind, batch)
     expect_one_line(caught.value, "training.cuda_graphs = true", told, "set it to false")
+
+
+def test_only_waits_of_the_own_thread_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may save a checkpoint. Other warnings are shown as ever."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    def wait() -> None:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at x)", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="of something else") as shown, _watch_for_waits() as waits:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+        assert not waits
+        wait()
+        wait()
+        warnings.warn("of something else", stacklevel=1)
+    assert len(waits) == 2 and all(line.startswith("test_micro_step.py, line ") for line in waits) and len(shown) == 1
 
 
 def test_why_there_are_no_graphs_is_told(caplog: pytest.LogCaptureFixture) -> None:
