@@ -50,7 +50,7 @@ class Profiler:
         """Record the step that is made inside, as far as that is asked for.
 
         Args:
-            count_graph_bytes: `MicroStep.graph_bytes` at the end.
+            count_graph_bytes: `MicroStep.graph_bytes` at the end; 0 without.
 
         Raises:
             UserError: the GPU's memory has run out. A snapshot of it is written first.
