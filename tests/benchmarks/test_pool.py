@@ -57,10 +57,10 @@ def test_jobs_start_beside_others_and_wait(tmp_path: Path):
     """Two on halves of the first one's GPUs, and a third when one of them has its turn."""
 
     def note_times(name: str, *until: str) -> str:
-        """Of the job's start, its turn and its end, which waits until those others have started."""
+        """Of the job's start, its turn and its end, which waits until those others have noted theirs."""
         started = " && ".join(["true", *(f"[ -e {tmp_path}/{other} ]" for other in until)])
         wait = f"for i in $(seq 1000); do {started} && break; sleep 0.01; done"
-        return f"touch {tmp_path}/{name}; date +%s.%N; {WAIT} date +%s.%N; {wait}; date +%s.%N"
+        return f"date +%s.%N; touch {tmp_path}/{name}; {WAIT} date +%s.%N; {wait}; date +%s.%N"
 
     jobs = [shell("first", note_times("first", "left", "right"), 2)]
     jobs += [shell(name, note_times(name, *(["last"] if name != "last" else []))) for name in ("left", "right", "last")]
@@ -79,8 +79,8 @@ def test_the_longest_start_first_and_the_next_ones_where_gpus_are_free_first(tmp
 
 
 def test_limits_count_from_the_turn(tmp_path: Path):
-    ended = run_all([shell("first", "sleep 0.8"), shell("second", WAIT, seconds=0.7)], ["0"], tmp_path)
-    assert ended["second"].problem is None and ended["second"].seconds < 0.7
+    ended = run_all([shell("first", "sleep 2.5"), shell("second", WAIT, seconds=2.0)], ["0"], tmp_path)
+    assert ended["second"].problem is None and ended["second"].seconds < 2.0
 
 
 def test_what_waits_when_the_time_is_over_has_no_turn(tmp_path: Path):
