@@ -1,7 +1,9 @@
-"""Steps of the trainer in two checkouts, side by side on one GPU: has a change made training slower? Prints a table.
+"""Steps of the trainer in two checkouts, side by side: has a change made training slower? Prints a table.
 
     python -m benchmarks.two_checkouts OUT --other ../before [--model llama_340M] [--tokens 65536] [--rounds 3]
+    python -m benchmarks.two_checkouts OUT --other ../before --config configs/quickstart.toml
 
+The first is for a GPU. The second trains what the file says, also on a CPU.
 Whole runs of each checkout alternate, so that a GPU that slows down as it warms does so for both. Of each run, the median of
 `step_seconds` in metrics.jsonl counts, after the steps in which kernels are compiled. Options that the checkouts name differently
 cannot be compared this way.
@@ -25,11 +27,11 @@ REPO = Path(__file__).parent.parent
 WARMUP = 10
 
 
-def time_steps(checkout: Path, out: Path, corpus: Path, arguments: argparse.Namespace) -> float:
-    """Median milliseconds of a step of one run."""
-    shutil.rmtree(out, ignore_errors=True)
-    options = {
-        "job.dump_folder": out,
+def describe_run(corpus: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Options of the model, the data and the objective."""
+    if arguments.config is not None:
+        return {"job.config_file": arguments.config.resolve(), "lr_scheduler.warmup_steps": WARMUP}
+    return {
         "model.config": REPO / "configs" / "models" / f"{arguments.model}.json",
         "model.tokenizer_path": "bytes",
         "training.dataset": "json",
@@ -38,8 +40,16 @@ def time_steps(checkout: Path, out: Path, corpus: Path, arguments: argparse.Name
         "training.seq_len": arguments.tokens,
         "training.context_len": 4096,
         "training.compile": "true",
-        "training.steps": WARMUP + arguments.steps,
         "objective.name": arguments.objective,
+    }
+
+
+def time_steps(checkout: Path, out: Path, run: dict[str, object], steps: int) -> float:
+    """Median milliseconds of a step of one run."""
+    shutil.rmtree(out, ignore_errors=True)
+    options = run | {
+        "job.dump_folder": out,
+        "training.steps": WARMUP + steps,
         "checkpoint.enable_checkpoint": "false",
         "metrics.log_freq": 1,
     }
@@ -61,6 +71,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Steps of two checkouts, side by side.", allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder for the runs and two_checkouts.md")
     parser.add_argument("--other", type=Path, required=True, help="the checkout to compare this one with")
+    parser.add_argument(
+        "--config", type=Path, help="configuration to train, instead of the options below but --steps and --rounds"
+    )
     parser.add_argument("--model", default="llama_340M", help="file in configs/models (%(default)s)")
     parser.add_argument("--objective", default="future", help="objective.name (%(default)s)")
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens a step (%(default)s)")
@@ -69,16 +82,17 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     corpus = (arguments.out / "corpus.jsonl").resolve()
-    write_corpus(corpus, min((WARMUP + arguments.steps + 4) * arguments.tokens, 40_000_000))
+    if arguments.config is None:
+        write_corpus(corpus, min((WARMUP + arguments.steps + 4) * arguments.tokens, 40_000_000))
+    run = describe_run(corpus, arguments)
     checkouts = {"this": REPO.resolve(), "other": arguments.other.resolve()}
     times: dict[str, list[float]] = {name: [] for name in checkouts}
     for turn in range(arguments.rounds):
         for name, checkout in checkouts.items():
-            times[name].append(time_steps(checkout, (arguments.out / f"{name}_{turn}").resolve(), corpus, arguments))
+            times[name].append(time_steps(checkout, (arguments.out / f"{name}_{turn}").resolve(), run, arguments.steps))
     ratios = [this / other for this, other in zip(times["this"], times["other"], strict=True)]
-    title = (
-        f"{arguments.model}, {arguments.objective}, {arguments.tokens:,} tokens a step, {arguments.rounds} runs each, ms a step"
-    )
+    what = arguments.config or f"{arguments.model}, {arguments.objective}, {arguments.tokens:,} tokens a step"
+    title = f"{what}, {arguments.rounds} runs each, ms a step"
     row = [*(show_range(times[name], "{:.1f}") for name in checkouts), show_range(ratios, "{:.3f}")]
     lines = [f"### {title}", "", *format_table(["this", "other", "this / other"], [row]), ""]
     (arguments.out / "two_checkouts.md").write_text("\n".join(lines))

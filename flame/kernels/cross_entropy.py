@@ -2,7 +2,7 @@
 
 The logits of a packed sequence (T x V) are computed chunk by chunk. Like in InfoNCE, the forward also computes the gradients.
 So forward and backward together take three matrix products (6 T d V FLOPs) and one pass of `softmax_rows_` over the logits. Two
-of the products can be in 8 bits, by `flame.kernels.float8_head`.
+of the products can be in 8 bits, by `flame.kernels.float8_head`. Without gradients, as in validation, one product is left.
 
 With a bias b, a scale s and a cap c, as in some families, the logits are z = s (W h + b), then c tanh(z / c). As c tanh(s x / c)
 is s times x capped at c / s, the row kernel caps at c / s and scales afterwards. The backward multiplies the gradients by s.
@@ -12,6 +12,8 @@ Shape legend: T tokens, d width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,62 @@ from flame.kernels.float8_head import Float8Head
 from flame.kernels.softmax_rows import count_chunk_rows, softmax_rows_
 
 IGNORED_LABEL = -100
+
+
+class _Gradients(NamedTuple):
+    """Of the sum of losses with respect to z / s."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _sum_losses(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    cap: float | None,
+    in_float8: bool,
+    with_gradients: bool,
+) -> tuple[Tensor, _Gradients | None]:
+    head = Float8Head(weight) if in_float8 else None
+    rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = torch.full((), scale, dtype=wide, device=weight.device)
+    if with_gradients:
+        grad_hidden = torch.empty_like(hidden_states)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+    logits_buffer = hidden_states.new_empty(rows, len(weight))
+    losses = []
+    for start in range(0, len(hidden_states), rows):
+        chunk = slice(start, start + rows)
+        logits = logits_buffer[: len(hidden_states[chunk])]
+        if head is not None:
+            head.project_(hidden_states[chunk], logits)
+            if bias is not None:
+                logits += bias
+        elif bias is None:
+            torch.mm(hidden_states[chunk], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden_states[chunk], weight.t(), out=logits)
+        losses.append(softmax_rows_(logits, labels[chunk], factor, cap=None if cap is None else cap / scale).loss.sum())
+        if not with_gradients:
+            continue
+        if head is not None:
+            head.multiply_gradient_(logits, labels[chunk], grad_hidden[chunk])
+        else:
+            torch.mm(logits, weight, out=grad_hidden[chunk])
+        _add_product_(grad_weight, logits.t(), hidden_states[chunk])
+        if grad_bias is not None:
+            grad_bias += logits.sum(dim=0, dtype=wide)
+    total = torch.stack(losses).sum() if losses else factor * 0.0
+    if not with_gradients:
+        return total, None
+    grad_bias = grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
+    return total, _Gradients(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -33,38 +91,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         cap: float | None,
         in_float8: bool,
     ) -> Tensor:
-        head = Float8Head(weight) if in_float8 else None
-        rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        factor = torch.full((), scale, dtype=wide, device=weight.device)
-        grad_hidden = torch.empty_like(hidden_states)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        logits_buffer = hidden_states.new_empty(rows, len(weight))
-        losses = []
-        for start in range(0, len(hidden_states), rows):
-            chunk = slice(start, start + rows)
-            logits = logits_buffer[: len(hidden_states[chunk])]
-            if head is not None:
-                head.project_(hidden_states[chunk], logits)
-                if bias is not None:
-                    logits += bias
-            elif bias is None:
-                torch.mm(hidden_states[chunk], weight.t(), out=logits)
-            else:
-                torch.addmm(bias, hidden_states[chunk], weight.t(), out=logits)
-            losses.append(softmax_rows_(logits, labels[chunk], factor, cap=None if cap is None else cap / scale).loss.sum())
-            if head is not None:
-                head.multiply_gradient_(logits, labels[chunk], grad_hidden[chunk])
-            else:
-                torch.mm(logits, weight, out=grad_hidden[chunk])
-            _add_product_(grad_weight, logits.t(), hidden_states[chunk])
-            if grad_bias is not None:
-                grad_bias += logits.sum(dim=0, dtype=wide)
+        total, gradients = _sum_losses(hidden_states, weight, labels, bias, scale, cap, in_float8, with_gradients=True)
+        assert gradients is not None
         ctx.scale = scale
-        grad_bias = grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
-        return torch.stack(losses).sum() if losses else factor * 0.0
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,4 +146,8 @@ def linear_cross_entropy(
     Returns:
         0-d float32 (float64 for float64 inputs).
     """
-    return _LinearCrossEntropySum.apply(hidden_states, weight, labels, bias, scale, cap, in_float8)
+    arguments = (hidden_states, weight, labels, bias, scale, cap, in_float8)
+    needs_gradient = any(each is not None and each.requires_grad for each in (hidden_states, weight, bias))
+    if torch.is_grad_enabled() and needs_gradient:
+        return _LinearCrossEntropySum.apply(*arguments)
+    return _sum_losses(*arguments, with_gradients=False)[0]

@@ -9,7 +9,7 @@ always counts. With scale s,
 With a cap c, z_j = c tanh(x_j / c) of the given scores x_j, and d z_j / d x_j = 1 - (z_j / c)^2. Without one, z_j = x_j.
 
 On CUDA a Triton kernel reads each row twice, the second time mostly from the L2 cache, and writes the gradient over the scores.
-Elsewhere plain PyTorch does the same out of place. Tests compare the kernel with it.
+Elsewhere PyTorch's operations do the same on blocks of rows that fit the cache.
 
 Shape legend: c rows, n columns.
 """
@@ -64,44 +64,96 @@ def softmax_rows_(
             key do not count for the row. A narrow dtype saves memory traffic. None excludes nothing.
         cap: c, greater than 0. None leaves the scores as they are.
     """
-    return (_launch if scores.is_cuda else _define)(scores, own, scale, count, excluded, keys, cap)
+    return (_launch if scores.is_cuda else _compute)(scores, own, scale, count, excluded, keys, cap)
 
 
-def _define(
+BLOCK_SCORES = 2**19
+"""Scores of a block on CPUs: 2 MiB in float32."""
+
+
+def _compute(
     scores: Tensor,
     own: Tensor,
     scale: Tensor,
-    count: Tensor | None,
-    excluded: tuple[Tensor, Tensor] | None,
+    count: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
     keys: tuple[Tensor, Tensor] | None = None,
     cap: float | None = None,
 ) -> RowSums:
+    """On CPUs: blocks of rows that stay in the cache while they are read again and again."""
+    factor, columns = float(scale), scores.shape[1]
+    limit = columns if count is None else min(int(count), columns)
+    scores[:, limit:] = 0.0
+    step = max(BLOCK_SCORES // max(columns, 1), 1)
+    blocks = [slice(start, start + step) for start in range(0, max(len(scores), 1), step)]
+    sums = [
+        _compute_block(
+            scores[block, :limit],
+            own[block],
+            factor,
+            None if excluded is None else (excluded[0][block], excluded[1][block]),
+            None if keys is None else (keys[0][:limit], keys[1][block]),
+            cap,
+        )
+        for block in blocks
+    ]
+    return RowSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+
+
+def _compute_block(
+    scores: Tensor,
+    own: Tensor,
+    scale: float,
+    excluded: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, Tensor] | None,
+    cap: float | None,
+) -> RowSums:
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if cap is not None:
-        wide = cap * torch.tanh(wide / cap)
-    columns = torch.arange(scores.shape[1], device=scores.device)[None, :]
-    limit = scores.shape[1] if count is None else count
-    has_own = (own >= 0) & (own < limit)
-    is_own = columns == own[:, None]
-    counts = torch.ones_like(is_own) if count is None else (columns < count).expand_as(is_own)
-    if excluded is not None:
-        first, last = excluded
-        counts = counts & ((columns < first[:, None]) | (columns > last[:, None]) | is_own)
-    if keys is not None:
-        column_keys, own_keys = keys
-        counts = counts & ((column_keys[None, :] != own_keys[:, None]) | is_own)
+        wide = torch.tanh(wide / cap).mul_(cap)
+    has_own = (own >= 0) & (own < scores.shape[1])
+    place = torch.where(has_own, own, 0)[:, None]
+    if not scores.shape[1]:
+        nothing = wide.new_zeros(len(scores))
+        return RowSums(torch.where(own < 0, 0.0, nothing + torch.nan), nothing, nothing, nothing, nothing)
+    left_out = _find_left_out(scores.shape[1], place, excluded, keys)
+    own_score = wide.gather(1, place)[:, 0]
 
-    logits = torch.where(counts, wide * scale, -torch.inf)
-    own_score = torch.where(is_own, wide, 0.0).sum(dim=-1)
-    lse = logits.logsumexp(dim=-1)
-    best_other = torch.where(is_own, -torch.inf, logits).amax(dim=-1)
-    grad = torch.where(has_own[:, None], torch.exp(logits - lse[:, None]) - is_own.to(wide.dtype), 0.0)
-    grad_scale = (grad * torch.where(counts, wide, 0.0)).sum(dim=-1)
-    scores.copy_(grad if cap is None else grad * (1 - (wide / cap) ** 2))
-    is_best = own_score * scale > best_other
-    loss = torch.where(has_own, lse - own_score * scale, torch.where(own < 0, 0.0, torch.nan))
-    counted = counts.sum(dim=-1).to(wide.dtype)
-    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in (own_score, is_best, grad_scale, counted)))
+    logits = wide * scale
+    if left_out is not None:
+        logits.masked_fill_(left_out, -torch.inf)
+    logits.scatter_(1, place, -torch.inf)
+    best_other, own_logit = logits.amax(dim=-1), own_score * scale
+    top = torch.maximum(best_other, own_logit)
+    probs = logits.scatter_(1, place, own_logit[:, None]).sub_(top[:, None]).exp_()
+    total = probs.sum(dim=-1)
+    probs.mul_(torch.where(has_own, 1 / total, 0.0)[:, None])
+    probs.scatter_add_(1, place, -has_own.to(probs.dtype)[:, None])
+    if left_out is not None:
+        wide.masked_fill_(left_out, 0.0)
+    grad_scale = torch.linalg.vecdot(probs, wide)
+    scores.copy_(probs if cap is None else probs * (1 - (wide / cap) ** 2))
+
+    loss = torch.where(has_own, total.log() + top - own_logit, torch.where(own < 0, 0.0, torch.nan))
+    left = 0 if left_out is None else left_out.sum(dim=-1)
+    counted = has_own * (scores.shape[1] - left)
+    rest = (has_own * own_score, (has_own & (own_logit > best_other)).to(wide.dtype), grad_scale, counted.to(wide.dtype))
+    return RowSums(loss, *rest)
+
+
+def _find_left_out(
+    columns: int, place: Tensor, excluded: tuple[Tensor, Tensor] | None, keys: tuple[Tensor, Tensor] | None
+) -> Tensor | None:
+    """Bool [c, n]: which columns do not count."""
+    if excluded is None and keys is None:
+        return None
+    left_out = torch.zeros(len(place), columns, dtype=torch.bool)
+    if excluded is not None:
+        index = torch.arange(columns)
+        left_out |= (index >= excluded[0][:, None]) & (index <= excluded[1][:, None])
+    if keys is not None:
+        left_out |= keys[0] == keys[1][:, None]
+    return left_out.scatter_(1, place, False)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""The row kernel: its plain definition against float64 autograd, and the Triton code, interpreted, against the definition."""
+"""Rows of scores: blocks on the CPU against float64 autograd, and the Triton code, interpreted, against those."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,11 +51,12 @@ cases = given(
 
 
 @cases
-def test_definition_against_autograd(columns, seed, has_count, has_excluded, has_keys, cap):
+def test_blocks_against_autograd(columns, seed, has_count, has_excluded, has_keys, cap):
     scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     scores, scale = scores.double().requires_grad_(), scale.double().requires_grad_()
     found_grad = scores.detach().clone()
-    found = softmax_rows_(found_grad, own, scale.detach(), count, excluded, keys, cap)
+    with patch.object(softmax_rows, "BLOCK_SCORES", 2 * columns):
+        found = softmax_rows_(found_grad, own, scale.detach(), count, excluded, keys, cap)
     for i in range(len(scores)):
         if own[i] < 0:
             assert not found_grad[i].any() and all(part[i] == 0 for part in found)
@@ -74,7 +76,29 @@ def test_definition_against_autograd(columns, seed, has_count, has_excluded, has
         assert found.is_best[i] == all(scores[i, own[i]] > scores[i, j] for j in kept if j != own[i])
 
 
-@pytest.mark.parametrize("run", [softmax_rows._define, *([softmax_rows._launch] if INTERPRETED else [])])
+@cases
+def test_narrow_scores_are_computed_in_float32(columns, seed, has_count, has_excluded, has_keys, cap):
+    scores, own, scale, *options = draw_rows(columns, seed, has_count, has_excluded, has_keys)
+    narrow, exact = scores.bfloat16(), scores.bfloat16().float()
+    found = softmax_rows_(narrow, own, scale, *options, cap)
+    for ours, theirs in zip(found, softmax_rows_(exact, own, scale, *options, cap), strict=True):
+        assert ours.dtype == torch.float32 and ours.equal(theirs)
+    assert narrow.equal(exact.bfloat16())
+
+
+@pytest.mark.parametrize("by", ["count", "excluded", "keys"])
+def test_what_does_not_count_may_be_anything(by):
+    """Also NaN: columns after `count` may never have been written."""
+    scores, own = torch.randn(3, 8), torch.tensor([0, 1, 2])
+    scores[:, 5:] = torch.nan
+    count = torch.tensor(5) if by == "count" else None
+    excluded = (torch.full((3,), 5), torch.full((3,), 7)) if by == "excluded" else None
+    keys = (torch.tensor([9, 9, 9, 1, 1, 9, 9, 9]), torch.full((3,), 9)) if by == "keys" else None
+    sums = softmax_rows_(scores, own, torch.tensor(1.0), count, excluded, keys)
+    assert scores.isfinite().all() and all(part.isfinite().all() for part in sums)
+
+
+@pytest.mark.parametrize("run", [softmax_rows._compute, *([softmax_rows._launch] if INTERPRETED else [])])
 def test_an_own_column_that_does_not_count_is_not_passed_over(run):
     scores, own = torch.randn(4, 20), torch.tensor([3, 20, 17, -1])
     sums = run(scores, own, torch.tensor(1.0), torch.tensor(15), None)
@@ -84,11 +108,11 @@ def test_an_own_column_that_does_not_count_is_not_passed_over(run):
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernel_in_the_interpreter, in a process of its own")
 @cases
 @how_often(deadline=None, max_examples=40)
-def test_kernel_against_definition(columns, seed, has_count, has_excluded, has_keys, cap):
+def test_kernel_against_blocks(columns, seed, has_count, has_excluded, has_keys, cap):
     scores, own, scale, count, excluded, keys = draw_rows(columns, seed, has_count, has_excluded, has_keys)
     found_grad, exact_grad = scores.clone(), scores.double()
     found = softmax_rows._launch(found_grad, own, scale, count, excluded, keys, cap)
-    exact = softmax_rows._define(exact_grad, own, scale.double(), count, excluded, keys, cap)
+    exact = softmax_rows_(exact_grad, own, scale.double(), count, excluded, keys, cap)
     torch.testing.assert_close(found_grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
@@ -101,7 +125,7 @@ def test_kernel_in_the_interpreter():
     """Triton's interpreter is chosen when triton is imported. Blocks of 16 columns, so that rows have several."""
     code = (
         "import pytest, flame.kernels.softmax_rows as s; s.BLOCK = 16; "
-        f"raise SystemExit(pytest.main(['-rA', '-p', 'no:cacheprovider', {__file__!r} + '::test_kernel_against_definition', "
+        f"raise SystemExit(pytest.main(['-rA', '-p', 'no:cacheprovider', {__file__!r} + '::test_kernel_against_blocks', "
         f"{__file__!r} + '::test_an_own_column_that_does_not_count_is_not_passed_over']))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}

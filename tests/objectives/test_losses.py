@@ -180,6 +180,20 @@ def test_cross_entropy_of_changed_logits_is_its_definition(rows_per_chunk, token
         torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [2, 4096])
+@pytest.mark.parametrize("in_float8", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_without_gradients_cross_entropy_is_the_same_to_the_bit(rows_per_chunk, in_float8, has_bias):
+    hidden, weight, labels = torch.randn(9, 16), torch.randn(32, 16), torch.randint(0, 32, (9,))
+    labels[3] = -100
+    bias = torch.randn(32) if has_bias else None
+    with chunks_of(rows_per_chunk):
+        found = linear_cross_entropy(hidden, weight.requires_grad_(), labels, bias, 0.5, 3.0, in_float8)
+        with torch.no_grad():
+            assert linear_cross_entropy(hidden, weight, labels, bias, 0.5, 3.0, in_float8).equal(found)
+        assert linear_cross_entropy(hidden, weight.detach(), labels, bias, 0.5, 3.0, in_float8).equal(found)
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     hidden, weight, labels = torch.randn(64, 16), torch.randn(32, 16), torch.randint(0, 32, (64,))
     exact = linear_cross_entropy(hidden.bfloat16().float(), weight.bfloat16().float(), labels)
