@@ -55,15 +55,13 @@ def take(characters: int, texts: Iterator[str] | None = None) -> Iterator[str]:
         yield text
 
 
-def make_tokenizer(
-    folder: Path, texts: Iterator[str] | None = None, characters: int = TRAINED_ON, entries: int = ENTRIES
-) -> None:
-    """Train one of so many entries on so much of the texts, by default those of `read_texts`."""
+def make_tokenizer(folder: Path, texts: Iterator[str] | None = None, characters: int = TRAINED_ON) -> None:
+    """Train one of `ENTRIES` entries on so much of the texts, by default those of `read_texts`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=entries, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=ENTRIES, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(take(characters, texts), trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(folder)

@@ -1,9 +1,9 @@
 """A small corpus that is read many times: few tokens of Python, and other packages to be measured on.
 
     python -m research.continued_corpora TEXT
-    python -m research.limited_text OUT --text TEXT [--tokens 10000000] [--entries 8192]
+    python -m research.limited_text OUT --text TEXT [--tokens 10000000]
 
-OUT then has a tokenizer, trained on the first documents, and two folders of its tokens, `train` and
+OUT then has a tokenizer of 8,192 entries, trained on the first documents, and two folders of its tokens, `train` and
 `held_out`, for `training.dataset = "tokens"`. The documents of `train` are the first of TEXT/python.jsonl, as many as have the
 tokens.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.preprocess import ENTRIES, make_tokenizer
+from benchmarks.preprocess import make_tokenizer
 from flame.cli.preprocess import preprocess
 from flame.config.schema import Corpus
 from flame.data.encoding import encode_documents
@@ -47,11 +47,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--text", type=Path, required=True, help="folder of research.continued_corpora")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens to train on, default 10 million")
-    parser.add_argument("--entries", type=int, default=ENTRIES, help="entries of the tokenizer, default %(default)s")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     learned, tokenizer = arguments.text / "python.jsonl", arguments.out / "tokenizer"
-    make_tokenizer(tokenizer, read_texts(learned), TRAINED_ON, arguments.entries)
+    make_tokenizer(tokenizer, read_texts(learned), TRAINED_ON)
     limited = arguments.out / "train.jsonl"
     with limited.open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in take_tokens(learned, tokenizer, arguments.tokens))
