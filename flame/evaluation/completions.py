@@ -35,20 +35,14 @@ class _Open:
         self.index, self.ids, self.is_done = index, ids, False
         self._generator = torch.Generator().manual_seed(seed)
 
-    def extend(self, logits: Tensor, temperature: float, end: int) -> int:
-        """Choose the next token by its logits, [V], and append it.
-
-        Args:
-            temperature: 0 chooses the highest logit.
-            end: token that ends the text.
-        """
+    def extend(self, logits: Tensor, temperature: float) -> int:
+        """Choose the next token by its logits, [V], and append it. A temperature of 0 chooses the highest."""
         if temperature == 0:
             token = int(logits.argmax())
         else:
             probabilities = (logits.double().cpu() / temperature).softmax(dim=-1)
             token = int(probabilities.multinomial(1, generator=self._generator))
         self.ids = np.append(self.ids, token)
-        self.is_done = token == end
         return token
 
 
@@ -58,6 +52,8 @@ class Completer:
     Args:
         prompts: token ids of each, integer [n]. Of a prompt that leaves no room for its completion, the end is kept.
         num_tokens: of the longest completion, at most `context_len`.
+        needed: tokens that the completion of each prompt has room for, at most `num_tokens`; `num_tokens` if None. A completion
+            is longer where the prompt leaves room for more.
         temperature: as `evaluation.temperature`.
         seed: of the draws. A prompt is completed alike on any number of ranks, and beside any others.
     """
@@ -74,15 +70,18 @@ class Completer:
         device: torch.device,
         temperature: float = 0.0,
         seed: int = 0,
+        needed: Sequence[int] | None = None,
     ):
         first = np.asarray([find_first_token(tokenizer)])
-        room = context_len - num_tokens + 1  # the last token is never an input
-        self._prompts = [(ids if len(ids) else first)[-room:] for ids in prompts]
-        self.num_cut = sum(len(ids) > room for ids in prompts)
+        inputs = context_len + 1  # the last token is none
+        rooms = [inputs - count for count in ([num_tokens] * len(prompts) if needed is None else needed)]
+        self._prompts = [(ids if len(ids) else first)[-room:] for ids, room in zip(prompts, rooms, strict=True)]
+        self.num_cut = sum(len(ids) > room for ids, room in zip(prompts, rooms, strict=True))
+        self._limits = [min(num_tokens, inputs - len(ids)) for ids in self._prompts]
         self._num_tokens, self._end, self._device = num_tokens, tokenizer.eos_token_id, device
         self._seq_len, self._context_len = seq_len, context_len
         self._temperature, self._seed = temperature, seed
-        packed = pack_by_length([len(ids) + num_tokens - 1 for ids in self._prompts], seq_len)
+        packed = pack_by_length([len(ids) + limit - 1 for ids, limit in zip(self._prompts, self._limits, strict=True)], seq_len)
         self._own, self._rounds = packed[rank::world_size], -(-len(packed) // world_size)
 
     def complete(self, model: TrainingModel, is_stopped: Callable[[], bool]) -> list[list[int]] | None:
@@ -110,8 +109,9 @@ class Completer:
                     batch = build_packed([each.ids for each in row], self._seq_len, self._context_len)
                     logits = model(_predict, batch.to(self._device), len(row))
                     for each, own in zip(row, logits, strict=True):
-                        token = each.extend(own, self._temperature, self._end)
-                        found[each.index, place] = 0 if each.is_done else 1 + token
+                        token = each.extend(own, self._temperature)
+                        found[each.index, place] = 0 if token == self._end else 1 + token
+                        each.is_done = token == self._end or place + 1 == self._limits[each.index]
         dist.all_reduce(found)  # each prompt is of one rank
         return [[token - 1 for token in row if token] for row in found.tolist()]
 

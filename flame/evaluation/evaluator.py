@@ -57,7 +57,9 @@ class Evaluator:
         check_same({"content of the evaluation": sha256(contents).hexdigest()[:16]})
         self._scorer = Scorer(texts, training.seq_len, training.context_len, rank, world_size, device)
 
-        def build_completer(prompts: Sequence[np.ndarray], num_tokens: int, temperature: float) -> Completer:
+        def build_completer(
+            prompts: Sequence[np.ndarray], num_tokens: int, temperature: float, needed: Sequence[int] | None = None
+        ) -> Completer:
             return Completer(
                 prompts,
                 min(num_tokens, training.context_len),
@@ -69,11 +71,12 @@ class Evaluator:
                 device,
                 temperature,
                 section.seed,
+                needed,
             )
 
         self._completer = build_completer(prompt_ids, section.completion_tokens, section.temperature)
         self._solvers = [
-            (each, build_completer(each.prompts, each.longest_answer, 0.0))
+            (each, build_completer(each.prompts, max(each.needed), 0.0, each.needed))
             for each in self._measured
             if isinstance(each, ProblemSet)
         ]

@@ -133,7 +133,7 @@ class ProblemSet:
 
     Attributes:
         prompts: token ids of the questions.
-        longest_answer: tokens of the longest answer that the source gives, with the end of text.
+        needed: tokens of each answer that the source gives, with the end of text, or `context_len` if they are more.
         num_cut: problems of which a question is cut before the source's answer.
         num_left_out: problems that are not in bits per byte, since the source's answer is empty or longer than `context_len`.
     """
@@ -143,16 +143,16 @@ class ProblemSet:
         self._made = [problems.make(number) for number in range(count)]
         self.prompts = encode_texts(tokenizer, [problem.prompt for problem in self._made])
         answers = encode_continuations(tokenizer, [problem.answer for problem in self._made])
-        self.longest_answer = 1 + max(map(len, answers))
+        self.needed = [min(len(answer) + 1, context_len) for answer in answers]
         scored = [0 < len(answer) <= context_len for answer in answers]
         self.num_left_out = len(scored) - sum(scored)
         self._num_bytes = sum(len(problem.answer.encode()) for problem in itertools.compress(self._made, scored))
         pairs = list(itertools.compress(zip(self.prompts, answers, strict=True), scored))
-        self.num_cut = sum(len(prompt) + len(answer) > context_len + 1 for prompt, answer in pairs)
+        self.num_cut = sum(len(prompt) + len(answer) > context_len for prompt, answer in pairs)
         self.texts = [ScoredText(np.concatenate([prompt, answer])[-(context_len + 1) :], len(answer)) for prompt, answer in pairs]
 
     def describe(self) -> str:
-        line = f"{self.name}: {len(self.prompts)} problems, answers of at most {self.longest_answer} tokens"
+        line = f"{self.name}: {len(self.prompts)} problems, answers of at most {max(self.needed)} tokens"
         if self.num_cut:
             line += f"; {self.num_cut} do not fit training.context_len, and lose the beginning of their question"
         if self.num_left_out:

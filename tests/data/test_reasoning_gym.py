@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from flame.config.data import Corpus
 from flame.config.schema import JobConfig
@@ -192,3 +193,18 @@ def test_answers_of_the_model_are_judged_by_the_verifier():
     assert [bytes(text.ids[-text.num_scored :].tolist()).decode() for text in solved.texts] == answers
     assert [bytes(text.ids.tolist()).decode() for text in solved.texts] == [problems.read(number) for number in range(4)]
     assert ProblemSet("x", problems, 4, TOKENIZER, 12).num_cut == 4 and solved.num_cut == 0
+
+
+@pytest.mark.usefixtures("package")
+def test_training_reads_the_tokens_that_are_scored():
+    """Also with a tokenizer that begins each text with a token, which belongs to the question alone."""
+    tokenizer = build_bytes_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", 257)])
+    kind = build(section="held_out.x")
+    scored = ProblemSet("x", kind.open(), 20, tokenizer, 100).texts
+    documents = open_documents(kind, tokenizer, "answer")
+    for number, text in enumerate(scored):
+        tokens, spans = documents.read(number)
+        assert tokens.tolist() == [*text.ids.tolist(), tokenizer.eos_token_id]
+        assert spans.tolist() == [[len(text.ids) - text.num_scored, len(tokens)]]
+        assert tokens[0] == 257 and 257 not in tokens[1:]

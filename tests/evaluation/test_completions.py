@@ -24,10 +24,10 @@ def build_completer(rank: int = 0, world_size: int = 1, prompts=PROMPTS, **chang
 
 
 @torch.no_grad()
-def complete_plainly(lm, prompt: bytes) -> list[int]:
-    ids = (list(prompt) or [TOKENIZER.eos_token_id])[-(CONTEXT_LEN - NUM_TOKENS + 1) :]
+def complete_plainly(lm, prompt: bytes, needed: int = NUM_TOKENS) -> list[int]:
+    ids = (list(prompt) or [TOKENIZER.eos_token_id])[-(CONTEXT_LEN - needed + 1) :]
     start = len(ids)
-    while len(ids) < start + NUM_TOKENS:
+    while len(ids) < min(start + NUM_TOKENS, CONTEXT_LEN + 1):
         ids.append(int(lm(torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == TOKENIZER.eos_token_id:
             return ids[start:-1]
@@ -43,6 +43,16 @@ def test_greedy_completions_are_those_of_a_plain_loop():
     found = completer.complete(model, never)
     assert found == [complete_plainly(model.lm, prompt) for prompt in PROMPTS]
     assert completer.num_cut == 1 and {len(ids) for ids in found} > {NUM_TOKENS}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_prompt_loses_no_more_than_its_own_completion_needs():
+    """And its completion goes on while there is room."""
+    needed = [1, NUM_TOKENS, 4, 2, 1, 3, 1, 1]
+    model, completer = build_toy(), build_completer(needed=needed)
+    found = completer.complete(model, never)
+    assert found == [complete_plainly(model.lm, prompt, count) for prompt, count in zip(PROMPTS, needed, strict=True)]
+    assert completer.num_cut == 1 and len(found[3]) <= 2 and completer._prompts[3].tolist() == list(PROMPTS[3][-23:])
 
 
 def test_in_half_precision_the_chosen_token_is_what_scoring_calls_greedy():

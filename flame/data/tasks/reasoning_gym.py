@@ -20,7 +20,7 @@ import tomli
 
 from flame.config.schema import JobConfig
 from flame.config.types import NonNegativeInt, Section, Seed, option
-from flame.data.encoding import Labelled, encode_documents
+from flame.data.encoding import Labelled, encode_continuations, encode_document
 from flame.data.tasks.generated import ENDLESS, HELD_OUT_EVERY, MOST_ATTEMPTS, ContentHeldOutKind, draw_words
 from flame.errors import UserError
 
@@ -207,9 +207,10 @@ class ProblemDocuments:
 
     def read(self, index: int) -> np.ndarray | Labelled:
         problem = self._problems.make(index)
-        prompt, answer = encode_documents(self._tokenizer, [problem.prompt, problem.answer])
-        tokens = np.concatenate([prompt[:-1], answer])
-        return Labelled(tokens, np.asarray([[len(prompt) - 1, len(tokens)]])) if self._has_labels else tokens
+        prompt, end = np.split(encode_document(self._tokenizer, problem.prompt), [-1])
+        (answer,) = encode_continuations(self._tokenizer, [problem.answer])
+        tokens = np.concatenate([prompt, answer, end])
+        return Labelled(tokens, np.asarray([[len(prompt), len(tokens)]])) if self._has_labels else tokens
 
 
 def is_held_out(question: str) -> bool:
