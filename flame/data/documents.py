@@ -49,6 +49,12 @@ class Subset(NamedTuple):
         """Whether a row belongs to this subset."""
         return not self.every or (row % self.every == 0) == self.is_held_out
 
+    def select(self, values: np.ndarray) -> np.ndarray:
+        """Of the values [n] of all rows, those of this subset."""
+        if not self.every:
+            return values
+        return values[(np.arange(len(values)) % self.every == 0) == self.is_held_out]
+
 
 WHOLE = Subset()
 

@@ -8,13 +8,17 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from flame.checkpoints.files import list_checkpoints
 from flame.checkpoints.going_back import find_wanted_step
 from flame.checkpoints.manifest import read_state
 from flame.config.check import find_conflicts
 from flame.config.schema import JobConfig
+from flame.config.training import list_divisors
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.mixture import Mixture
+from flame.data.passes import estimate_repeats
 from flame.data.sources.token_files import TokenFiles
 from flame.data.sources.token_folder import LabelledFolder, TokenFolder
 from flame.errors import UserError
@@ -26,6 +30,8 @@ from flame.trainer.setup import build_cadence, build_weight_schedule
 
 MOST_STEPS = 10**9
 """A budget of more is a slip."""
+MOST_REPEATED = 0.02
+"""Share of the tokens of some passes that may be read once too often."""
 SAMPLED = 16
 """Packed sequences whose FLOPs are counted."""
 
@@ -70,7 +76,7 @@ def resolve_steps(config: JobConfig, model: TrainingModel, mixture: Mixture) -> 
     if budget == "flops":
         steps = _resolve_flops(config, model, mixture, done)
     else:
-        tokens = training.tokens or _count_epochs(config, mixture)
+        tokens = training.tokens or _count_epochs(config, mixture, is_new=done.step == 0)
         steps = done.step - (done.tokens - tokens) // (training.seq_len * per_step)
     if steps > MOST_STEPS:
         value = getattr(training, budget)
@@ -94,7 +100,7 @@ def _find_done(config: JobConfig) -> Done:
     return Done()
 
 
-def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
+def _count_epochs(config: JobConfig, mixture: Mixture, is_new: bool) -> int:
     """Tokens of `training.epochs`."""
     epochs, source = config.training.epochs, mixture.sources[0]
     assert epochs is not None
@@ -104,7 +110,33 @@ def _count_epochs(config: JobConfig, mixture: Mixture) -> int:
             f"training.epochs = {epochs:g} needs one source of counted tokens, and the run has {found}: write its tokens with "
             'flame-preprocess and set training.dataset = "tokens", or give training.tokens'
         )
-    return round(min(epochs * source.count_tokens(mixture.subset.every), sys.float_info.max))
+    lengths = mixture.subset.select(source.measure())
+    if is_new:
+        _warn_of_repeats(config, lengths, epochs)
+    return round(min(epochs * int(lengths.sum()), sys.float_info.max))
+
+
+def _warn_of_repeats(config: JobConfig, lengths: np.ndarray, epochs: float) -> None:
+    training = config.training
+    share = estimate_repeats(lengths, training.num_streams, epochs)
+    if share <= MOST_REPEATED:
+        return
+    at_once = config.world_size * max(1, training.num_workers)
+    advice = "give more documents"
+    for count in reversed([each for each in list_divisors(training.num_streams)[:-1] if each % at_once == 0]):
+        fewer = estimate_repeats(lengths, count, epochs)
+        advice = f"with training.num_streams = {count} it is {fewer:.0%}"
+        if fewer <= MOST_REPEATED:
+            break
+    logger.warning(
+        "training.epochs = %g: about %s of the tokens are read once too often, and as many once too seldom, since %d documents "
+        "of unequal length are dealt to training.num_streams = %d streams: %s",
+        epochs,
+        f"{share:.0%}",
+        len(lengths),
+        training.num_streams,
+        advice,
+    )
 
 
 def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, done: Done) -> int:

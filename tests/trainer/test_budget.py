@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flame.cli.preprocess import main as preprocess
 from flame.config.help import write_config
+from flame.config.schema import JobConfig, Training
+from flame.data.passes import estimate_repeats
 from flame.train import main
+from flame.trainer.budget import _warn_of_repeats
 from flame.trainer.options import read_options
 from tests.support.options import read_mistakes
 from tests.support.runs import MICRO_STEPS, SEQ_LEN, final_weights, measured, options, read_metrics, run_here
@@ -50,6 +54,21 @@ def test_epochs_of_a_token_folder(workspace, tmp_path, token_folder, caplog):
     rows = run_here(workspace, tmp_path / "run", **changes, training__epochs=0.5)
     tokens = sum(length + 1 for index, length in enumerate(texts) if index % 5)
     assert rows[-1]["step"] == -(-round(tokens / 2) // TOKENS_PER_STEP)
+
+
+def test_uneven_passes_are_told_with_what_makes_them_even(caplog):
+    """Of documents of unequal length; on a new run alone, whose streams can still be chosen."""
+    config = JobConfig(training=Training(num_streams=48, num_workers=2), world_size=2)
+    lengths = np.random.default_rng(0).lognormal(5.0, 1.0, 2000).astype(np.int64)
+    _warn_of_repeats(config, np.full(4800, 100), 1.0)
+    assert not caplog.messages
+    _warn_of_repeats(config, lengths, 1.0)
+    (line,) = caplog.messages
+    assert line == (
+        f"training.epochs = 1: about {estimate_repeats(lengths, 48, 1.0):.0%} of the tokens are read once too often, and as many "
+        "once too seldom, since 2000 documents of unequal length are dealt to training.num_streams = 48 streams: with "
+        f"training.num_streams = 4 it is {estimate_repeats(lengths, 4, 1.0):.0%}"
+    )
 
 
 def test_flops_are_counted_as_they_are_logged(workspace, tmp_path):

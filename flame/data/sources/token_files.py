@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from flame.data.sources.index_cache import map_file
-from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens, sum_lengths
+from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens
 from flame.errors import UserError
 
 SUFFIXES = (".bin", ".npy")
@@ -94,11 +94,11 @@ class TokenFiles:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def count_tokens(self, holdout_every: int) -> int:
-        """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
-        return sum_lengths(np.concatenate([self._measure(number) for number in range(len(self._files))]), holdout_every)
+    def measure(self) -> np.ndarray:
+        """Tokens of each document, int64 [n]."""
+        return np.concatenate([self._measure_file(number) for number in range(len(self._files))])
 
-    def _measure(self, number: int) -> np.ndarray:
+    def _measure_file(self, number: int) -> np.ndarray:
         """Lengths of the documents of a file, as `read` returns them."""
         file, offsets = self._files[number], np.asarray(self._indices[number].offsets)
         lengths = np.diff(offsets)

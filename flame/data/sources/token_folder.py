@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from flame.config.types import STRICT
 from flame.data.encoding import Labelled, fingerprint_tokenizer
 from flame.data.sources.index_cache import map_file
-from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens, sum_lengths
+from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ class TokenFolder:
         """Number of documents."""
         return self._documents
 
-    def count_tokens(self, holdout_every: int) -> int:
-        """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
-        return sum_lengths(np.diff(map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE)), holdout_every)
+    def measure(self) -> np.ndarray:
+        """Tokens of each document, int64 [n]."""
+        return np.diff(map_file(self._folder / OFFSETS_FILE, OFFSET_DTYPE)).astype(np.int64)
 
     def read(self, index: int) -> np.ndarray:
         """Return a document's token ids, uint16 or uint32 [n], n >= 1: a read-only view of the mapped file."""
@@ -153,7 +153,7 @@ class LabelledFolder:
 
     def __init__(self, folder: TokenFolder):
         assert folder.has_labels
-        self.name, self.option, self.count_tokens = folder.name, folder.option, folder.count_tokens
+        self.name, self.option, self.measure = folder.name, folder.option, folder.measure
         self._folder = folder
 
     def __len__(self) -> int:

@@ -99,12 +99,6 @@ def open_index(
     return TokenIndex(keep_index(path, content)), None
 
 
-def sum_lengths(lengths: np.ndarray, holdout_every: int) -> int:
-    """Tokens of all documents but every `holdout_every`-th, from the first on; 0 counts all."""
-    held_out = lengths[::holdout_every] if holdout_every else lengths[:0]
-    return int(lengths.sum() - held_out.sum())
-
-
 def _is_complete(path: Path) -> bool:
     try:
         size = path.stat().st_size
