@@ -255,6 +255,7 @@ class Trainer:
         outcomes = []
         divisors = Divisors(counts.labels, counts.aux, weight)
         with_ce = not self.config.experimental.freeze_lm_for_infonce
+        replays = self.micro_step.replays
         for batch, has_aux, own in zip(on_device, marked, prepared, strict=True):
             # Dropout depends on the sequence's index alone: it is the same on any number of ranks, and after a resume.
             torch.manual_seed(derive_seed(self.config.training.seed, batch.sequence_index))
@@ -266,7 +267,8 @@ class Trainer:
         with record_function("clipping"):
             grad_norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
             grad_norm = grad_norm.to(self.device)  # with CPU offload it is on the CPU
-        self.meters.throughput.graph_bytes = self.micro_step.graph_bytes
+        if self.micro_step.makes_graphs:
+            self.meters.throughput.count_graphs(self.micro_step.replays - replays, len(batches), self.micro_step.graph_bytes)
         self.meters.throughput.end_launch()
 
         is_usable = self.guard.should_apply(self.step, step_loss, grad_norm, failures, batches, outcomes)

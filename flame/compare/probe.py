@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +21,23 @@ from typing import Any, NamedTuple
 from flame.compare.devices import Slot
 from flame.compare.outcomes import COMPLETE, LOG_FILE, read_outcome
 from flame.compare.queue import RunQueue, say, try_lock
-from flame.compare.results import read_result
+from flame.compare.results import Row, read_rows
 from flame.compare.runs import FAR_AWAY, Run, is_same, resolve
 from flame.compare.spec import Budget, Options, Spec
 from flame.errors import MachineFault, UserError
+from flame.logging.metric_names import CUDA_GRAPH_FRACTION
 from flame.objectives.registry import choose_objective
 
 PROBES_FOLDER = "probes"
 PROBE_FILE = "probe.json"
 LOCK_FILE = "probe.lock"
 SECONDS_BETWEEN_LOOKS = 0.5
-STEPS = 12
+LENGTHS = (12, 48, 192)
+"""Steps of a probe: the first, and how many if too few of them count."""
 WARM_UP = 4
 """Steps at the start that are not counted: kernels are chosen and layers compiled."""
+ENOUGH = 8
+"""Steps that count."""
 SHORT: Options = {
     "lr_scheduler.total_steps": FAR_AWAY,
     "objective.warmup_steps": 0,
@@ -144,28 +148,38 @@ def _measure(run: Run, folder: Path, slots: Sequence[Slot], frequent: Options, s
 
 
 def _time_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options) -> float:
-    """Median seconds of a step, over as many runs at a time as the comparison will make on a device."""
+    """Median seconds of a step, over as many runs at a time as the comparison will make on a device.
+
+    Where micro-steps become CUDA graphs, those count that are: each kind of packed sequence is launched one by one before.
+    """
+    times: list[float] = []
+    for steps in LENGTHS:
+        rows = _run_steps(run, folder, slots, changes, steps)
+        times = [row["step_seconds"] for row in rows if row.get(CUDA_GRAPH_FRACTION, 1.0) == 1.0]
+        if len(times) >= ENOUGH or not any(CUDA_GRAPH_FRACTION in row for row in rows):
+            break
+    return statistics.median(times or [row["step_seconds"] for row in rows])
+
+
+def _run_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options, steps: int) -> list[Row]:
+    """The log lines of so many steps, of all runs at a time, after those of their warm-up."""
     shared = _share_device(slots)
     budget = Budget("seconds", math.inf)
     options = run.options | SHORT | changes
     copies = [
-        replace(run, folder=folder / str(number), options=options, budget=budget, stops=(), steps=STEPS)
+        replace(run, folder=folder / str(number), options=options, budget=budget, stops=(), steps=steps)
         for number in range(len(shared))
     ]
     for copy in copies:
         shutil.rmtree(copy.folder, ignore_errors=True)
-    say(f"{run.task}/{run.arm}: timing {STEPS} steps, {len(copies)} at a time")
+    say(f"{run.task}/{run.arm}: timing {steps} steps, {len(copies)} at a time")
     if not RunQueue(copies, shared).make():
         raise Interrupted
     for copy in copies:
         outcome = read_outcome(copy.folder)
         if outcome.state != COMPLETE:
             raise MachineFault(f"{run.task}/{run.arm}: its steps cannot be timed: {outcome.line} ({copy.folder / LOG_FILE})")
-    return statistics.median(seconds for copy in copies for seconds in _read_times(copy.folder))
-
-
-def _read_times(folder: Path) -> Iterator[float]:
-    yield from read_result(folder).list_numbers("step_seconds")[WARM_UP:]
+    return [row for copy in copies for row in [row for row in read_rows(copy.folder) if "step_seconds" in row][WARM_UP:]]
 
 
 def _share_device(slots: Sequence[Slot]) -> list[Slot]:

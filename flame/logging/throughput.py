@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from flame.logging.metric_names import MFU
+from flame.logging.metric_names import CUDA_GRAPH_FRACTION, MFU
 from flame.logging.metrics import Metrics
 from flame.runtime.torchtitan import get_peak_flops
 
@@ -60,8 +60,7 @@ class Throughput:
         self.on_gpu = device.type == "cuda"
         self.peak_flops = world_size * _get_peak_flops(device) if self.on_gpu else None
         self.steps_left = steps_left
-        self.graph_bytes = 0
-        """Memory of CUDA graphs, which torch does not count as allocated once they are captured."""
+        self._new_graph_bytes = 0
         self.restart()
 
     def restart(self) -> None:
@@ -71,7 +70,7 @@ class Throughput:
         self.tokens = 0
         self.steps = 0
         self.started = time.perf_counter()
-        self._graph_bytes = self.graph_bytes
+        self._graph_bytes = self._new_graph_bytes
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
@@ -96,6 +95,15 @@ class Throughput:
     def end_launch(self) -> None:
         """Call it before waiting for the device."""
         self.launch += time.perf_counter()
+
+    def count_graphs(self, replays: int, micro_steps: int, graph_bytes: int) -> None:
+        """Count the micro-steps of a step, and those of them that were a CUDA graph.
+
+        Args:
+            graph_bytes: memory of all graphs, which torch does not count as allocated once they are captured.
+        """
+        self.metrics.record_mean(CUDA_GRAPH_FRACTION, replays, micro_steps)
+        self._new_graph_bytes = graph_bytes
 
     def count_step(self, tokens: int) -> None:
         """Count a finished step with `tokens` tokens over all ranks."""

@@ -58,10 +58,14 @@ class MicroStep:
         model: its weights' gradients grow by each micro-step.
     """
 
+    makes_graphs = False
+
     def __init__(self, model: TrainingModel):
         self._model = model
         self.graph_bytes = 0
         """Memory that CUDA graphs hold, also between steps. torch does not count it as allocated."""
+        self.replays = 0
+        """Micro-steps so far that were a CUDA graph."""
 
     def run(self, batch: PackedBatch, requested: Requested, prepared: Any, divisors: Divisors) -> tuple[Losses, Tensor]:
         """Run a micro-step without waiting for the device.
@@ -145,6 +149,8 @@ class GraphedMicroStep(MicroStep):
     All graphs add to the same gradients, which stay where they are from step to step. They share their working memory, which is
     theirs alone.
     """
+
+    makes_graphs = True
 
     def __init__(self, model: TrainingModel):
         super().__init__(model)
@@ -277,6 +283,7 @@ class GraphedMicroStep(MicroStep):
             scale.fill_(value)
         self._take_gradients(captured.trained)
         captured.graph.replay()
+        self.replays += 1
         return tree_map(_copy, captured.losses), captured.loss.clone()
 
     def _take_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

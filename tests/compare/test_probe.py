@@ -72,6 +72,37 @@ def test_an_arm_is_timed_once_and_again_when_it_is_another(tmp_path: Path, monke
     assert timed[5:] == [("mtp", FAR_AWAY), ("mtp", 0)] and frequent == [("mtp", 1), ("mtp", 1)]
 
 
+GRAPHS = "cuda_graph_fraction"
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "runs", "expected"),
+    [
+        (lambda steps: [{"step_seconds": 3.0}] * (steps - 4), [12], 3.0),
+        (
+            lambda steps: [{"step_seconds": 3.0, GRAPHS: 0.5}] * 3 + [{"step_seconds": 1.0, GRAPHS: 1.0}] * (steps - 7),
+            [12, 48],
+            1.0,
+        ),
+        (lambda steps: [{"step_seconds": 3.0, GRAPHS: 0.5}] * (steps - 4), [12, 48, 192], 3.0),
+        (lambda steps: [{"step_seconds": 1.0, GRAPHS: 1.0}] * (steps - 4), [12], 1.0),
+    ],
+)
+def test_steps_that_are_graphs_count_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_of, runs, expected
+):
+    """The first of each kind are launched one by one, and a run has far more of the others."""
+    tried: list[int] = []
+
+    def run_steps(*given) -> list[dict[str, float]]:
+        tried.append(given[-1])
+        return rows_of(given[-1])
+
+    monkeypatch.setattr(probe, "_run_steps", run_steps)
+    spec = read_spec(write_spec(tmp_path))
+    assert probe._time_steps(list_runs(spec)[0], tmp_path, SLOTS, {}) == expected and tried == runs
+
+
 def test_steps_are_not_timed_under_changing_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run.toml").write_text(text := (REPO / "configs/pathstar_cpu.toml").read_text())
     path = Path(write_spec(tmp_path, old="tokens = 20_000", new="seconds = 60"))

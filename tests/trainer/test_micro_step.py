@@ -388,6 +388,8 @@ def test_graphs_change_no_bit(workspace: Path, tmp_path: Path, changes: dict[str
         settings = COMPILED | {"model__config": tmp_path / "model", "training__cuda_graphs": is_on} | changes
         says = "from now on micro-steps are CUDA graphs" if is_on else ""
         rows = run_ranks(1, workspace, tmp_path / name, says=says, **settings)
+        graphed = [row["cuda_graph_fraction"] for row in rows if "cuda_graph_fraction" in row]
+        assert (max(graphed) == 1.0 and min(graphed) == 0.0) if is_on else not graphed
         runs[name] = [
             {key: value for key, value in row.items() if key in COMPARED or "validation" in key or "code" in key} for row in rows
         ]
