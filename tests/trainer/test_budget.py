@@ -71,12 +71,20 @@ def test_uneven_passes_are_told_with_what_makes_them_even(caplog):
     )
 
 
-def test_flops_are_counted_as_they_are_logged(workspace, tmp_path):
-    changes = QUICK | {"objective__start_step": 3, "training__seq_len": 128}
-    per_step = [row["step_tflops"] for row in run_here(workspace, tmp_path / "known", **changes | {"training__steps": 5})]
-    budget = sum(per_step[:4]) * 1e12
-    rows = run_here(workspace, tmp_path / "run", **changes, training__flops=budget * 0.97)
-    assert rows[-1]["step"] == 4
+def curriculum(name: str) -> dict[str, object]:
+    """Multi-token prediction of which a step takes more or less as the run goes on."""
+    return {"objective__name": "mtp", "mtp__tokens": 3, "mtp__curriculum": name, "mtp__loss_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"objective__start_step": 3}, 4), (curriculum("forward"), 6), (curriculum("reverse"), 6)]
+)
+def test_flops_are_counted_as_they_are_logged(workspace, tmp_path, changes, steps):
+    changes = QUICK | {"training__seq_len": 128} | changes
+    per_step = [row["step_tflops"] for row in run_here(workspace, tmp_path / "known", **changes | {"training__steps": steps})]
+    assert max(per_step) > 1.2 * min(per_step)
+    rows = run_here(workspace, tmp_path / "run", **changes, training__flops=sum(per_step) * 1e12 * 0.97)
+    assert rows[-1]["step"] == steps
     assert all(torch.isfinite(weight).all() for weight in final_weights(tmp_path / "run").values())
 
 
