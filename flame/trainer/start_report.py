@@ -66,6 +66,18 @@ def report_start(
         logger.warning(line)
     if validator is not None:
         logger.info("validation: %d held-out sequences each %d steps", validator.num_sequences, config.validation.interval)
+        for name, read, asked in validator.short_sources:
+            logger.warning(
+                'validation: %d of %d sequences are of source "%s", whose weight asks for %.0f: its held-out documents are used '
+                "up, and the means over all sources count it for less; %s",
+                read,
+                validator.num_sequences,
+                name,
+                asked,
+                f"up to validation.num_sequences = {validator.num_even} all count by their weights"
+                if validator.num_even
+                else "lower validation.holdout_every",
+            )
         for name in validator.unread_sources:
             logger.warning(
                 'validation: none of them is of source "%s", whose held-out documents have fewer than training.seq_len = %d '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -26,6 +27,16 @@ from flame.runtime.sameness import check_same
 from flame.trainer.loss_metrics import record_losses
 
 
+class ShortSource(NamedTuple):
+    """A source whose held-out documents are used up."""
+
+    name: str
+    read: int
+    """Packed sequences of the set."""
+    asked: float
+    """Those that its weight asks for."""
+
+
 class Validator:
     """Packs a validation set once, and measures a model on it. The sequences are the same each time, on any number of ranks.
 
@@ -35,6 +46,8 @@ class Validator:
 
     Attributes:
         unread_sources: sources with a weight above 0, but without a sequence in the set.
+        short_sources: those with fewer sequences than their weight asks for.
+        num_even: as many sequences have the sources by their weights.
 
     Raises:
         UserError: the held-out documents do not fill one sequence.
@@ -51,7 +64,7 @@ class Validator:
         validated = build_kind(config.validation, "validation", config.get) if task and config.validation.dataset else None
         self._answer_names = validated.name_answers() if validated else {}
         self._sources = [source.name for source in held_out.sources]
-        batches = pack_once(config, held_out)
+        batches, self.num_even = pack_once(config, held_out)
         if not batches:
             raise UserError(
                 f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
@@ -62,9 +75,12 @@ class Validator:
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
         check_same({"content of the validation set": sha256(contents).hexdigest()[:16]})
         self.num_sequences = len(batches)
-        read = {batch.source for batch in batches}
-        drawn = zip(self._sources, held_out.weights, strict=True)
-        self.unread_sources = [name for name, weight in drawn if weight and name not in read]
+        read = Counter(batch.source for batch in batches)
+        drawn = dict(zip(self._sources, held_out.weights, strict=True))
+        self.unread_sources = [name for name, weight in drawn.items() if weight and not read[name]]
+        asked = {name: weight / sum(drawn.values()) * len(batches) for name, weight in drawn.items()}
+        found = [ShortSource(name, read[name], asked[name]) for name in drawn if read[name]]
+        self.short_sources = [each for each in found if each.read < min(each.asked - 1, 0.9 * each.asked)]
         self._own = batches[rank::world_size]
         # All ranks must run each forward together. A rank without a sequence left runs the first one, which does not count.
         self._rounds = -(-len(batches) // world_size)
@@ -138,14 +154,18 @@ def judge_answers(is_correct: Tensor, batch: PackedBatch) -> AnswersJudged:
     return AnswersJudged(correct[ends - 1] - correct[first] == counts, is_correct[second], lengths)
 
 
-def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:
-    """Pack at most `validation.num_sequences` sequences. Each source is read from its beginning, at most once."""
+def pack_once(config: JobConfig, held_out: Mixture) -> tuple[list[PackedBatch], int]:
+    """Pack at most `validation.num_sequences` sequences. Each source is read from its beginning, at most once.
+
+    Returns:
+        the sequences, and how many of them come before the first source is used up.
+    """
     training = replace(config.training, seed=0)
     drawn = [index for index, weight in enumerate(held_out.weights) if weight]
     streams = {index: held_out.open_packer(index, 0, 1, training) for index in drawn}
     cursors = {index: stream.first_cursor for index, stream in streams.items()}
     batches: list[PackedBatch] = []
-    turn = 0
+    turn = num_even = 0
     while streams and len(batches) < config.validation.num_sequences:
         index = held_out.choose(turn, 1)
         turn += 1
@@ -157,4 +177,6 @@ def pack_once(config: JobConfig, held_out: Mixture) -> list[PackedBatch]:
             continue
         cursors[index] = sequence.cursor
         batches.append(build_batch(sequence, len(batches)))
-    return batches
+        if len(streams) == len(drawn):
+            num_even = len(batches)
+    return batches, num_even

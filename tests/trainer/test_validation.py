@@ -152,6 +152,30 @@ def test_a_source_that_fills_no_sequence_is_named(workspace, tmp_path, caplog):
     assert 'source "short"' in told and "training.seq_len = 64" in told
 
 
+def test_a_source_that_is_used_up_is_told_with_how_many_sequences_are_even(workspace, tmp_path, caplog):
+    """Else the mean over sources, which comparisons rest on, would count it for less in silence."""
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()
+    mixture: dict[str, object] = {"training__dataset": None, "training__data_files": None}
+    for name, part in (("large", lines), ("small", [json.dumps({"text": "alpha beta gamma " * 6})] * 4)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        found = {"dataset": "json", "data_files": tmp_path / f"{name}.jsonl", "weight": 1.0}
+        mixture |= {f"sources__{name}__{option}": value for option, value in found.items()}
+    mixture |= HELD_OUT | {"validation__holdout_every": 2, "training__steps": 2}
+    told = {}
+    for count in (12, 7):
+        caplog.clear()
+        caplog.set_level("WARNING", "flame")
+        run_here(workspace, tmp_path / f"run{count}", **mixture | {"validation__num_sequences": count})
+        told[count] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("validation: ")]
+    assert told == {
+        12: [
+            'validation: 3 of 12 sequences are of source "small", whose weight asks for 6: its held-out documents are used up, '
+            "and the means over all sources count it for less; up to validation.num_sequences = 7 all count by their weights"
+        ],
+        7: [],
+    }
+
+
 def test_a_set_that_fills_no_sequence_is_refused(workspace, tmp_path, capsys):
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "short"}))
     changes = HELD_OUT | {"validation__dataset": "json", "validation__data_files": tmp_path / "short.jsonl"}
