@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start or resume a run on this machine: bash train.sh --job.config_file run.toml [--section.key value ...]
 # Paths are relative to the folder that this is called from. `bash train.sh --help` lists all options. With --estimate it prints
-# what the run needs, with --dry-run it makes three steps and keeps nothing.
+# what the run needs, with --dry-run it makes a few steps and keeps nothing.
 #
 # Environment:
 #   NGPU             processes on this machine, one a GPU (default 1)

@@ -131,7 +131,7 @@ def measure_packing_tokens(out: Path) -> None:
 
 
 def measure_generating() -> None:
-    """G(5, 5) over 30 labels as packs of 2,048 graphs: made anew all the time, and drawn from a set that has been made."""
+    """G(5, 5) over 30 node ids as packs of 2,048 graphs: made anew all the time, and drawn from a set that has been made."""
     corpus, seq_len = Corpus(dataset="pathstar", dataset_name="5x5"), 2048 * Size(5, 5).num_tokens
     for name, graphs in (("new graphs", 0), ("graphs of a set of 300,000", 300_000)):
         job = JobConfig(extensions={"pathstar": PathstarOptions(graphs=graphs)})

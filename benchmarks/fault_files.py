@@ -35,7 +35,7 @@ from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer
 from flame.trainer.options import read_options
 
-OLDER, TOLD, HARMLESS = "the one before, with a warning", "refused in one line", "harmless, bit-equal"
+OLDER, TOLD, HARMLESS = "the one before, with a warning", "rejected in one line", "harmless, bit-equal"
 WAYS = (OLDER, TOLD, HARMLESS)
 SLOWEST_SECONDS = 60
 STEPS, INTERVAL = 8, 4

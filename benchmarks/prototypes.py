@@ -75,7 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _score_rows(predictions: Tensor, summaries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss sum (0-d) and probabilities [c, N] of guesses [c, d] whose own summaries are `rows` [c] of summaries [N, d]."""
+    """Loss sum (0-d) and probabilities [c, N] of predictions [c, d] whose own summaries are `rows` [c] of summaries [N, d]."""
     logits = (predictions @ summaries.t()).float() / TEMPERATURE
     lse = logits.logsumexp(dim=-1)
     loss = (lse - logits.gather(1, rows[:, None])[:, 0]).sum()
@@ -86,26 +86,26 @@ _score_rows_compiled = torch.compile(_score_rows, dynamic=False)
 
 
 class ChunkedInfoNCE(torch.autograd.Function):
-    """(guesses [N, d], summaries [N, d], both unit vectors) -> mean, 0-d float32. The summaries get no gradient."""
+    """(predictions [N, d], summaries [N, d], both unit vectors) -> mean, 0-d float32. The summaries get no gradient."""
 
     @staticmethod
     def forward(ctx, predictions: Tensor, summaries: Tensor) -> Tensor:
-        grad_guesses = torch.empty_like(predictions)
+        grad_predictions = torch.empty_like(predictions)
         total = torch.zeros((), device=predictions.device)
         # Rows as a tensor: the number of a chunk's first row would be compiled in, and each chunk compiled anew.
         all_rows = torch.arange(len(predictions), device=predictions.device)
-        chunks = (tensor.split(ROWS_PER_CHUNK) for tensor in (predictions, summaries, all_rows, grad_guesses))
-        for own_guesses, own_summaries, rows, grad in zip(*chunks, strict=True):
-            loss, probs = _score_rows_compiled(own_guesses, summaries, rows)
+        chunks = (tensor.split(ROWS_PER_CHUNK) for tensor in (predictions, summaries, all_rows, grad_predictions))
+        for own_predictions, own_summaries, rows, grad in zip(*chunks, strict=True):
+            loss, probs = _score_rows_compiled(own_predictions, summaries, rows)
             total += loss
             grad.copy_((probs @ summaries - own_summaries) * (1 / TEMPERATURE / len(predictions)))
-        ctx.save_for_backward(grad_guesses)
+        ctx.save_for_backward(grad_predictions)
         return total / len(predictions)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
-        (grad_guesses,) = ctx.saved_tensors
-        return grad_guesses * grad_loss, None
+        (grad_predictions,) = ctx.saved_tensors
+        return grad_predictions * grad_loss, None
 
 
 class Planned:

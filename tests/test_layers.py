@@ -72,6 +72,11 @@ def test_every_module_is_in_a_layer():
     assert {folder_of(module) for module in FLAME} - {""} == set(DEPTH)
 
 
+def test_the_page_of_the_layout_lists_the_layers():
+    page = (REPO / "docs" / "layout.md").read_text()
+    assert f"\n{' > '.join(', '.join(names) for names in LAYERS)}\n" in page
+
+
 def test_modules_import_from_their_own_layer_or_below():
     wrong = {(name, other) for name, other in IMPORTS if name != "flame" and DEPTH[folder_of(name)] > DEPTH[folder_of(other)]}
     assert not wrong

@@ -19,12 +19,12 @@ from flame.errors import UserError, end_on_user_error
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="flame-embed",
-        description="Vectors of texts: the guess of their future, their summary as a future, and the plain hidden state.",
+        description="Vectors of texts: the prediction of their future, their summary as a future, and the plain hidden state.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help='export (hf/) of a run with objective.name = "future"')
     add_options(parser, num_tokens=1_000_000)
-    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: states, guesses, summaries")
+    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: states, predictions, summaries")
     parser.add_argument("--retrieve", action="store_true", help="match the first half of each text with its second half")
     arguments = parser.parse_args(argv)
     if not (arguments.out or arguments.retrieve):
@@ -59,12 +59,12 @@ def _run(arguments: argparse.Namespace) -> int:
             np.savez(arguments.out, **{name: each.numpy() for name, each in vectors._asdict().items()})
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); choose another path") from error
-        print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.guesses.shape[1]} numbers a guess")
+        print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.predictions.shape[1]} numbers a prediction")
     if arguments.retrieve:
         found = retrieve(modules, lm, texts, arguments.longest)
-        print(f"{'prefix':<22}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
+        print(f"{'prefix':<26}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
         for each in found:
-            print(f"{each.queries:<22}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")
+            print(f"{each.queries:<26}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")
         count = len(split_texts(texts, modules.shift)[0])
         short = f"; {len(texts) - count:,} more are too short to be cut in two" if count < len(texts) else ""
         print(f"{count:,} texts{short}")

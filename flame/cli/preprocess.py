@@ -143,14 +143,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset",
         default=defaults.dataset,
         help='"stdlib", "text", "json", "csv", "parquet", "arrow", a Hub name, a folder of a Hub dataset, or a file with a '
-        'source of your own, "my_source.py"',
+        'source of your own, "my_source.py" (default: %(default)s)',
     )
     parser.add_argument("--dataset_name", default=defaults.dataset_name, help="configuration of the Hub dataset")
-    parser.add_argument("--dataset_split", default=defaults.dataset_split, help="split of the Hub dataset (%(default)s)")
+    parser.add_argument("--dataset_split", default=defaults.dataset_split, help="split of the Hub dataset (default: %(default)s)")
     parser.add_argument(
         "--data_files", default=defaults.data_files, help="files: paths, folders, globs or addresses, separated by commas"
     )
-    parser.add_argument("--text_column", default=defaults.text_column, help="column or JSON key of the documents (%(default)s)")
+    parser.add_argument(
+        "--text_column", default=defaults.text_column, help="column or JSON key of the documents (default: %(default)s)"
+    )
     parser.add_argument(
         "--loss_on",
         default="all",
@@ -158,7 +160,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help='"assistant": store what the assistant wrote in chats, for training.loss_on = "assistant"',
     )
     parser.add_argument(
-        "--num_workers", type=_parse_count, default=cores, help="processes that tokenize; 0: only this process (%(default)s)"
+        "--num_workers",
+        type=_parse_count,
+        default=cores,
+        help="processes that tokenize; 0: only this process (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -20,7 +20,9 @@ def add_options(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     Args:
         num_tokens: default of --tokens.
     """
-    parser.add_argument("--dataset", default="json", help="as training.dataset of a run, such as json, text, parquet or stdlib")
+    parser.add_argument(
+        "--dataset", default="json", help="as training.dataset of a run, such as text, parquet or stdlib (default: %(default)s)"
+    )
     parser.add_argument("--data_files", default="", help="files, as training.data_files of a run")
     parser.add_argument("--text_column", default="text", help="column of the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=num_tokens, help="tokens of texts to read (default: %(default)s)")

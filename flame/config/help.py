@@ -73,7 +73,7 @@ def print_help(table: OptionTable, section: str | None = None) -> None:
     text = (
         "The command line wins over the TOML file (--job.config_file).\n\n"
         "--help SECTION shows one section, --print-config such a file.\n"
-        "--estimate says what the run needs, --dry-run makes three steps and keeps none."
+        "--estimate says what the run needs, --dry-run makes a few steps and keeps none."
     )
     try:
         tyro.cli(

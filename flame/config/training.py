@@ -43,11 +43,11 @@ def list_divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def _list_nearest(numbers: list[int], wanted: int) -> str:
-    """The numbers nearest to one, in order, such as "48, 64 or 96"."""
+def _list_nearest(numbers: list[int], wanted: int, last: str = "or") -> str:
+    """The numbers nearest to one, in order, such as "48, 64 or 96", with a word before the last one."""
     nearest = sorted(sorted(numbers, key=lambda number: abs(number - wanted))[:MOST_NAMED])
     names = [str(number) for number in nearest]
-    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 @dataclass(kw_only=True)
@@ -153,9 +153,11 @@ class Training(Corpus):
             yield f"{fault}set training.num_workers to {_list_nearest(able, workers)}"
             return
         able = [count for count in list_divisors(streams) if streams % (count * workers) == 0] or list_divisors(streams)
+        multiple = lcm(streams, ranks * workers)
+        others = _list_nearest([count for count in list_divisors(multiple // workers) if count != ranks], ranks, "and")
         yield (
             f"{fault}a run with {streams} streams goes on with {_list_nearest(able, ranks)} ranks; for a new run set num_streams "
-            f"to a multiple of {ranks * workers}, such as {lcm(streams, ranks * workers)}, which those divide too"
+            f"to a multiple of {ranks * workers}, such as {multiple}, which also serves {others} ranks"
         )
 
     def _find_float8_conflicts(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Vectors of the future from an exported model: what its predictor guesses, and what its anti-causal pass summarizes.
+"""Vectors of the future from an exported model: the predictions of its predictor, and the summaries of its anti-causal pass.
 
-The guess of a text is the predictor's output at its last token. Its summary is the anti-causal state at its first token, as the
-loss compares it. The guess of a prefix and the summary of what follows it are trained to be near each other.
+The prediction of a text is the predictor's output at its last token. Its summary is the anti-causal state at its first token, as
+the loss compares it. The prediction of a prefix and the summary of what follows it are trained to be near each other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Vectors(NamedTuple):
 
     states: Tensor
     """[n, d], final hidden state of the last token."""
-    guesses: Tensor
+    predictions: Tensor
     """[n, e]: their products with `summaries` are the scores of the loss, up to the temperature."""
     summaries: Tensor
     """[n, e], of the whole text."""
@@ -72,7 +72,7 @@ def load_modules(folder: Path, device: torch.device) -> FutureModules:
     if (target := options[f"{SECTION}.target"]) != "self":
         raise UserError(f'{path}: {SECTION}.target = "{target}": its summaries come from what is not exported; this needs "self"')
     if options.get("future_predictor.input", "hidden_states") != "hidden_states":
-        raise UserError(f"{path}: its predictor reads embeddings alone, as a control, and guesses nothing from a text")
+        raise UserError(f"{path}: its predictor reads embeddings alone, as a control, and predicts nothing from a text")
     return FutureModules(_build_predictor(tensors).to(device), _build_estimator(tensors, options).to(device), options)
 
 
@@ -95,8 +95,8 @@ def _build_estimator(tensors: dict[str, Tensor], options: dict[str, Any]) -> Est
 
 
 @torch.no_grad()
-def guess(modules: FutureModules, states: Tensor) -> Tensor:
-    """Guesses [n, e] from the states [n, d] that the predictor reads, in the space in which they score summaries."""
+def predict(modules: FutureModules, states: Tensor) -> Tensor:
+    """Predictions [n, e] from the states [n, d] that the predictor reads, in the space in which they score summaries."""
     predictions = modules.predictor(states.float())
     if isinstance(modules.estimator, BilinearEstimator):
         return F.normalize(predictions @ modules.estimator.weight, dim=-1)
@@ -125,16 +125,16 @@ def embed(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_t
 
     Args:
         most_tokens: of a forward.
-        end: the token that ends a document. Where a text has it, states and guesses are those before it: after it comes nothing,
-            and the predictor has never been trained on it.
+        end: the token that ends a document. Where a text has it, states and predictions are those before it: after it comes
+            nothing, and the predictor has never been trained on it.
     """
-    states, guesses, summaries = [], [], []
+    states, predictions, summaries = [], [], []
     for tokens, cu_seqlens in pack(texts, most_tokens):
         first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long() - 1
         if end is not None:
             last = torch.where((tokens[last] == end) & (last > first), last - 1, last)
         final, read = read_states(modules, lm, tokens, cu_seqlens)
         states.append(F.normalize(final[last].float(), dim=-1).cpu())
-        guesses.append(guess(modules, read[last]).cpu())
+        predictions.append(predict(modules, read[last]).cpu())
         summaries.append(summarize(modules, lm, tokens, cu_seqlens)[first].cpu())
-    return Vectors(torch.cat(states), torch.cat(guesses), torch.cat(summaries))
+    return Vectors(torch.cat(states), torch.cat(predictions), torch.cat(summaries))

@@ -1,4 +1,4 @@
-"""Which continuation belongs to which prefix: retrieval by guesses of the future, beside plain hidden states."""
+"""Which continuation belongs to which prefix: retrieval by predictions of the future, beside plain hidden states."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def retrieve(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], mos
         raise UserError(f"{len(prefixes)} of {len(texts)} texts are long enough to be cut in two: give two or more")
     before, after = (embed(modules, lm, parts, most_tokens) for parts in (prefixes, continuations))
     pairs = [
-        ("guess of the future", before.guesses, "summary", after.summaries),
+        ("prediction of the future", before.predictions, "summary", after.summaries),
         ("hidden state", before.states, "hidden state of its last token", after.states),
     ]
     if before.states.shape[1] == after.summaries.shape[1]:

@@ -193,7 +193,7 @@ BAD_COMMAND_LINES = {
             "training.compile = maybe (command line): allowed is true or false",
             "training.num_streams = 7 is not a multiple of ranks x workers = 2 x 1: "
             "a run with 7 streams goes on with 1 or 7 ranks; for a new run set num_streams to a multiple of 2, such as 14, "
-            "which those divide too",
+            "which also serves 1, 7 and 14 ranks",
         ],
     ),
 }

@@ -1,4 +1,4 @@
-"""Guesses and summaries of exported models, against the trainer's modules taken by hand; and retrieval, against loops."""
+"""Predictions and summaries of exported models, against the trainer's modules taken by hand; and retrieval, against loops."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def check_vectors(folder: Path, case: dict[str, object]) -> None:
             x = F.silu(linear("body.gate", x)) * linear("body.up", x)
         elif case.get("future_predictor__head_type") != "linear":
             x = F.gelu(linear("body.0", x))
-        guess = F.normalize(linear("out", x), dim=-1)
+        prediction = F.normalize(linear("out", x), dim=-1)
         summary = encode_ahead(shallow, tokens, case.get("future_encoder__future_k", 0))[0]
         if case.get("future_encoder__projection_dim"):
             summary = summary @ weights["estimator.projection"]
         if case.get("future_encoder__estimator_type"):
-            guess = F.normalize(guess @ weights["estimator.weight"], dim=-1)
+            prediction = F.normalize(prediction @ weights["estimator.weight"], dim=-1)
         torch.testing.assert_close(found.states[index], F.normalize(final, dim=-1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.guesses[index], guess, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.predictions[index], prediction, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.summaries[index], F.normalize(summary, dim=-1), rtol=1e-4, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_a_continuation_begins_at_the_target_of_the_prefix(shift):
 
 
 def test_the_summary_of_a_continuation_is_that_of_the_whole_text(exports):
-    """What training compares the guess with."""
+    """What training compares the prediction with."""
     folder = exports("defaults")
     modules, lm = load_modules(folder, CPU), AutoModelForCausalLM.from_pretrained(folder)
     _, continuations = split_texts(TEXTS[:1], modules.shift)
@@ -118,7 +118,7 @@ def test_retrieval_has_its_baselines(exports):
     folder = exports("defaults")
     modules, lm = load_modules(folder, CPU), AutoModelForCausalLM.from_pretrained(folder)
     found = retrieve(modules, lm, TEXTS, 64)
-    assert [each.queries for each in found] == ["guess of the future", "hidden state", "hidden state"]
+    assert [each.queries for each in found] == ["prediction of the future", "hidden state", "hidden state"]
     assert all(0 <= each.accuracy <= each.reciprocal_rank <= 1 for each in found)
     with pytest.raises(UserError, match=r"^1 of 2 texts are long enough to be cut in two"):
         retrieve(modules, lm, [TEXTS[0], TEXTS[0][:2]], 64)
@@ -130,16 +130,16 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     argv = [str(exports("defaults")), "--data_files", str(texts), "--device", "cpu"]
     assert main([*argv, "--out", str(tmp_path / "v.npz"), "--retrieve"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a guess" and printed[-1] == "2 texts"
+    assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a prediction" and printed[-1] == "2 texts"
     with texts.open("a") as file:
         file.write('{"text": "a"}\n{"text": "ab"}\n')
     assert main([*argv, "--retrieve"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 texts; 2 more are too short to be cut in two"
     vectors = np.load(tmp_path / "v.npz")
-    assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "guesses", "summaries"), (2, 32))
+    assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "predictions", "summaries"), (2, 32))
 
 
-def test_guesses_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
+def test_predictions_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
     """Of a text that is cut, they are made at its last token. A summary is of the whole text, with its end."""
     folder, written = exports("defaults"), ("alpha beta gamma", "delta epsilon")
     texts, out = tmp_path / "texts.jsonl", tmp_path / "v.npz"
@@ -151,9 +151,9 @@ def test_guesses_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
     without_end = embed(modules, lm, [torch.tensor(tokens) for tokens in read], 64)
     whole = embed(modules, lm, [torch.tensor([*tokens, end][:14]) for tokens in read], 64)
     assert len(read[0]) == 14 and len(read[1]) == 13
-    for name, expected in (("states", without_end), ("guesses", without_end), ("summaries", whole)):
+    for name, expected in (("states", without_end), ("predictions", without_end), ("summaries", whole)):
         torch.testing.assert_close(torch.from_numpy(vectors[name]), getattr(expected, name), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(whole.guesses[1], without_end.guesses[1], atol=1e-3)
+    assert not torch.allclose(whole.predictions[1], without_end.predictions[1], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def setting(**options: object):
 
 
 def by_brute_force(
-    guesses: Tensor, summaries: Tensor, shift: int, temperature: float, allowed=lambda anchor, other: True
+    predictions: Tensor, summaries: Tensor, shift: int, temperature: float, allowed=lambda anchor, other: True
 ) -> Tensor:
     """One anchor at a time, from the formula: mean over anchors of -log softmax of the cosines."""
     document = {t: number for number, (start, end) in enumerate(list_documents(CU)) for t in range(start, end)}
@@ -30,7 +30,7 @@ def by_brute_force(
     anchors = [t for t in range(T) if t + ahead < T and document[t + ahead] == document[t]]
     losses = []
     for anchor in anchors:
-        scores = {a: F.cosine_similarity(guesses[anchor], summaries[a + shift], dim=0) / temperature for a in anchors}
+        scores = {a: F.cosine_similarity(predictions[anchor], summaries[a + shift], dim=0) / temperature for a in anchors}
         kept = [scores[a] for a in anchors if a == anchor or allowed(anchor, a)]
         losses.append(torch.logsumexp(torch.stack(kept), 0) - scores[anchor])
     return torch.stack(losses).mean()
@@ -56,20 +56,20 @@ def test_the_loss_and_its_gradients_are_the_formulas(shift, window, temperature)
 def test_neighbors_and_duplicates_are_no_negatives():
     lm, future, tokens = setting(exclude_neighbors=2)
     hidden = future.encode(tokens, CU)
-    guesses, summaries = future.predictor(hidden), encode_future(lm, tokens, CU)
+    predictions, summaries = future.predictor(hidden), encode_future(lm, tokens, CU)
     document = torch.bucketize(torch.arange(T), CU[1:-1], right=True)
-    expected = by_brute_force(guesses, summaries, 1, 0.1, lambda a, b: document[a] != document[b] or abs(a - b) > 2)
+    expected = by_brute_force(predictions, summaries, 1, 0.1, lambda a, b: document[a] != document[b] or abs(a - b) > 2)
     torch.testing.assert_close(future(hidden, tokens, CU), expected, rtol=1e-10, atol=1e-12)
 
     tokens[7:9] = tokens[22:24] = tokens[28:30] = torch.tensor([5, 6])  # three documents end alike
     future.exclude_neighbors, future.exclude_duplicates = 0, True
     hidden = future.encode(tokens, CU)
-    guesses, summaries = future.predictor(hidden), encode_future(lm, tokens, CU)
+    predictions, summaries = future.predictor(hidden), encode_future(lm, tokens, CU)
     ends = dict.fromkeys(range(T))
     for start, end in list_documents(CU):
         ends.update({t: tuple(tokens[t:end].tolist()) for t in range(start, end)})
     assert ends[7] == ends[22] == ends[28]
-    expected = by_brute_force(guesses, summaries, 1, 0.1, lambda a, b: ends[a + 1] != ends[b + 1])
+    expected = by_brute_force(predictions, summaries, 1, 0.1, lambda a, b: ends[a + 1] != ends[b + 1])
     torch.testing.assert_close(future(hidden, tokens, CU), expected, rtol=1e-10, atol=1e-12)
 
 

@@ -77,7 +77,7 @@ CASES: dict[str, dict[str, object]] = {
         "future_encoder__learnable_temperature": True,
     },
     "embedding": {"future_predictor__input": "embedding"},
-    "early guess": {"future_predictor__layer": 1},
+    "early prediction": {"future_predictor__layer": 1},
     "action": {"future_action__top_k": 4, "future_action__temperature": 0.1, "future_predictor__layer": 1},
 }
 BASELINES = ("mtp", "mtp_forward", "mtp_sequential", "top", "fsp_bow", "fsp_revlm", "nitp", "nextlat", "regret", "stp")
@@ -468,7 +468,7 @@ def test_the_mean_embedding_as_target(window):
     torch.testing.assert_close(average_ahead(embeddings, batch.segment_ids[0], window), means, rtol=1e-9, atol=1e-12)
 
 
-def test_a_guess_from_an_early_layer():
+def test_a_prediction_from_an_early_layer():
     """Its input is that layer's states, of each document alone, and its loss trains that layer and those before it."""
     config = future_config(PredictorOptions(layer=1))
     model = build_unsharded(config, tiny_llama(num_hidden_layers=3)).double()
@@ -494,7 +494,7 @@ def test_recomputation_changes_no_running_average(workspace, tmp_path, whole_run
     assert measured(read_metrics(tmp_path / "run")) == measured(read_metrics(whole_runs("ema")))
 
 
-def test_the_layer_of_a_guess_must_exist(workspace, tmp_path, capsys):
+def test_the_layer_of_a_prediction_must_exist(workspace, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_here(workspace, tmp_path / "run", future_predictor__layer=2)
     line = capsys.readouterr().err.strip()
