@@ -216,7 +216,7 @@ def _read_values(table: Mapping[str, Any], path: str, faults: list[str]) -> dict
 def _read_metrics(table: Mapping[str, Any], path: str, faults: list[str]) -> tuple[Metric, ...]:
     metrics = []
     for name, values in (table or {DEFAULT_METRIC: {}}).items():
-        label = f"metrics.{name}"
+        label, before = f"metrics.{name}", len(faults)
         if not isinstance(values, dict):
             faults.append(f'{label} ({path}): must be a table, written [metrics."{name}"]')
             continue
@@ -234,5 +234,12 @@ def _read_metrics(table: Mapping[str, Any], path: str, faults: list[str]) -> tup
             value = values.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
                 faults.append(f"{label}.{key} = {format_toml(value)} ({path}): allowed is a finite number")
-        metrics.append(Metric(name, better == "higher", values.get("goal"), values.get("stop_at")))
+        metric = Metric(name, better == "higher", values.get("goal"), values.get("stop_at"))
+        metrics.append(metric)
+        if len(faults) == before and metric.is_goal_after_stop():
+            end, bound = format_toml(metric.stop_at), "<=" if metric.is_higher_better else ">="
+            faults.append(
+                f"{label}.goal = {format_toml(metric.goal)} ({path}): runs end at stop_at = {end}, before it: allowed is a goal "
+                f"{bound} {end}"
+            )
     return tuple(metrics)
