@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli
-
 from flame.compare.metrics import Metric, find_meant, list_known, read_better
 from flame.config.table import format_toml
+from flame.config.toml_file import read_toml
 from flame.config.training import LENGTHS
 from flame.errors import UserError
 
@@ -77,8 +76,8 @@ def parse_spec(path: str) -> tuple[Spec, list[str]]:
         UserError: it is no TOML file.
     """
     try:
-        tree = tomli.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = read_toml(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable TOML file: {getattr(error, 'strerror', None) or error}") from None
     faults: list[str] = []
     for name, value in tree.items():

@@ -117,6 +117,13 @@ def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[st
     assert parts[0] != "compare.seeded of" or len(caught.value.lines) == 1
 
 
+def test_a_value_that_is_no_toml_says_what_is(tmp_path: Path):
+    path = write_spec(tmp_path, old='name = "mtp"', new="name = mtp")
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    expect_one_line(caught.value, f"{path}: not a readable TOML file: Invalid value (at line ", "texts need quotes")
+
+
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
