@@ -1,6 +1,7 @@
 """Mistakes of the user, told apart from faults of the program."""
 
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -26,6 +27,11 @@ class MachineFault(UserError):
     """A fault of the machine, such as a process killed for want of memory: as plain a line, and the same command may succeed."""
 
     EXIT_CODE = 1
+
+
+def give_reason(error: BaseException, length: int = 300) -> str:
+    """What an error of a library says, in one line for the user, which shows where it is cut."""
+    return textwrap.shorten(str(error), length, placeholder=" ...") or type(error).__name__
 
 
 def end_on_user_error(main: Callable[P, int]) -> Callable[P, int]:

@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step-N folder")
     parser.add_argument(
-        "--out", required=True, help="folder to write, or its address; an exported model in it is replaced (s3://bucket/folder)"
+        "--out",
+        required=True,
+        help="folder to write, or its address (s3://bucket/folder); an earlier export of flame in it is replaced, "
+        "other models are not",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights; float32 is exact"

@@ -44,11 +44,12 @@ def _run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from flame.library.embeddings import embed, load_modules
-    from flame.library.loading import load_model
+    from flame.library.loading import check_export, load_model
     from flame.library.retrieval import retrieve, split_texts
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
+    check_export(arguments.model)
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
     tokenizer = load_own_tokenizer(arguments.model, arguments.trust_remote_code)

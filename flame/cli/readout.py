@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from flame.library.loading import check_model, load_model
+    from flame.library.loading import check_export, load_model
     from flame.library.readout import measure
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
     for name in arguments.models:
-        check_model(name)
+        check_export(name)
     rows = []
     for name in arguments.models:
         tokenizer = load_own_tokenizer(name, arguments.trust_remote_code)

@@ -43,6 +43,10 @@ class Metric:
         """Whether a value is at least as good as another."""
         return value >= wanted if self.is_higher_better else value <= wanted
 
+    def is_goal_after_stop(self) -> bool:
+        """Whether a run ends before it reaches the goal."""
+        return self.goal is not None and self.stop_at is not None and not self.is_reached(self.stop_at, self.goal)
+
     def should_stop(self, rows: Iterable[Mapping[str, float]]) -> bool:
         """Whether a logged row has reached `stop_at`, in the metric and in all its parts, such as `NAME/5x5`."""
         wanted = self.stop_at

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.compare.metrics import OF_ANSWERS, OF_OBJECTIVE, TOTAL, VALIDATION, Metric
-from flame.compare.spec import CONFIG_KEY, DEFAULT_METRIC, Budget, Options, Spec, flatten, parse_spec
+from flame.compare.spec import CONFIG_KEY, DEFAULT_METRIC, RESERVED, Budget, Options, Spec, flatten, parse_spec
 from flame.config.parse import COMMAND_LINE, list_typed
 from flame.config.schema import JobConfig
 from flame.config.training import LENGTHS
@@ -147,7 +147,19 @@ def _find_faults(spec: Spec, run: Run) -> list[str]:
     except UserError as error:
         # Of a folder that cannot be made a line speaks later, once for all runs.
         return [line.replace(f" ({COMMAND_LINE})", "") for line in error.lines if not line.startswith("job.dump_folder")]
-    return [*_find_unmeasured(spec, config), *_find_untimed(spec, config)]
+    return [*_find_shared(config), *_find_unmeasured(spec, config), *_find_untimed(spec, config)]
+
+
+def _find_shared(config: JobConfig) -> Iterator[str]:
+    """A line for what all runs would share, or repeat at each start. The configuration file of a task may set it."""
+    checkpoint = config.checkpoint
+    if checkpoint.export_to:
+        yield (
+            f'checkpoint.export_to = "{checkpoint.export_to}": all runs of a comparison would upload to one folder: set it to '
+            '"", and upload the models you want with flame-convert-dcp-to-hf --out ADDRESS'
+        )
+    if checkpoint.load_step is not None:
+        yield f"checkpoint.load_step = {checkpoint.load_step}: {RESERVED['checkpoint.load_step']}: remove it"
 
 
 def _find_unmeasured(spec: Spec, config: JobConfig) -> Iterator[str]:

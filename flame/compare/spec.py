@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli
-
 from flame.compare.metrics import Metric, find_meant, list_known, read_better
 from flame.config.table import format_toml
+from flame.config.toml_file import read_toml
 from flame.config.training import LENGTHS
 from flame.errors import UserError
 
@@ -77,8 +76,8 @@ def parse_spec(path: str) -> tuple[Spec, list[str]]:
         UserError: it is no TOML file.
     """
     try:
-        tree = tomli.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = read_toml(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable TOML file: {getattr(error, 'strerror', None) or error}") from None
     faults: list[str] = []
     for name, value in tree.items():
@@ -216,7 +215,7 @@ def _read_values(table: Mapping[str, Any], path: str, faults: list[str]) -> dict
 def _read_metrics(table: Mapping[str, Any], path: str, faults: list[str]) -> tuple[Metric, ...]:
     metrics = []
     for name, values in (table or {DEFAULT_METRIC: {}}).items():
-        label = f"metrics.{name}"
+        label, before = f"metrics.{name}", len(faults)
         if not isinstance(values, dict):
             faults.append(f'{label} ({path}): must be a table, written [metrics."{name}"]')
             continue
@@ -234,5 +233,12 @@ def _read_metrics(table: Mapping[str, Any], path: str, faults: list[str]) -> tup
             value = values.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
                 faults.append(f"{label}.{key} = {format_toml(value)} ({path}): allowed is a finite number")
-        metrics.append(Metric(name, better == "higher", values.get("goal"), values.get("stop_at")))
+        metric = Metric(name, better == "higher", values.get("goal"), values.get("stop_at"))
+        metrics.append(metric)
+        if len(faults) == before and metric.is_goal_after_stop():
+            end, bound = format_toml(metric.stop_at), "<=" if metric.is_higher_better else ">="
+            faults.append(
+                f"{label}.goal = {format_toml(metric.goal)} ({path}): runs end at stop_at = {end}, before it: allowed is a goal "
+                f"{bound} {end}"
+            )
     return tuple(metrics)

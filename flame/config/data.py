@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 STANDARD_LIBRARY = "stdlib"
 SMALLEST_SHARE = 1e-6
 """Of the largest weight: a smaller one would hardly ever be drawn."""
+SMALLEST_HOLDOUT = 2
+"""Each document held out leaves none to train on."""
 
 
 @dataclass(kw_only=True)
@@ -118,5 +120,5 @@ class Validation(Corpus):
                 f"validation.interval = {self.interval} without held-out documents: set validation.dataset, or "
                 "validation.holdout_every to keep some of the training data for it"
             )
-        if self.holdout_every == 1:
-            yield "validation.holdout_every = 1 leaves nothing to train on: allowed are 0 (off) and 2 or more"
+        if 0 < self.holdout_every < SMALLEST_HOLDOUT:
+            yield f"validation.holdout_every = 1 leaves nothing to train on: allowed are 0 (off) and {SMALLEST_HOLDOUT} or more"

@@ -9,18 +9,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import tomli
-
-from flame.config.locations import read_small
 from flame.config.renamed import explain_absence
 from flame.config.schema import NAMED, JobConfig, name_any
 from flame.config.table import OptionTable, format_toml, list_types, name_table
+from flame.config.toml_file import read_toml
 from flame.config.training import LENGTHS, Training
 from flame.config.types import Section
 from flame.errors import UserError
 
 COMMAND_LINE = "command line"
-CONFIG_FILE = "job.config_file"
+JOB = "job"
+CONFIG_FILE = f"{JOB}.config_file"
+OBJECTIVE_NAME = "objective.name"
+NO_OPTION = ", options are written --section.key value"
 LONGEST_SHOWN_VALUE = 100
 
 
@@ -58,23 +59,29 @@ def parse_config(
     """
     words, strays = _split_words(argv)
     filed, faults = _read_named_file(words)
-    file_is_read = not faults
-    extensions, extension_faults = find_extensions({setting.key: setting.value for setting in [*filed, *words]})
+    typed = {setting.key: setting.value for setting in [*filed, *words]}
+    extensions, extension_faults = find_extensions(typed)
     table = OptionTable(extensions)
+    meant_files = [] if CONFIG_FILE in typed else _find_meant_files(words, strays, table)
+    is_complete = not (faults or meant_files)  # of what another file says nothing is known
     faults += extension_faults
-    faults += [f"{_show_text(word)} ({COMMAND_LINE}): stray argument{table.suggest(*advice)}" for word, advice in strays]
+    faults += [
+        f"{_show_text(word)} ({COMMAND_LINE}): stray argument"
+        + (_suggest_file(word) if word in meant_files else table.suggest(word.partition("=")[0], NO_OPTION, dashes="--"))
+        for word in strays
+    ]
 
     job = JobConfig(world_size=world_size)
     is_valid: dict[str, bool] = {}
     for setting in [*filed, *(_convert(word, table) for word in words)]:
-        fault = _apply(job, setting, table)
+        fault = _apply(job, setting, table, meant_files, typed.get(OBJECTIVE_NAME))
         is_valid[setting.key] = fault is None
         if fault:
             faults.append(fault)
     job.typed = frozenset(is_valid) - _replace_lengths(job, [word.key for word in words])
-    for head in NAMED:
-        faults.extend(_find_unnamed_corpora(head, getattr(job, head), is_valid))
-    if file_is_read and is_valid.get(CONFIG_FILE, True):
+    if is_complete and is_valid.get(CONFIG_FILE, True):
+        for head in NAMED:
+            faults.extend(_find_unnamed_corpora(head, getattr(job, head), is_valid))
         wrong_keys = [key for key, valid in is_valid.items() if not valid]
         faults.extend(line for line in find_conflicts(job) if not any(_mentions(line, key) for key in wrong_keys))
     if faults:
@@ -88,9 +95,8 @@ def list_typed(argv: list[str]) -> dict[str, Any]:
     return {setting.key: setting.value for setting in [*_read_named_file(words)[0], *words]}
 
 
-def _split_words(argv: list[str]) -> tuple[list[_Setting], list[tuple[str, tuple[str, str]]]]:
-    """The settings on a command line, of each key the last, as text (None for a flag without a value); and all that is none, with
-    the arguments of `OptionTable.suggest`."""
+def _split_words(argv: list[str]) -> tuple[list[_Setting], list[str]]:
+    """The settings on a command line, of each key the last, as text (None for a flag without a value); and all that is none."""
     settings: dict[str, _Setting] = {}
     strays = []
     position = 0
@@ -98,7 +104,11 @@ def _split_words(argv: list[str]) -> tuple[list[_Setting], list[tuple[str, tuple
         token = argv[position]
         position += 1
         if not token.startswith("--") or token == "--":
-            strays.append((token, (token.partition("=")[0], ", options are written --section.key value")))
+            if re.fullmatch(r"-[A-Za-z][^=]*", token) and position < len(argv) and not argv[position].startswith("-"):
+                # It is meant as an option, and this is its value. A file says more than a slip in its option.
+                token = argv[position] if _is_toml(argv[position]) else token
+                position += 1
+            strays.append(token)
             continue
         key, equals, text = token.removeprefix("--").partition("=")
         given: str | None = text if equals else None
@@ -109,6 +119,20 @@ def _split_words(argv: list[str]) -> tuple[list[_Setting], list[tuple[str, tuple
         settings.pop(key, None)
         settings[key] = _Setting(key, given, "" if given is None else _show_text(given), COMMAND_LINE)
     return list(settings.values()), strays
+
+
+def _find_meant_files(words: list[_Setting], strays: list[str], table: OptionTable) -> list[str]:
+    """TOML files that stand under no option, or under one that there is not."""
+    found = [word.value for word in words if word.key.rpartition(".")[0] in ("", JOB) and table.find(word.key) is None]
+    return [value for value in (*strays, *found) if value is not None and _is_toml(value)]
+
+
+def _suggest_file(path: str) -> str:
+    return f", did you mean --{CONFIG_FILE} {_show_text(path)}?"
+
+
+def _is_toml(text: str) -> bool:
+    return text.endswith(".toml")
 
 
 def _convert(word: _Setting, table: OptionTable) -> _Setting:
@@ -154,16 +178,7 @@ def _read_file(path: str) -> list[_Setting]:
     Raises:
         OSError, ValueError, RecursionError: the file cannot be read as TOML; the message names the line where there is one.
     """
-    content = read_small(path)
-    try:
-        text = content.decode()
-        tree = tomli.loads(text)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"not UTF-8 (at line {line})") from None
-    except tomli.TOMLDecodeError as error:
-        line = text.count("\n") + 1
-        raise ValueError(str(error).replace("at end of document", f"at line {line}, the end")) from None
+    tree = read_toml(path)
     tables = [(_show_key(section), options) for section, options in tree.items() if section not in NAMED]
     for head in NAMED:
         named = tree.get(head, {})
@@ -181,14 +196,20 @@ def _read_file(path: str) -> list[_Setting]:
     return settings
 
 
-def _apply(job: JobConfig, setting: _Setting, table: OptionTable) -> str | None:
-    """Set the option in `job` and return None, or leave it as it is and return the line that says why."""
+def _apply(job: JobConfig, setting: _Setting, table: OptionTable, meant_files: Collection[str], objective: Any) -> str | None:
+    """Set the option in `job` and return None, or leave it as it is and return the line that says why.
+
+    Args:
+        meant_files: of `_find_meant_files`.
+        objective: `objective.name` as typed.
+    """
     if setting.value == {} and name_table(setting.key) in table.sections:
         is_corpus = name_table(setting.key) in map(name_any, NAMED)
         return f"{setting}: an empty source, give at least its dataset" if is_corpus else None
     if table.find(setting.key) is None:
         shown = setting if setting.shown else f"{_show_text(setting.key)} ({setting.source})"
-        return f"{shown}: {explain_absence(setting.key) or 'no such option' + table.suggest(setting.key)}"
+        advice = _suggest_file(setting.value) if setting.value in meant_files else table.suggest(setting.key)
+        return f"{shown}: {explain_absence(setting.key, objective, table.schemas) or 'no such option' + advice}"
     if setting.key == CONFIG_FILE and setting.source != COMMAND_LINE:
         return f"{setting}: allowed only on the command line"
     allowed = table.set(job, setting.key, setting.value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 _SCHEDULE = ("start_step", "warmup_steps", "decay_steps")
 
 RENAMED = {
     "future_encoder.enable": 'write objective.name = "future" (or "next_token" for false)',
     **{f"future_encoder.{name}": f"write objective.{name}, which holds for every objective" for name in _SCHEDULE},
-    "objective.loss_weight": "write mtp.loss_weight, top.loss_weight, fsp_bow.loss_weight or future_encoder.loss_weight",
+    "objective.loss_weight": "write that of the objective's own section, such as mtp.loss_weight or future_encoder.loss_weight",
     "objective.mtp_tokens": "write mtp.tokens",
     "objective.window": "write top.window or fsp_bow.window",
     "training.skip_nan_inf": "write training.max_skipped_steps = 1 for false; leave it out for true",
@@ -26,10 +28,23 @@ DECLINED = {
 }
 
 
-def explain_absence(key: str) -> str | None:
-    """What to say of an option that was here once or is known elsewhere; None for one that nobody knows."""
+OWN_SECTIONS = {"future": "future_encoder"}
+"""Of objectives whose section has another name than they have."""
+
+
+def explain_absence(key: str, objective: object, known: Container[str]) -> str | None:
+    """What to say of an option that was here once or is known elsewhere; None for one that nobody knows.
+
+    Args:
+        objective: `objective.name` as typed. Where each objective has an option of its own instead, its own is named.
+        known: the options there are.
+    """
     name = key.replace("-", "_")
     if name in RENAMED:
+        section, _, option = name.partition(".")
+        own = f"{OWN_SECTIONS.get(str(objective), objective)}.{option}"
+        if section == "objective" and own in known:
+            return f"this option is gone: write {own}"
         return f"this option is gone: {RENAMED[name]}"
     for kind, reason in DECLINED.items():
         if kind in name.rpartition(".")[2]:

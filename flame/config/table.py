@@ -16,6 +16,13 @@ from flame.config.types import Section, get_declaration
 
 JsonSchema = dict[str, Any]
 
+HELP = ("--help", "-h")
+PRINT_CONFIG = "--print-config"
+ESTIMATE = "--estimate"
+DRY_RUN = "--dry-run"
+COMMANDS = (HELP[0], PRINT_CONFIG, ESTIMATE, DRY_RUN)
+"""Words on the command line that are no options."""
+
 
 class OptionTable:
     """The options of a run's sections.
@@ -55,15 +62,26 @@ class OptionTable:
             return getattr(job, head).setdefault(name, NAMED[head]())
         return job.get(self.extensions[section]) if section in self.extensions else getattr(job, section)
 
-    def suggest(self, name: str, otherwise: str = ", --help lists all") -> str:
-        """End of a line about an unknown name: the options that it may stand for."""
-        name = name.lstrip("-").replace("-", "_")
+    def suggest(self, name: str, otherwise: str = ", --help lists all", dashes: str = "") -> str:
+        """End of a line about an unknown name: the options that it may stand for.
+
+        Args:
+            otherwise: said where there are none.
+            dashes: written before options.
+        """
+        given, _, key = name.lstrip("-").rpartition(".")
+        table = name_table(given)
+        name = f"{table}.{key}".lstrip(".").replace("-", "_")
         if name in self.sections:
-            return f", {name} is a section: its options are {name}.key"
+            return f", {name} is a section: its options are {dashes}{name}.key"
+        if not given and (command := _find_command(name)):
+            return f", did you mean {command}?"
         nearest = difflib.get_close_matches(name, self.schemas, n=1, cutoff=0.9) or self._find_by_key(name)
-        if not nearest and "." not in name and (likely := difflib.get_close_matches(name, self.sections, n=1, cutoff=0.8)):
+        if not nearest and not given and (likely := difflib.get_close_matches(name, self.sections, n=1, cutoff=0.8)):
             return f", did you mean the section {likely[0]}?"
-        return f", did you mean {' or '.join(nearest)}?" if nearest else otherwise
+        # A table of the user's, such as [sources.web], keeps its name.
+        meant = [dashes + (f"{given}.{each.rpartition('.')[2]}" if each.startswith(f"{table}.") else each) for each in nearest]
+        return f", did you mean {' or '.join(meant)}?" if meant else otherwise
 
     def _find_by_key(self, name: str) -> list[str]:
         """Options whose key is most like that of `name`. Its section may be missing or wrong and only decides between them."""
@@ -75,6 +93,13 @@ class OptionTable:
             if likeness > 0.7:
                 scores[option] = likeness + 0.5 * difflib.SequenceMatcher(None, section, option_section).ratio()
         return [option for option, score in scores.items() if score == max(scores.values())]
+
+
+def _find_command(name: str) -> str | None:
+    """The command that a word without a section stands for."""
+    plain = {command.replace("-", ""): command for command in COMMANDS}
+    nearest = difflib.get_close_matches(name.replace("_", ""), plain, n=1, cutoff=0.8)
+    return plain[nearest[0]] if nearest else None
 
 
 _BUILT: dict[type[Section], tuple[TypeAdapter[Any], dict[str, JsonSchema]]] = {}

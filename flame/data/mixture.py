@@ -139,7 +139,8 @@ def _check_size(source: Documents | TokenizedShards, subset: Subset, num_streams
                 "streaming each stream reads its own: lower num_streams (in a new run), or set streaming = false"
             )
     elif subset.count(len(source)) == 0:
+        # The first document is always held out, so no other number helps.
         raise UserError(
-            f"{source.option} has {len(source)} documents, and validation.holdout_every = {subset.every} leaves none to train "
-            "on: raise it, or set validation.dataset"
+            f"{source.option} has 1 document, which validation.holdout_every = {subset.every} holds out: give more documents, or "
+            "set validation.holdout_every = 0 and, to validate, validation.dataset"
         )

@@ -19,7 +19,7 @@ from flame.config.run import BYTES_TOKENIZER
 from flame.config.types import Section
 from flame.data.encoding import END_OF_TEXT
 from flame.data.sources.registry import find_tokenizer_kind
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.runtime.hub import find_folder
 
 PADDING = "<|pad|>"
@@ -78,13 +78,14 @@ def _load_pretrained(path: str, trust_remote_code: bool) -> PreTrainedTokenizerF
         return _load_file(os.path.join(place, TOKENIZER_FILE), option)
     if _has_only_pieces(place):
         raise UserError(f"{option} cannot be loaded: {ONLY_PIECES}")
-    if not (trust_remote_code or is_remote(path)):  # code that comes along is looked up by the Hub name
-        place = find_folder(option, path, TOKENIZER_FILES)
+    if not is_remote(path):
+        found = find_folder(option, path, TOKENIZER_FILES)
+        place = place if trust_remote_code else found  # code that comes along is looked up by the Hub name
     try:
         tokenizer = _choose_loader(place).from_pretrained(place, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = path
     except Exception as error:  # the Hub client, the JSON readers and the tokenizers raise many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = give_reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
         raise UserError(
@@ -144,9 +145,7 @@ def _load_file(path: str, option: str) -> PreTrainedTokenizerFast:
     try:
         backend = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare exceptions
-        raise UserError(
-            f"{option} cannot be loaded as a tokenizer ({' '.join(str(error).split())[:300]}): give a tokenizer.json"
-        ) from error
+        raise UserError(f"{option} cannot be loaded as a tokenizer ({give_reason(error)}): give a tokenizer.json") from error
     found = [name for name in END_NAMES if backend.token_to_id(name) is not None]
     if len(found) != 1:
         what = f"several tokens that may end a text ({', '.join(found)})" if found else "no end-of-text token of a known name"

@@ -10,15 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from flame.attention.fla_families import register_fla_family
 from flame.config.locations import find_checkpoint_in, is_checkpoint, looks_like_path
-from flame.errors import UserError
+from flame.data.tokenizer import MODEL_FILE
+from flame.errors import UserError, give_reason
 from flame.models.custom_model import import_custom_model
+from flame.runtime.hub import find_folder
 
-LONGEST_REASON = 300
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, wanted: str = "a folder, a JSON configuration or a Hub name") -> None:
     """Check what a command names as its model, as far as that needs neither the Hub nor the weights.
+
+    Args:
+        wanted: what the command takes.
 
     Raises:
         UserError: it can only be a path, and there is nothing; or it is a run's folder or a checkpoint.
@@ -26,7 +30,7 @@ def check_model(name: str) -> None:
     path, label = Path(name).expanduser(), f'MODEL = "{name}"'
     if not path.exists():
         if looks_like_path(name):
-            raise UserError(f"{label}: no such file or folder here: give a folder, a JSON configuration or a Hub name")
+            raise UserError(f"{label}: no such file or folder here: give {wanted}")
         return
     export = "give what flame-convert-dcp-to-hf --checkpoint {} --out FOLDER writes"
     if is_checkpoint(path):
@@ -35,6 +39,25 @@ def check_model(name: str) -> None:
         raise UserError(f'{label} is a run\'s folder: give "{path / "hf"}"')
     if checkpoint := find_checkpoint_in(name):
         raise UserError(f"{label} is a run's folder without an export: {export.format(checkpoint)}")
+
+
+def check_export(name: str) -> None:
+    """As `check_model`, for a command that reads a trained model.
+
+    Raises:
+        UserError: as `check_model`; or it is a file, or a folder without weights.
+    """
+    wanted = "the folder of an exported model, or a Hub name"
+    check_model(name, wanted)
+    path, label = Path(name).expanduser(), f'MODEL = "{name}"'
+    if path.is_file():
+        raise UserError(f"{label} is a file: give {wanted}")
+    if path.is_dir() and not _has_weights(path):
+        raise UserError(f"{label} holds no weights: give {wanted}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file for kind in WEIGHTS for file in folder.glob(kind))
 
 
 def load_model(
@@ -61,7 +84,9 @@ def load_model(
     check_model(name)
     import_custom_model(custom_model_path)
     path = Path(name).expanduser()
-    is_config = path.is_file() or (path.is_dir() and not any(file for kind in WEIGHTS for file in path.glob(kind)))
+    is_config = path.is_file() or (path.is_dir() and not _has_weights(path))
+    if not path.exists():
+        find_folder(f'MODEL = "{name}"', name, [MODEL_FILE])  # fails at once, where transformers asks the Hub again and again
     source = str(path) if path.exists() else name
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attention:
@@ -79,7 +104,7 @@ def load_model(
             lm = AutoModelForCausalLM.from_pretrained(source, **settings)
         return lm.to(place).eval()
     except Exception as error:  # a missing file, no network, a bad value, code of the model's own: no common type
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        reason = give_reason(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = "it comes with Python code of its own: give --trust_remote_code to run it, if you trust it"
         elif "does not recognize this architecture" in reason:  # the library advises to upgrade it

@@ -43,8 +43,8 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
         if is_remote(path):
             path = find_folder(option, path, CONFIG_FILES)
         check_readable(path)
-        if not trust_remote_code:  # code that comes along is looked up by the Hub name
-            path = find_folder(option, path, CONFIG_FILES[:1])
+        found = find_folder(option, path, CONFIG_FILES[:1])
+        path = path if trust_remote_code else found  # code that comes along is looked up by the Hub name
         settings, _ = PretrainedConfig.get_config_dict(path)
         if impossible := list(find_impossible_values(settings)):
             raise UserError(*(f"{option}: {fault}" for fault in impossible))

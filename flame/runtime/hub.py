@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from flame.config.addresses import is_remote
 from flame.config.locations import CHECKPOINT_MARKS, is_checkpoint
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.runtime.remote import fetch
 
 T = TypeVar("T")
@@ -74,8 +74,12 @@ def ask_hub(label: str, action: Callable[[], T]) -> T:
             f"{label}: no such file or folder here, and no such model on the Hub: check the name, or log in"
         ) from error
     except Exception as error:  # no network, a full disk, a server error: huggingface_hub has no common error type
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, LocalEntryNotFoundError):  # its text is of folders of the cache
+            is_off = huggingface_hub.constants.HF_HUB_OFFLINE
+            failure = "is not asked, since HF_HUB_OFFLINE is set" if is_off else "cannot be reached"
+        else:
+            failure = f"cannot give it ({give_reason(error, 200)})"
         raise UserError(
-            f"{label}: no such file or folder here, and the Hub cannot give it ({reason}): check the name or the network, or "
-            "fetch it elsewhere and give its folder"
+            f"{label}: no such file or folder here, and the Hub {failure}: check the name or the network, or fetch it elsewhere "
+            "and give its folder"
         ) from error

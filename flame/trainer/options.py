@@ -15,7 +15,7 @@ from flame.config.help import print_help, render_commented
 from flame.config.parse import list_typed, parse_config
 from flame.config.run import Metrics
 from flame.config.schema import HELD_OUT, NAMED, JobConfig, list_core_sections
-from flame.config.table import OptionTable, find_unknown_conditions
+from flame.config.table import COMMANDS, DRY_RUN, ESTIMATE, HELP, PRINT_CONFIG, OptionTable, find_unknown_conditions
 from flame.config.types import Section
 from flame.data.sources.registry import find_data_conflicts, list_sections, list_used, load_user_sections
 from flame.errors import UserError
@@ -23,11 +23,6 @@ from flame.evaluation.tasks import find_task_conflicts
 from flame.logging.run_log import choose_writers
 from flame.objectives.options import find_cadence_conflicts
 from flame.objectives.registry import BUILT_IN, choose_kind, choose_objective, load_user_objective
-
-HELP = ("--help", "-h")
-PRINT_CONFIG = "--print-config"
-ESTIMATE = "--estimate"
-DRY_RUN = "--dry-run"
 
 
 def read_options(argv: list[str], world_size: int) -> JobConfig:
@@ -46,6 +41,8 @@ def read_options(argv: list[str], world_size: int) -> JobConfig:
     if asked:
         print_help(build_table(list_typed(argv)), _find_section(argv[asked[0] :]))
         sys.exit(0)
+    if len(commands := [command for command in COMMANDS if command in argv]) > 1:
+        raise UserError(f"{' and '.join(commands)} are commands: give one of them")
     if PRINT_CONFIG in argv:
         rest = [word for word in argv if word != PRINT_CONFIG]
         job, table = parse_config(rest, world_size, _find_extensions, lambda job: iter(()))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flame.config.data import SMALLEST_HOLDOUT
 from flame.config.schema import JobConfig
 from flame.data.batch import PackedBatch, build_batch
 from flame.data.loader import explain_no_answers
@@ -66,10 +67,7 @@ class Validator:
         self._sources = [source.name for source in held_out.sources]
         batches, self.num_even = pack_once(config, held_out)
         if not batches:
-            raise UserError(
-                f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: lower "
-                "validation.holdout_every, or give validation.dataset more"
-            )
+            raise UserError(_explain_too_few(config))
         if not any(batch.num_labels for batch in batches) and config.training.loss_on != "all":
             raise UserError(explain_no_answers(held_out.sources[0].option, config.training))
         contents = b"".join(batch.input_ids.numpy().tobytes() for batch in batches)
@@ -152,6 +150,17 @@ def judge_answers(is_correct: Tensor, batch: PackedBatch) -> AnswersJudged:
     second = torch.minimum(first + 1, ends - 2)  # or the last one of a shorter answer
     lengths = np.array([chunk.end for chunk in batch.documents], dtype=np.int64)[is_whole]
     return AnswersJudged(correct[ends - 1] - correct[first] == counts, is_correct[second], lengths)
+
+
+def _explain_too_few(config: JobConfig) -> str:
+    every = config.validation.holdout_every
+    if config.validation.dataset:
+        advice = "lower training.seq_len, or give validation.dataset more documents"
+    elif every > SMALLEST_HOLDOUT:
+        advice = "lower training.seq_len or validation.holdout_every, or set validation.dataset in its place"
+    else:
+        advice = "lower training.seq_len, or set validation.dataset in place of validation.holdout_every"
+    return f"validation: the held-out documents have fewer than training.seq_len = {config.training.seq_len} tokens: {advice}"
 
 
 def pack_once(config: JobConfig, held_out: Mixture) -> tuple[list[PackedBatch], int]:

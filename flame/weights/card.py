@@ -51,7 +51,7 @@ def write_card(path: Path, state: Settings, checkpoint: Path, parameters: int, d
         _describe_model(state, parameters, dtype),
         _describe_loading(path.parent, _find_package(state), objective),
         *(_describe_training(state, checkpoint) if config else []),
-        "Made with " + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
+        "Made with flame, " + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
         f"<details>\n<summary>All options of the run</summary>\n\n````toml\n{_format_config(config)}````\n\n</details>"
         if config
         else "",

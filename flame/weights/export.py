@@ -6,7 +6,8 @@
     NAME_modules.safetensors                the objective's modules, which Hugging Face does not know
     README.md                               the model card
 
-It is written to `OUT.partial/`, checked, and renamed. Writing needs memory for one decoder layer, the check for one model.
+It is written aside (`flame.weights.replacing`), checked, and renamed. Writing needs memory for one decoder layer, the check
+for one model.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -26,21 +26,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flame.attention.fla_families import register_fla_family
-from flame.checkpoints.files import sync_to_disk
 from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.resume import check_format
-from flame.checkpoints.storage import is_disk_full
 from flame.config.addresses import find_target_fault
 from flame.data.tokenizer import TOKENIZER_FILE, find_misread
 from flame.errors import UserError
-from flame.runtime.disk import replace
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
+from flame.weights.replacing import written_aside
 from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
-from flame.weights.upload import upload
+from flame.weights.upload import check_place, upload
 
 logger = logging.getLogger("flame")
 
@@ -60,7 +58,7 @@ def convert(
 
     Args:
         checkpoint: a committed `step-N/` folder.
-        out: folder to write. An exported model in it is replaced when the new one is complete.
+        out: folder to write. An earlier export in it is replaced when the new one is complete.
         dtype: of the language model's weights; "float32" keeps the trained weights bit by bit.
         check: before renaming, load the result and compare its logits with the checkpoint's.
         max_shard_bytes: largest size of one file of weights.
@@ -73,7 +71,7 @@ def convert(
     if tensors.state["config"]:  # a converted model has none, and no objective either
         check_format(tensors.state, checkpoint)
     target = getattr(torch, dtype)
-    with _written_aside(out) as folder:
+    with written_aside(out) as folder:
         shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
         adapt_tokenizer(folder)
         config = _read_config(checkpoint, tensors)
@@ -110,6 +108,7 @@ def convert_and_upload(
     """
     if fault := find_target_fault(address):
         raise UserError(f'--out "{address}": {fault}')
+    check_place(f'--out "{address}"', address)
     with tempfile.TemporaryDirectory(prefix="flame-export-") as place:
         convert(checkpoint, Path(place) / "hf", dtype, check=check)
         upload(f'--out "{address}"', Path(place) / "hf", address)
@@ -185,54 +184,3 @@ def _check_names(shapes: dict[str, torch.Size], tensors: ModelTensors) -> None:
 
 def _show(shape: torch.Size | None) -> str:
     return "missing" if shape is None else str(list(shape))
-
-
-def check_replaceable(out: Path) -> None:
-    """Check that an export may take the place of what is there.
-
-    Raises:
-        UserError: it is something else than an exported model.
-    """
-    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_empty and not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
-        raise UserError(
-            f'"{out}" holds something else than an exported model, which an export would replace: move it away, or name '
-            "another folder"
-        )
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which replaces `out` after the block. After an error, `out` is unchanged."""
-    out = out.expanduser().resolve()  # follow links: they stay valid, and renaming stays on one disk
-    check_replaceable(out)
-    partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old.partial"))
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        _make_folder(partial)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync_to_disk(path)
-        if out.exists():
-            replace(out, old)
-        replace(partial, out)
-        sync_to_disk(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_disk_full(error):
-            raise UserError(f'the disk of "{out}" is full: free space and export again') from error
-        if isinstance(error, PermissionError | NotADirectoryError):
-            raise UserError(f'"{out}" cannot be written ({error.strerror}): name another folder') from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f'"{folder}" cannot be made ({error.strerror}): name another folder') from error

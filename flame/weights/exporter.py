@@ -11,7 +11,8 @@ import torch.distributed as dist
 from flame.checkpoints.manager import HF_FOLDER, SLOWEST_SAVE, Checkpointer
 from flame.config.run import Checkpoint
 from flame.runtime.agreement import run_on_main
-from flame.weights.export import check_replaceable, convert
+from flame.weights.export import convert
+from flame.weights.replacing import check_replaceable
 from flame.weights.upload import Uploader
 
 

@@ -25,6 +25,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 MAX_SHARD_BYTES = 5 * 10**9
+PRODUCER = {"producer": "flame"}
+"""In the header of each file of weights, where loaders do not look: an export replaces what has it."""
 
 LoadTensors = Callable[[Iterable[str]], dict[str, Tensor]]
 
@@ -135,7 +137,7 @@ def _count_bytes(tensor: Tensor) -> int:
 
 def _write_header(file: BinaryIO, tensors: dict[str, Tensor]) -> dict[str, tuple[BinaryIO, int]]:
     """Write the header of a safetensors file, and return the file and the position of each tensor in it."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | PRODUCER}
     offset = 0
     starts = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # sorted to be aligned

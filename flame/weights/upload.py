@@ -1,6 +1,7 @@
 """Uploads exported folders.
 
 `config.json` goes last, and is removed first from a folder that is replaced: a folder without it is incomplete and does not load.
+The card goes before it, after the weights: until then an older card says whose the older ones are.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import logging
 import os
 import re
 import threading
-from fnmatch import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 from flame.config.addresses import find_target_fault
 from flame.errors import UserError
+from flame.weights.card import CARD_FILE
+from flame.weights.replacing import is_own_export, is_weights
+from flame.weights.source import CONFIG_FILE
 
 logger = logging.getLogger("flame")
 
 NOTE_FILE = "uploads.json"
 EXPORTS = re.compile(r"hf(-step-\d+)?")
-LAST = "config.json"
-WEIGHTS = "model*.safetensors"
+LAST = (CARD_FILE, CONFIG_FILE)
 
 
 def upload(label: str, folder: Path, address: str) -> None:
@@ -35,29 +39,55 @@ def upload(label: str, folder: Path, address: str) -> None:
         address: of the folder to write.
 
     Raises:
-        UserError: it fails.
+        UserError: it fails, or a model that is no export is there.
     """
     if fault := find_target_fault(address):
         raise UserError(f"{label}: {fault}")
-    import fsspec
+    check_place(label, address)
+    with _explained(label, f"{folder} cannot be uploaded to {address}"):
+        _replace(*_open_place(address), folder)
 
+
+def check_place(label: str, address: str) -> None:
+    """Check that an export may take the place of what is at an address.
+
+    Raises:
+        UserError: it is a model that flame did not export, or it cannot be read.
+    """
+    with _explained(label, f"{address} cannot be read"):
+        file_system, root = _open_place(address)
+        is_own = is_own_export(_list_files(file_system, root), lambda name: file_system.open(f"{root}/{name}", "rb"))
+    if not is_own:
+        raise UserError(f"{label}: {address} holds a model that flame did not export: name another folder")
+
+
+@contextmanager
+def _explained(label: str, failure: str) -> Iterator[None]:
     try:
-        file_system, root = fsspec.core.url_to_fs(address)
-        _replace(file_system, root.rstrip("/"), folder)
+        yield
     except Exception as error:  # each file system has errors of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{label}: {folder} cannot be uploaded to {address} ({reason}): check the address and the right to write there"
-        ) from error
+        raise UserError(f"{label}: {failure} ({reason}): check the address and the right to write there") from error
+
+
+def _open_place(address: str) -> tuple[Any, str]:
+    """File system and path of an address."""
+    import fsspec
+
+    file_system, root = fsspec.core.url_to_fs(address)
+    return file_system, root.rstrip("/")
+
+
+def _list_files(file_system: Any, root: str) -> list[str]:
+    return [name[len(root) :].strip("/") for name in file_system.find(root)] if file_system.exists(root) else []
 
 
 def _replace(file_system: Any, root: str, folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    before = [name[len(root) :].strip("/") for name in file_system.find(root)] if file_system.exists(root) else []
-    for name in sorted(before, key=lambda name: name != LAST):
-        if name == LAST or (fnmatch(name, WEIGHTS) and name not in names):
+    for name in sorted(_list_files(file_system, root), key=lambda name: name != CONFIG_FILE):
+        if name == CONFIG_FILE or (is_weights(name) and name not in names):
             file_system.rm_file(f"{root}/{name}")
-    for name in sorted(names, key=lambda name: name == LAST):
+    for name in sorted(names, key=lambda name: LAST.index(name) if name in LAST else -1):
         target, size = f"{root}/{name}", (folder / name).stat().st_size
         file_system.makedirs(target.rpartition("/")[0], exist_ok=True)
         file_system.put_file(str(folder / name), target)

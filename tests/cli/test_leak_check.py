@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame.cli.leak_check import main
@@ -116,3 +119,18 @@ def test_a_path_that_is_nothing_is_not_asked_of_the_hub(name, capsys, monkeypatc
     assert main([name, "--device", "cpu"]) == 2
     error = f'MODEL = "{name}": no such file or folder here: give a folder, a JSON configuration or a Hub name'
     assert capsys.readouterr().err.splitlines() == [error]
+
+
+def test_a_name_that_is_nothing_is_one_line_without_retries(capsys, monkeypatch):
+    """transformers asks the Hub for half a minute, and speaks of its connection alone."""
+
+    def refuse(name: str, allow_patterns: list[str]) -> str:
+        response = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+        raise RepositoryNotFoundError("404", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda *_, **__: pytest.fail("asked"))
+    for more in ([], ["--trust_remote_code"], ["--random_weights"]):
+        assert main(["nothere", "--device", "cpu", *more]) == 2
+        error = 'MODEL = "nothere": no such file or folder here, and no such model on the Hub: check the name, or log in'
+        assert capsys.readouterr().err.splitlines() == [error]

@@ -75,6 +75,26 @@ def test_each_task_is_trained_under_each_arm_with_each_seed(tmp_path: Path):
         ),
         ("goal = 0.9", "goals = 0.9", ("metrics.validation_exact_match.goals", "did you mean goal?")),
         ("goal = 0.9", 'better = "more"', ('better = "more"', '"lower" or "higher"')),
+        (
+            "goal = 0.9",
+            "goal = 0.9\nstop_at = 0.8",
+            ("metrics.validation_exact_match.goal = 0.9", "runs end at stop_at = 0.8", "a goal <= 0.8"),
+        ),
+        (
+            "[metrics.validation_exact_match]",
+            "[metrics.validation_ce_loss]\nstop_at = 3.0\ngoal = 1\n[metrics.validation_exact_match]",
+            ("metrics.validation_ce_loss.goal = 1 ", "runs end at stop_at = 3.0", "a goal >= 3.0"),
+        ),
+        (
+            'name = "mtp"',
+            'name = "mtp"\ncheckpoint.export_to = "memory://runs"',
+            ("[arms.mtp]", 'checkpoint.export_to = "memory://runs"', "upload to one folder", 'set it to ""'),
+        ),
+        (
+            "[arms.next_token]",
+            'checkpoint.export_to = "memory://runs"\n[arms.next_token]',
+            ("[tasks.graphs]", 'checkpoint.export_to = "memory://runs"', "upload to one folder"),
+        ),
         ('name = "mtp"', 'name = "mpt"', ("[arms.mtp]", 'objective.name = "mpt"')),
         ('name = "mtp"', 'nam = "mtp"', ("[arms.mtp]", "objective.nam", "did you mean objective.name?")),
         ('name = "mtp"', 'name = "mtp"\nmtp.tokens = "x"', ("[arms.mtp]", "mtp.tokens = x: allowed is an integer")),
@@ -95,6 +115,45 @@ def test_a_mistake_is_a_line(tmp_path: Path, old: str, new: str, parts: tuple[st
         assert part in str(caught.value)
     assert len([line for line in caught.value.lines if parts[0] in line]) == 1
     assert parts[0] != "compare.seeded of" or len(caught.value.lines) == 1
+
+
+def test_a_value_that_is_no_toml_says_what_is(tmp_path: Path):
+    path = write_spec(tmp_path, old='name = "mtp"', new="name = mtp")
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    expect_one_line(caught.value, f"{path}: not a readable TOML file: Invalid value (at line ", "texts need quotes")
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ('export_to = "memory://runs"', ('checkpoint.export_to = "memory://runs"', "upload to one folder", 'set it to ""')),
+        ("load_step = 3", ("checkpoint.load_step = 3", "a run of a comparison goes on from its newest checkpoint")),
+    ],
+)
+def test_what_a_configuration_file_may_not_set_is_a_line(tmp_path: Path, option: str, parts: tuple[str, ...]):
+    config = REPO / "configs/pathstar_cpu.toml"
+    text = config.read_text()
+    assert "\n[checkpoint]\n" in text
+    (tmp_path / "run.toml").write_text(text.replace("[checkpoint]", f"[checkpoint]\n{option}"))
+    path = write_spec(tmp_path, old=str(config), new=str(tmp_path / "run.toml"))
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    expect_one_line(caught.value, f"[tasks.graphs] of {path}: ", *parts)
+
+
+@pytest.mark.parametrize("text", ["goal = 0.9\nstop_at = 0.9", "goal = 0.9\nstop_at = 1", "stop_at = 0.5"])
+def test_a_goal_may_be_where_runs_end_or_before(tmp_path: Path, text: str):
+    read_spec(write_spec(tmp_path, old="goal = 0.9", new=text))
+
+
+def test_an_upload_of_the_configuration_file_can_be_turned_off(tmp_path: Path):
+    config = REPO / "configs/pathstar_cpu.toml"
+    text = config.read_text().replace("[checkpoint]", '[checkpoint]\nexport_to = "memory://runs"')
+    (tmp_path / "run.toml").write_text(text)
+    path = write_spec(tmp_path, old=str(config), new=str(tmp_path / "run.toml"))
+    Path(path).write_text(Path(path).read_text().replace("[arms.next_token]", 'checkpoint.export_to = ""\n[arms.next_token]'))
+    assert {resolve(run).checkpoint.export_to for run in list_runs(read_spec(path))} == {""}
 
 
 @pytest.mark.parametrize(

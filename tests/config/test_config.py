@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from flame.config.help import write_config
 from flame.config.schema import NAMED, JobConfig, Source
-from flame.config.table import list_types
+from flame.config.table import HELP, list_types
 from flame.errors import UserError
 from flame.objectives.future.options import FutureOptions
-from flame.trainer.options import HELP, list_idle_options, read_options
+from flame.trainer.options import list_idle_options, read_options
 from tests.support.options import MODEL, TABLE, list_values, read_mistakes
 from tests.support.paths import REPO
 
@@ -123,9 +123,41 @@ BAD_COMMAND_LINES = {
     ),
     "positional near an option": (
         ["training.steps=5"],
-        ["training.steps=5 (command line): stray argument, did you mean training.steps?"],
+        ["training.steps=5 (command line): stray argument, did you mean --training.steps?"],
     ),
-    "one dash": (["-lr=3"], ["-lr=3 (command line): stray argument, did you mean optimizer.lr?"]),
+    "one dash": (["-lr=3"], ["-lr=3 (command line): stray argument, did you mean --optimizer.lr?"]),
+    "one dash, and a value": (
+        ["-training.steps", "3", "-lr", "--training.compile"],
+        [
+            "-training.steps (command line): stray argument, did you mean --training.steps?",
+            "-lr (command line): stray argument, did you mean --optimizer.lr?",
+        ],
+    ),
+    "one dash before a section": (
+        ["-training"],
+        ["-training (command line): stray argument, training is a section: its options are --training.key"],
+    ),
+    "a file under another name": (
+        ["--config", "cont.toml", "--training.stepz=1"],
+        [
+            "config = cont.toml (command line): no such option, did you mean --job.config_file cont.toml?",
+            "training.stepz = 1 (command line): no such option, did you mean training.steps?",
+        ],
+    ),
+    "a file without its option": (
+        ["a b.toml", "--sources.web.weight=2"],
+        ['"a b.toml" (command line): stray argument, did you mean --job.config_file "a b.toml"?'],
+    ),
+    "two files": (
+        ["--job.config_file", "none.toml", "other.toml"],
+        [
+            "job.config_file = none.toml (command line): not a readable TOML file: No such file or directory",
+            "other.toml (command line): stray argument, options are written --section.key value",
+        ],
+    ),
+    "a command": (["--dryrun"], ["dryrun (command line): no such option, did you mean --dry-run?"]),
+    "a command with a value": (["--estimate=8"], ["estimate = 8 (command line): no such option, did you mean --estimate?"]),
+    "a command without dashes": (["print_config"], ["print_config (command line): stray argument, did you mean --print-config?"]),
     "two dashes": (["--"], ["-- (command line): stray argument, options are written --section.key value"]),
     "no such file": (
         ["--job.config_file", "none.toml"],
@@ -526,7 +558,7 @@ def test_mistakes_in_sources_are_named(folder: Path) -> None:
     options = ["--sources.x.weight", "-1", "--training.dataset", "json", "--sources.wbe.weight=2"]
     options += ["--sources.code.streaming", "--sources.code.dataset=stdlib", "--sources.code.weight=1e-9"]
     assert read_mistakes([*MODEL, "--job.config_file", "mix.toml", *options]) == [
-        "sources.web.wieght = 3 (mix.toml): no such option, did you mean sources.NAME.weight?",
+        "sources.web.wieght = 3 (mix.toml): no such option, did you mean sources.web.weight?",
         "sources.none = {} (mix.toml): an empty source, give at least its dataset",
         'sources."a b".weight = 1 (mix.toml): no such option, did you mean sources.NAME.weight?',
         "sources.x.weight = -1 (command line): allowed is a finite number >= 0",
@@ -536,6 +568,42 @@ def test_mistakes_in_sources_are_named(folder: Path) -> None:
         "sources.code.weight = 1e-09 is less than a millionth of the largest, 2: raise it, or set it to 0 to draw nothing",
         'sources.web.dataset = "tokens" needs sources.web.data_files (a folder of flame-preprocess, or token files)',
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("sources.my-web.wieght", "sources.my-web.weight"),
+        ("sources.web.num-documents", "held_out.NAME.num_documents"),
+        ("held_out.books.datset", "held_out.books.dataset"),
+        ("source.web.weight", "sources.NAME.weight"),
+    ],
+)
+def test_a_slip_in_a_named_table_is_put_right_there(folder: Path, key: str, meant: str) -> None:
+    assert f"{key} = 3 (command line): no such option, did you mean {meant}?" in read_mistakes([*MODEL, f"--{key}=3"])
+
+
+@pytest.mark.parametrize("words", [["--config", "run.toml"], ["run.toml"], ["--job.config", "run.toml"]])
+def test_a_file_that_is_not_read_is_the_only_mistake(folder: Path, words: list[str]) -> None:
+    """No line says that what is in it is not set."""
+    (line,) = read_mistakes(words)
+    assert line.endswith(", did you mean --job.config_file run.toml?")
+
+
+def test_two_commands_are_a_mistake(folder: Path) -> None:
+    assert read_mistakes([*MODEL, "--dry-run", "--estimate", "8"]) == ["--estimate and --dry-run are commands: give one of them"]
+    assert read_mistakes([*MODEL, "--dry-run", "--print-config", "--estimate"]) == [
+        "--print-config and --estimate and --dry-run are commands: give one of them"
+    ]
+
+
+@pytest.mark.parametrize(("value", "line"), [("compile = True", 2), ("dataset = json", 2), ("steps = None", 2)])
+def test_a_value_that_is_no_toml_says_what_is(folder: Path, value: str, line: int) -> None:
+    (folder / "run.toml").write_text(f"[training]\n{value}\n")
+    (mistake,) = read_mistakes(["--job.config_file", "run.toml"])
+    assert f"Invalid value (at line {line}, column " in mistake and mistake.endswith(
+        "): texts need quotes, booleans are true and false"
+    )
 
 
 def test_validation_needs_held_out_documents(folder: Path) -> None:

@@ -29,6 +29,20 @@ def test_a_removed_option_is_none_any_more_and_what_replaces_it_is(key):
     assert named or "leave it out" in RENAMED[key]
 
 
+@pytest.mark.parametrize(
+    ("objective", "key", "meant"),
+    [
+        ("nitp", "objective.loss_weight", "nitp.loss_weight"),
+        ("future", "objective.loss_weight", "future_encoder.loss_weight"),
+        ("top", "objective.window", "top.window"),
+    ],
+)
+def test_an_option_that_each_objective_has_is_that_of_the_chosen_one(folder, objective, key, meant):
+    (folder / "run.toml").write_text(f'[objective]\n{key.partition(".")[2]} = 1\nname = "{objective}"\n')
+    expected = f"{key} = 1 (run.toml): this option is gone: write {meant}"
+    assert read_mistakes([*MODEL, "--job.config_file=run.toml"]) == [expected]
+
+
 def test_removed_options_of_a_file_are_named_all_at_once(folder):
     tables: dict[str, list[str]] = {}
     for key in RENAMED:

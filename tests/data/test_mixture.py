@@ -139,8 +139,16 @@ def test_sizes_that_cannot_work_are_refused(tmp_path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "x"}\n')
     files = f"{tmp_path}/one.jsonl"
     config = JobConfig(training=Training(dataset="json", data_files=files), validation=Validation(holdout_every=2))
-    with pytest.raises(UserError, match=r"has 1 documents, and validation\.holdout_every = 2 leaves none to train on"):
+    with pytest.raises(UserError) as refusal:
         open_mixture(config, TOKENIZER)
+    assert str(refusal.value) == (
+        'training.dataset = "json" has 1 document, which validation.holdout_every = 2 holds out: give more documents, or set '
+        "validation.holdout_every = 0 and, to validate, validation.dataset"
+    )
+    config.validation = Validation(interval=1, dataset="json", data_files=files)
+    assert not list(config.validation.find_conflicts(config, "validation"))
+    mixture = open_mixture(config, TOKENIZER)
+    assert mixture.count_units() == open_held_out(config, TOKENIZER, mixture).count_units() == {"json": 1}
     config = JobConfig(training=Training(dataset="json", data_files=files, streaming=True, num_streams=2))
     with pytest.raises(UserError, match=r"has 1 shards, fewer than training\.num_streams = 2"):
         open_mixture(config, TOKENIZER)

@@ -170,8 +170,11 @@ def test_mistakes_are_one_line(exports, capsys, argv, expected):
 
 
 def test_a_path_that_is_nothing_is_told_from_a_name_of_the_hub(capsys):
+    assert main([__file__, "--data_files", __file__, "--retrieve"]) == 2
+    error = f'MODEL = "{__file__}" is a file: give the folder of an exported model, or a Hub name'
+    assert capsys.readouterr().err.splitlines() == [error]
     assert main(["./nosuch", "--data_files", __file__, "--retrieve"]) == 2
-    error = 'MODEL = "./nosuch": no such file or folder here: give a folder, a JSON configuration or a Hub name'
+    error = 'MODEL = "./nosuch": no such file or folder here: give the folder of an exported model, or a Hub name'
     assert capsys.readouterr().err.splitlines() == [error]
 
 

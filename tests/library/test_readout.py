@@ -99,7 +99,7 @@ def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["/nosuch"], 'MODEL = "/nosuch": no such file or folder here: give a folder, a JSON configuration or a Hub name'),
+        (["/nosuch"], 'MODEL = "/nosuch": no such file or folder here: give the folder of an exported model, or a Hub name'),
         (["--horizons", "0"], "--horizons 0: allowed are integers > 0"),
         (["--horizons", "99"], "--horizons 99: no held-out document is longer"),
         (["--tokens", "20"], "--data_files "),
@@ -122,6 +122,8 @@ def test_a_runs_folder_is_told_from_its_export(exported_run, tmp_path, capsys):
     without = tmp_path / "without"
     (without / "checkpoint" / "step-2").mkdir(parents=True)
     (without / "checkpoint" / "step-2" / "trainer.json").touch()
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"model_type": "llama"}')
     empty = tmp_path / "empty"
     empty.mkdir()
     convert = "give what flame-convert-dcp-to-hf --checkpoint {} --out FOLDER writes"
@@ -129,7 +131,8 @@ def test_a_runs_folder_is_told_from_its_export(exported_run, tmp_path, capsys):
         (exported_run, f' is a run\'s folder: give "{exported_run / "hf"}"'),
         (checkpoint, f" is a checkpoint: {convert.format(checkpoint)}"),
         (without, f" is a run's folder without an export: {convert.format(without / 'checkpoint' / 'step-2')}"),
-        (empty, " cannot be loaded as a tokenizer ("),
+        (empty, " holds no weights: give the folder of an exported model, or a Hub name"),
+        (mine, " is a file: give the folder of an exported model, or a Hub name"),
     ):
         assert main([str(folder), "--data_files", __file__, "--dataset", "text", "--device", "cpu"]) == 2
         error = capsys.readouterr().err.strip()

@@ -176,10 +176,49 @@ def test_a_source_that_is_used_up_is_told_with_how_many_sequences_are_even(works
     }
 
 
-def test_a_set_that_fills_no_sequence_is_refused(workspace, tmp_path, capsys):
+def read_fault(workspace: Path, run: Path, capsys: pytest.CaptureFixture[str], **changes: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_here(workspace, run, **changes)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_a_corpus_that_fills_no_sequence_is_refused(workspace, tmp_path, capsys):
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "short"}))
     changes = HELD_OUT | {"validation__dataset": "json", "validation__data_files": tmp_path / "short.jsonl"}
-    with pytest.raises(SystemExit) as stop:
-        run_here(workspace, tmp_path / "run", **changes)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("validation: the held-out documents have fewer than training.seq_len = 64 tokens")
+    assert read_fault(workspace, tmp_path / "run", capsys, **changes) == (
+        "validation: the held-out documents have fewer than training.seq_len = 64 tokens: lower training.seq_len, or give "
+        "validation.dataset more documents"
+    )
+
+
+@pytest.fixture
+def short_first(workspace, tmp_path) -> dict[str, object]:
+    """Options of a corpus whose first document is shorter than a sequence."""
+    lines = (workspace / "corpus.jsonl").read_text().splitlines()
+    (tmp_path / "many.jsonl").write_text("\n".join([json.dumps({"text": "of few words alone"}), *lines[1:]]))
+    return HELD_OUT | {"training__data_files": tmp_path / "many.jsonl", "training__steps": 2}
+
+
+def test_held_out_documents_that_fill_no_sequence_are_refused(workspace, tmp_path, capsys, short_first):
+    assert read_fault(workspace, tmp_path / "run", capsys, **short_first, validation__holdout_every=40) == (
+        "validation: the held-out documents have fewer than training.seq_len = 64 tokens: lower training.seq_len or "
+        "validation.holdout_every, or set validation.dataset in its place"
+    )
+
+
+def test_no_smaller_number_than_the_smallest_is_advised(workspace, tmp_path, capsys, short_first):
+    (tmp_path / "many.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "long " * 99}))
+    assert read_fault(workspace, tmp_path / "run", capsys, **short_first, validation__holdout_every=2).endswith(
+        ": lower training.seq_len, or set validation.dataset in place of validation.holdout_every"
+    )
+
+
+@pytest.mark.parametrize("advice", ["seq_len", "holdout_every", "dataset"])
+def test_what_is_advised_helps(workspace, tmp_path, held_out, short_first, advice):
+    changes = {
+        "seq_len": {"training__seq_len": 16, "training__context_len": 16, "validation__holdout_every": 40},
+        "holdout_every": {"validation__holdout_every": 5},
+        "dataset": held_out,
+    }[advice]
+    assert pick(run_here(workspace, tmp_path / "run", **(short_first | changes)))

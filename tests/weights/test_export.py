@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -125,7 +125,7 @@ def test_the_folder_is_what_save_pretrained_writes(tmp_path, family):
         for name, file in index["weight_map"].items():
             with safe_open(out / file, "pt") as shard:
                 assert name in shard.keys()  # noqa: SIM118 - it is no dictionary
-                assert shard.metadata() == {"format": "pt"}
+                assert shard.metadata() == {"format": "pt", "producer": "flame"}
         settings, expected_settings = (json.loads((path / "config.json").read_text()) for path in (out, expected_folder))
         assert {key: settings[key] for key in expected_settings} == expected_settings
         read = type(model.config).from_pretrained(out).to_dict()  # with older names beside these, which mean the same
@@ -221,13 +221,13 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path, checkpoint):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.partial", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.flame-export.partial", "run"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
-    (out / "stale.txt").write_text("of the old export")
+    (out / "vocab.txt").write_text("of the old export")
     convert(checkpoint, out, "bfloat16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert not (out / "stale.txt").exists()
+    assert not (out / "vocab.txt").exists()
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
@@ -237,6 +237,78 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
         with pytest.raises(UserError, match="holds something else than an exported model"):
             convert(checkpoint, out)
     assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def set_aside_mark(folder: Path) -> None:
+    """Weights as others write them, and as exports were before they said who wrote them."""
+    for path in folder.glob("model*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt"})
+
+
+OLD_CARD = "# run\n\nMade with torch 2.8.0, transformers 4.57.1.\n\n<details>\n"
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_models_of_others_are_not_replaced(tmp_path, checkpoint, is_sharded):
+    """Neither a pretrained model, nor one that was trained further in the folder of an export."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    build_model(tiny_llama(vocab_size=264)).save_pretrained(base, max_shard_size=SHARDS if is_sharded else WHOLE)
+    (base / "README.md").write_text("# A model\n\nMade with care.\n")
+    convert(checkpoint, tuned)
+    set_aside_mark(tuned)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{}")
+    (damaged / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    for out in (base, tuned, damaged):
+        before = read_all(out)
+        with pytest.raises(UserError) as refusal:
+            convert(checkpoint, out)
+        assert str(refusal.value) == (
+            f'"{out}" holds a model that flame did not export, which an export would replace: move it away, or name another '
+            "folder"
+        )
+        assert read_all(out) == before
+
+
+def test_exports_of_earlier_releases_are_replaced(tmp_path, checkpoint):
+    """Their cards tell them."""
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    set_aside_mark(out)
+    (out / "README.md").write_text(OLD_CARD)
+    convert(checkpoint, out, "bfloat16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files_of_others_stay_beside_an_export(tmp_path, checkpoint):
+    """What belongs to the replaced model goes, with what it means to loaders."""
+    out = tmp_path / "hf"
+    convert(checkpoint, out, max_shard_bytes=SHARDS)
+    (out / "NOTES.txt").write_text("mine")
+    (out / "results" / "run 1").mkdir(parents=True)
+    (out / "results" / "run 1" / "scores.json").write_text("{}")
+    (out / "latest").symlink_to("nowhere")
+    for name in ("chat_template.jinja", "mtp_modules.safetensors"):
+        (out / name).write_text("of the old model")
+    convert(checkpoint, out)
+    assert (out / "NOTES.txt").read_text() == "mine" and (out / "results" / "run 1" / "scores.json").read_text() == "{}"
+    assert (out / "latest").is_symlink()
+    assert not (out / "chat_template.jinja").exists() and not (out / "mtp_modules.safetensors").exists()
+    assert [path.name for path in out.glob("model*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_folder_that_is_named_like_an_unfinished_export_stays(tmp_path, checkpoint):
+    for name in ("hf.partial", "hf.old.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").write_text("of a download")
+    convert(checkpoint, tmp_path / "hf")
+    convert(checkpoint, tmp_path / "hf")
+    assert (tmp_path / "hf.partial" / "shard").exists() and (tmp_path / "hf.old.partial" / "shard").exists()
 
 
 def test_places_of_the_result(tmp_path, checkpoint):
@@ -291,7 +363,7 @@ def test_a_full_disk_is_one_line(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(hf_export, "write_weights", fill)
     with pytest.raises(UserError, match="is full: free space and export again"):
         convert(checkpoint, tmp_path / "hf")
-    assert not (tmp_path / "hf.partial").exists()
+    assert not list(tmp_path.glob("hf.*"))
 
 
 def test_recurrent_families_are_compared_by_their_weights(tmp_path, monkeypatch, caplog):
@@ -435,11 +507,11 @@ def test_a_run_exports_on_its_way(tmp_path, checkpoint, one_process):
     out = tmp_path / "run" / "hf-step-3"
     exporter.export_when_due(3, again=False)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16" and checkpoints.waited == 1
-    (out / "mark").touch()
+    (out / "vocab.txt").touch()
     exporter.export_when_due(3, again=False)
-    assert (out / "mark").exists()
+    assert (out / "vocab.txt").exists()
     exporter.export_when_due(3)
-    assert not (out / "mark").exists()
+    assert not (out / "vocab.txt").exists()
     with pytest.raises(UserError, match="is not a complete checkpoint folder"):
         exporter.export_when_due(6)
     options.export_interval = 0

@@ -508,15 +508,24 @@ def test_hub_names(sharded, tmp_path, monkeypatch):
 
         return raise_it
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for error, part in (
         (GatedRepoError("gated", response=response), "hf auth login"),
         (RepositoryNotFoundError("404", response=response), "no such model on the Hub"),
-        (LocalEntryNotFoundError("no\nnetwork"), "check the name or the network"),
+        (
+            LocalEntryNotFoundError("cannot find the appropriate snapshot folder for the specified revision on the local disk"),
+            "no such file or folder here, and the Hub cannot be reached: check the name or the network",
+        ),
+        (OSError("word " * 50), "word word ...): check the name or the network"),
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(error))
         refuse(lambda: find_weights("owner/name"), f'{LABEL}"owner/name"', part)
         refuse(lambda: fetch_assets("owner/name"), f'{LABEL}"owner/name"', part)
         fetch_assets(str(sharded))  # nothing is asked for a folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(LocalEntryNotFoundError("offline")))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refuse(lambda: find_weights("owner/name"), "the Hub is not asked, since HF_HUB_OFFLINE is set: check the name")
 
     asked: list[str] = []
 

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from flame.cli import convert_dcp_to_hf, convert_hf_to_dcp
@@ -41,9 +42,15 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
 
 def make_export(folder: Path, *weights: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "README.md", *weights):
+    for name in ("config.json", "tokenizer.json", "README.md"):
         (folder / name).write_text(name)
+    for name in weights:
+        write_weights(folder / name)
     return folder
+
+
+def write_weights(path: Path, **metadata: str) -> None:
+    save_file({"weight": torch.zeros(2)}, path, metadata=metadata or {"format": "pt", "producer": "flame"})
 
 
 def count_uploads(caplog: pytest.LogCaptureFixture) -> int:
@@ -68,10 +75,53 @@ def refuse_files(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_what_is_there_is_what_is_here(tmp_path: Path, address: str) -> None:
     """Also after another export was there. Files of others stay."""
     upload(LABEL, make_export(tmp_path / "first", "model.safetensors"), f"{address}/hf")
-    fsspec.filesystem("memory").pipe_file(f"{address}/hf/notes.txt", b"mine")
+    others = {"notes.txt": b"mine", "models/other.safetensors": b"mine"}
+    for name, content in others.items():
+        fsspec.filesystem("memory").pipe_file(f"{address}/hf/{name}", content)
     second = make_export(tmp_path / "second", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     upload(LABEL, second, f"{address}/hf/")
-    assert read_memory(f"{address}/hf") == read_folder(second) | {"notes.txt": b"mine"}
+    assert read_memory(f"{address}/hf") == read_folder(second) | others
+
+
+def test_models_of_others_are_not_replaced(tmp_path: Path, address: str) -> None:
+    """Neither whole ones nor weights alone. An export that was uploaded by an earlier release is told by its card."""
+    base = make_export(tmp_path / "base")
+    write_weights(base / "model.safetensors", format="pt")
+    put(base, f"{address}/base")
+    write_weights(tmp_path / "model.safetensors", format="pt")
+    fsspec.filesystem("memory").pipe_file(f"{address}/weights/model.safetensors", (tmp_path / "model.safetensors").read_bytes())
+    fsspec.filesystem("memory").pipe_file(f"{address}/other/config.json", b"{}")
+    fsspec.filesystem("memory").pipe_file(f"{address}/other/pytorch_model.bin", b"weights")
+    before = read_memory(address)
+    export = make_export(tmp_path / "hf", "model-00001-of-00001.safetensors")
+    for name in ("base", "weights", "other"):
+        with pytest.raises(UserError) as refusal:
+            upload(LABEL, export, f"{address}/{name}")
+        expect_one_line(refusal.value, f"{LABEL}: {address}/{name} holds a model that flame did not export: name another folder")
+    assert read_memory(address) == before
+    fsspec.filesystem("memory").pipe_file(f"{address}/base/README.md", b"Made with torch 2.8.0, transformers 4.57.1.\n")
+    upload(LABEL, export, f"{address}/base")
+    assert read_memory(f"{address}/base") == read_folder(export)
+
+
+def test_a_broken_upload_over_an_earlier_release_is_tried_again(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its card stays until the weights are there."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    old = make_export(tmp_path / "old", *names)
+    for name in names:
+        write_weights(old / name, format="pt")
+    (old / "README.md").write_text("Made with torch 2.8.0, transformers 4.57.1.\n")
+    put(old, f"{address}/hf")
+    export = make_export(tmp_path / "hf", *names)
+    with monkeypatch.context() as patched:
+        refuse_files(patched, names[1])
+        with pytest.raises(UserError, match="no right to write"):
+            upload(LABEL, export, f"{address}/hf")
+    fsspec.filesystem("memory").pipe_file(f"{address}/hf/{names[0]}", b"torn")  # not every file system puts files whole
+    upload(LABEL, export, f"{address}/hf")
+    assert read_memory(f"{address}/hf") == read_folder(export)
 
 
 @pytest.mark.parametrize("failing", ["tokenizer.json", "model.safetensors", "config.json"])
@@ -139,6 +189,10 @@ def test_the_converter_writes_to_an_address(exported_run, address, capsys):
     found = read_memory(address)
     assert found["model.safetensors"] == (exported_run / "hf" / "model.safetensors").read_bytes()
     assert found.keys() == read_folder(exported_run / "hf").keys()
+    fsspec.filesystem("memory").pipe_file(f"{address}/base/config.json", b"{}")
+    assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", f"{address}/base"]) == 2
+    expected = f'--out "{address}/base": {address}/base holds a model that flame did not export: name another folder'
+    assert expected in capsys.readouterr().err
     assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", "http://host/x"]) == 2
     assert capsys.readouterr().err.startswith('--out "http://host/x": it must be an address that can be written')
 
