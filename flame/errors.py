@@ -1,7 +1,6 @@
 """Mistakes of the user, told apart from faults of the program."""
 
 import sys
-import textwrap
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -31,7 +30,8 @@ class MachineFault(UserError):
 
 def give_reason(error: BaseException, length: int = 300) -> str:
     """What an error of a library says, in one line for the user, which shows where it is cut."""
-    return textwrap.shorten(str(error), length, placeholder=" ...") or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if len(reason) <= length else f"{reason[: length - 4]} ..."
 
 
 def end_on_user_error(main: Callable[P, int]) -> Callable[P, int]:

@@ -33,11 +33,11 @@ PROBE_FILE = "probe.json"
 LOCK_FILE = "probe.lock"
 SECONDS_BETWEEN_LOOKS = 0.5
 LENGTHS = (12, 48, 192)
-"""Steps of a probe: the first, and how many if too few of them count."""
+"""Steps of a probe: where there are no CUDA graphs, where there are, and where too few steps are one."""
 WARM_UP = 4
 """Steps at the start that are not counted: kernels are chosen and layers compiled."""
-ENOUGH = 8
-"""Steps that count."""
+SETTLED = 0.9
+"""Share of micro-steps that are CUDA graphs from which on the others hardly matter."""
 SHORT: Options = {
     "lr_scheduler.total_steps": FAR_AWAY,
     "objective.warmup_steps": 0,
@@ -150,19 +150,22 @@ def _measure(run: Run, folder: Path, slots: Sequence[Slot], frequent: Options, s
 def _time_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options) -> float:
     """Median seconds of a step, over as many runs at a time as the comparison will make on a device.
 
-    Where micro-steps become CUDA graphs, those count that are: each kind of packed sequence is launched one by one before.
+    Where micro-steps become CUDA graphs, longer runs are timed in their second half: each kind of packed sequence is launched
+    one by one before.
     """
-    times: list[float] = []
     for steps in LENGTHS:
-        rows = _run_steps(run, folder, slots, changes, steps)
-        times = [row["step_seconds"] for row in rows if row.get(CUDA_GRAPH_FRACTION, 1.0) == 1.0]
-        if len(times) >= ENOUGH or not any(CUDA_GRAPH_FRACTION in row for row in rows):
+        runs = _run_steps(run, folder, slots, changes, steps)
+        if not any(CUDA_GRAPH_FRACTION in row for rows in runs for row in rows):
+            return statistics.median(row["step_seconds"] for rows in runs for row in rows)
+        late = [row for rows in runs for row in rows[len(rows) // 2 :]]
+        graphed = statistics.mean(row[CUDA_GRAPH_FRACTION] for row in late)
+        if steps > LENGTHS[0] and (graphed >= SETTLED or graphed == 0):
             break
-    return statistics.median(times or [row["step_seconds"] for row in rows])
+    return statistics.median(row["step_seconds"] for row in late)
 
 
-def _run_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options, steps: int) -> list[Row]:
-    """The log lines of so many steps, of all runs at a time, after those of their warm-up."""
+def _run_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options, steps: int) -> list[list[Row]]:
+    """The log lines of so many steps after their warm-up, of each of the runs at a time."""
     shared = _share_device(slots)
     budget = Budget("seconds", math.inf)
     options = run.options | SHORT | changes
@@ -179,7 +182,7 @@ def _run_steps(run: Run, folder: Path, slots: Sequence[Slot], changes: Options, 
         outcome = read_outcome(copy.folder)
         if outcome.state != COMPLETE:
             raise MachineFault(f"{run.task}/{run.arm}: its steps cannot be timed: {outcome.line} ({copy.folder / LOG_FILE})")
-    return [row for copy in copies for row in [row for row in read_rows(copy.folder) if "step_seconds" in row][WARM_UP:]]
+    return [[row for row in read_rows(copy.folder) if "step_seconds" in row][WARM_UP:] for copy in copies]
 
 
 def _share_device(slots: Sequence[Slot]) -> list[Slot]:

@@ -67,7 +67,7 @@ def parse_config(
     faults += extension_faults
     faults += [
         f"{_show_text(word)} ({COMMAND_LINE}): stray argument"
-        + (_suggest_file(word) if word in meant_files else table.suggest(word.partition("=")[0], NO_OPTION, dashes="--"))
+        + (_suggest_file(path) if (path := _find_path(word)) in meant_files else _suggest_option(word, table))
         for word in strays
     ]
 
@@ -124,7 +124,17 @@ def _split_words(argv: list[str]) -> tuple[list[_Setting], list[str]]:
 def _find_meant_files(words: list[_Setting], strays: list[str], table: OptionTable) -> list[str]:
     """TOML files that stand under no option, or under one that there is not."""
     found = [word.value for word in words if word.key.rpartition(".")[0] in ("", JOB) and table.find(word.key) is None]
-    return [value for value in (*strays, *found) if value is not None and _is_toml(value)]
+    return [value for value in (*map(_find_path, strays), *found) if value is not None and _is_toml(value)]
+
+
+def _find_path(stray: str) -> str:
+    """What stands for a file in a stray word such as `run.toml`, `config_file=run.toml` or `-c=run.toml`."""
+    key, _, value = stray.lstrip("-").partition("=")
+    return value if value and (len(key) == 1 or "config" in key) else stray
+
+
+def _suggest_option(stray: str, table: OptionTable) -> str:
+    return table.suggest(stray.partition("=")[0], NO_OPTION, dashes="--")
 
 
 def _suggest_file(path: str) -> str:
@@ -132,7 +142,7 @@ def _suggest_file(path: str) -> str:
 
 
 def _is_toml(text: str) -> bool:
-    return text.endswith(".toml")
+    return text.endswith(".toml") and "=" not in text
 
 
 def _convert(word: _Setting, table: OptionTable) -> _Setting:

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flame.config.schema import NAMED, JobConfig, list_core_sections, name_any
 from flame.config.types import Section, get_declaration
+from flame.errors import give_reason
 
 JsonSchema = dict[str, Any]
 
@@ -128,7 +129,7 @@ def find_section_fault(kind: Any, base: type[Section]) -> str | None:
             describe_allowed(schema)
             adapter.validator.validate_assignment(kind(), name, schema["default"])
     except Exception as error:  # whatever pydantic makes of a type
-        reason = " ".join(str(error).split())[:200]
+        reason = give_reason(error, 200)
         return f"has an option of an unsupported type, or a default of the wrong type ({type(error).__name__}: {reason})"
     return None
 

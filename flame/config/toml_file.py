@@ -10,7 +10,8 @@ import tomli
 from flame.config.locations import read_small
 
 BAD_VALUE = "Invalid value (at line"
-"""How tomli begins its line about a value that is there and of no type."""
+"""How tomli begins its line about a value of no type."""
+VALUES = ": texts need quotes, booleans are true and false"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -28,6 +29,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"not UTF-8 (at line {line})") from None
     except tomli.TOMLDecodeError as error:
-        advice = ": texts need quotes, booleans are true and false" * str(error).startswith(BAD_VALUE)
+        advice = VALUES if str(error).startswith(BAD_VALUE) else ""
         line = text.count("\n") + 1
         raise ValueError(str(error).replace("at end of document", f"at line {line}, the end") + advice) from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -122,7 +122,7 @@ def _naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f'model.tokenizer_path = "{tokenizer.name_or_path}" cannot encode a text ({" ".join(str(error).split())[:300]}): '
+            f'model.tokenizer_path = "{tokenizer.name_or_path}" cannot encode a text ({give_reason(error)}): '
             "give a tokenizer that knows all text, or has a token for unknown text (unk_token)"
         ) from error
 

@@ -21,14 +21,17 @@ def estimate_repeats(lengths: np.ndarray, num_streams: int, epochs: float) -> fl
 
     Args:
         lengths: integer [n], tokens of each document.
+        num_streams: at most n. Of fewer documents, streams read the same ones at once.
         epochs: passes.
     """
-    drawn = 2 * math.ceil(min(epochs, MOST_DRAWN)) + 1  # passes, for streams that are ahead
-    if not len(lengths) or drawn * len(lengths) > MOST_DRAWN:
+    count = len(lengths)
+    # Streams that are ahead go on into later passes.
+    passes = 2 * math.ceil(min(epochs, MOST_DRAWN)) + 5
+    if not num_streams <= count or passes * count > MOST_DRAWN:
         return 0.0
     generator = np.random.default_rng(0)
-    draws = min(MOST_DRAWN // (drawn * len(lengths)), MOST_DRAWS)
-    return float(np.mean([_draw_repeats(lengths, num_streams, epochs, drawn, generator) for _ in range(draws)]))
+    draws = min(MOST_DRAWN // (passes * count), MOST_DRAWS)
+    return float(np.mean([_draw_repeats(lengths, num_streams, epochs, passes, generator) for _ in range(draws)]))
 
 
 def _draw_repeats(lengths: np.ndarray, num_streams: int, epochs: float, passes: int, generator: np.random.Generator) -> float:

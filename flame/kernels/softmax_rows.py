@@ -127,18 +127,20 @@ def _compute_block(
     top = torch.maximum(best_other, own_logit)
     probs = logits.scatter_(1, place, own_logit[:, None]).sub_(top[:, None]).exp_()
     total = probs.sum(dim=-1)
-    probs.mul_(torch.where(has_own, 1 / total, 0.0)[:, None])
-    probs.scatter_add_(1, place, -has_own.to(probs.dtype)[:, None])
+    probs.div_(total[:, None]).scatter_add_(1, place, probs.new_full(place.shape, -1.0))
     if left_out is not None:
         wide.masked_fill_(left_out, 0.0)
     grad_scale = torch.linalg.vecdot(probs, wide)
-    scores.copy_(probs if cap is None else probs * (1 - (wide / cap) ** 2))
+    if cap is not None:
+        probs.mul_(1 - (wide / cap) ** 2)
+    if not has_own.all():
+        probs[~has_own] = 0.0  # no product: a row without own column may hold anything
+    scores.copy_(probs)
 
     loss = torch.where(has_own, total.log() + top - own_logit, torch.where(own < 0, 0.0, torch.nan))
     left = 0 if left_out is None else left_out.sum(dim=-1)
-    counted = has_own * (scores.shape[1] - left)
-    rest = (has_own * own_score, (has_own & (own_logit > best_other)).to(wide.dtype), grad_scale, counted.to(wide.dtype))
-    return RowSums(loss, *rest)
+    rest = (own_score, (own_logit > best_other).to(wide.dtype), grad_scale, wide.new_full(own.shape, scores.shape[1]) - left)
+    return RowSums(loss, *(torch.where(has_own, part, 0.0) for part in rest))
 
 
 def _find_left_out(

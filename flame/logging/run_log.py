@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flame.config.run import Metrics
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.logging.console import RowKind, find_row_kind
 from flame.logging.writers.base import MetricWriter, RunIdentity
 from flame.logging.writers.json_lines import JsonLinesWriter
@@ -107,7 +107,7 @@ class RunLog:
             yield
         except Exception as error:
             self._services.remove(service)
-            reason = " ".join(str(error).split())[:300]
+            reason = give_reason(error)
             logger.warning("%s has failed and is switched off for this process: %s", service.name, reason)
 
 
@@ -117,7 +117,7 @@ def _start(kind: type[MetricWriter], run: RunIdentity) -> MetricWriter:
     except UserError:
         raise
     except Exception as error:  # a user's code can raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = give_reason(error)
         raise UserError(f"the metric logger {kind.__name__} does not start: {type(error).__name__}: {reason}") from error
 
 

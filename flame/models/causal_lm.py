@@ -18,7 +18,7 @@ from flame.attention.fla_families import find_unsupported_fla, init_weights, reg
 from flame.attention.mixtures import find_unsupported_mixtures
 from flame.config.addresses import is_remote
 from flame.config.locations import check_readable
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.models.config_keys import find_misspelt_keys, show_value
 from flame.models.config_values import find_impossible_values
 from flame.models.output_head import find_head_fault, find_impossible_rules
@@ -54,7 +54,7 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
     except UserError:
         raise
     except Exception as error:  # transformers raises many types: missing file, unknown model_type, bad value, no network
-        reason = _find_reason(error)
+        reason = give_reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own: set model.trust_remote_code = true to run it, if you trust it"
         elif "does not recognize this architecture" in reason:  # the library advises to upgrade it
@@ -66,10 +66,6 @@ def load_model_config(path: str, trust_remote_code: bool = False, option: str = 
     if faults:
         raise UserError(*faults)
     return config
-
-
-def _find_reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _has_own_code(config: PretrainedConfig) -> bool:
@@ -181,7 +177,7 @@ def build_on_meta(config: PretrainedConfig, device_type: str, attention: Attenti
     except Exception as error:  # a bad value in the configuration, or a missing kernel, may raise anything
         raise UserError(
             f'model.config: model_type "{config.model_type}" cannot be built on this machine with these values '
-            f"({type(error).__name__}: {_find_reason(error)}): check its configuration"
+            f"({type(error).__name__}: {give_reason(error)}): check its configuration"
         ) from error
     if fault := find_head_fault(model):
         raise UserError(f'model_type "{config.model_type}" is not supported: {fault}')

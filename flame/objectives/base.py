@@ -221,6 +221,9 @@ class Objective(nn.Module):
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before each step, and before a validation that precedes the first one, for what depends on the step.
 
+        One rank also calls it on a shallow copy, for steps in any order, to count the FLOPs of a run ahead. So set attributes of
+        this object alone, and communicate with no other rank.
+
         Args:
             step: from 1.
             total_steps: of the schedules: `lr_scheduler.total_steps`, or those of the run.

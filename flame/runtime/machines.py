@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed import DistError, DistNetworkError, TCPStore
 
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.runtime.endings import LOST_EXIT_CODE, Ending, Kind
 from flame.runtime.network import choose_interfaces, find_local_address, is_loopback
 from flame.runtime.rendezvous import Place
@@ -333,7 +333,7 @@ def retell(ending: Ending) -> Ending:
 
 
 def _shorten(error: Exception) -> str:
-    return "in use" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
+    return "in use" if "EADDRINUSE" in str(error) else give_reason(error, 200)
 
 
 def _has_ended(other: dict[str, Any]) -> bool:

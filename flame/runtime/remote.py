@@ -20,7 +20,7 @@ from typing import Any
 
 from flame.config.addresses import READ_ONLY, find_address_fault
 from flame.config.locations import find_cache_home
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 logger = logging.getLogger("flame")
 
@@ -57,7 +57,7 @@ def fetch(label: str, address: str, patterns: Iterable[str]) -> Path:
     except UserError:
         raise
     except Exception as error:  # each file system has errors of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = give_reason(error)
         raise UserError(
             f"{label} cannot be copied to {folder} ({reason}): check the address, the access to it and the room on the disk"
         ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def _import_from(parent: Path, name: str, source: Path, label: str) -> None:
 
 def _describe(error: BaseException, source: Path) -> str:
     """The error, with the line of the user's code that raised it."""
-    reason = " ".join(str(error).split())[:300]
+    reason = give_reason(error)
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
     folder = os.fspath(source.parent)

@@ -16,27 +16,20 @@ from flame.checkpoints.manifest import read_state
 from flame.config.check import find_conflicts
 from flame.config.schema import JobConfig
 from flame.config.training import list_divisors
-from flame.data.batch import PackedBatch, build_batch
 from flame.data.mixture import Mixture
 from flame.data.passes import estimate_repeats
 from flame.data.sources.token_files import TokenFiles
 from flame.data.sources.token_folder import LabelledFolder, TokenFolder
 from flame.errors import UserError
-from flame.models.flops import ModelFlops
 from flame.models.wrapper import TrainingModel
-from flame.objectives.base import Objective
-from flame.objectives.step import get_objective
 from flame.runtime.agreement import run_on_main
+from flame.trainer.sequence_flops import SequenceFlops
 from flame.trainer.setup import build_cadence, build_weight_schedule
 
 MOST_STEPS = 10**9
 """A budget of more is a slip."""
-SAMPLED_STEPS = 60
-"""Steps whose FLOPs are counted, where they differ."""
 MOST_REPEATED = 0.02
 """Share of the tokens of some passes that may be read once too often."""
-SAMPLED = 16
-"""Packed sequences whose FLOPs are counted."""
 
 logger = logging.getLogger("flame")
 
@@ -144,54 +137,26 @@ def _warn_of_repeats(config: JobConfig, lengths: np.ndarray, epochs: float) -> N
 
 def _resolve_flops(config: JobConfig, model: TrainingModel, mixture: Mixture, done: Done) -> int:
     """Steps of `training.flops`, as `step_tflops` counts them, by the first packed sequences of the data."""
-    assert config.training.flops is not None
-    batches = pack_first(config, mixture)
-    flops, objective, schedule = ModelFlops(model.lm), get_objective(model), build_weight_schedule(config)
-    is_frozen = config.experimental.freeze_lm_for_infonce
-    plain = sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches) / len(batches)
-    share = build_cadence(config).share
+    flops, share = SequenceFlops(config, model, mixture), build_cadence(config).share
     per_step = config.training.gradient_accumulation_steps * config.world_size
-    without = max(schedule.start_step - 1, 0) * per_step
+    without = max(build_weight_schedule(config).start_step - 1, 0) * per_step
     """Sequences before the objective's first step."""
 
-    def count_aux(step: int, total_steps: int) -> float:
-        """Of a packed sequence with the objective's loss."""
-        if objective is None:
-            return 0.0
-        objective.begin_step(step, total_steps)
-        return share * sum(sum(objective.count_flops(batch, flops)) for batch in batches) / len(batches)
-
     def find_steps(aux: float) -> int:
+        """Steps, if the objective adds so much to a sequence."""
         assert config.training.flops is not None
-        left = config.training.flops - plain * done.sequences - aux * max(done.sequences - without, 0)
+        left = config.training.flops - flops.next_token * done.sequences - aux * max(done.sequences - without, 0)
         before = max(without - done.sequences, 0)
-        sequences = left / plain if left <= before * plain else before + (left - before * plain) / (plain + aux)
+        plainly = left / flops.next_token
+        sequences = plainly if plainly <= before else before + (left - before * flops.next_token) / (flops.next_token + aux)
         return done.step + math.ceil(min(sequences / per_step, MOST_STEPS + 1))
 
-    def average_aux(steps: int) -> float:
-        """Of a run of so many steps, over those from the objective's first on."""
-        first = min(max(schedule.start_step, 1), steps)
-        places = np.linspace(first, steps, num=min(SAMPLED_STEPS, steps - first + 1)).round().astype(int)
-        total = config.lr_scheduler.total_steps or steps
-        return float(np.mean([count_aux(int(step), total) for step in places]))
-
-    if objective is None or type(objective).begin_step is Objective.begin_step:
-        return find_steps(count_aux(1, 1))
-    # What a step takes depends on how far the run is, and so on its length: the fewest steps that take as much.
+    # What the objective adds may depend on how far the run is, and so on its length: the fewest steps that take as much.
     fewest, most = 1, max(find_steps(0.0), 1)
     while fewest < most:
         middle = (fewest + most) // 2
-        if find_steps(average_aux(middle)) <= middle:
+        if find_steps(share * flops.average_aux(middle)) <= middle:
             most = middle
         else:
             fewest = middle + 1
     return most
-
-
-def pack_first(config: JobConfig, mixture: Mixture) -> list[PackedBatch]:
-    """The first packed sequences of the data, for their lengths."""
-    training, batches = config.training, []
-    for index in range(min(SAMPLED, training.num_streams)):
-        packer = mixture.open_packer(mixture.choose(index, training.num_streams), index, training.num_streams, training)
-        batches.append(build_batch(packer.next_sequence(packer.first_cursor), index))
-    return batches

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 
 from flame.config.schema import JobConfig
-from flame.models.flops import ModelFlops
 from flame.models.memory import find_moment_bytes
 from flame.models.memory_estimate import Memory, estimate_memory
 from flame.models.wrapper import TrainingModel
 from flame.objectives.step import get_objective
-from flame.trainer.budget import pack_first, resolve_steps
+from flame.trainer.budget import resolve_steps
 from flame.trainer.micro_step import MOST_WEIGHTS
+from flame.trainer.sequence_flops import SequenceFlops
 from flame.trainer.setup import build_cadence, build_modules, build_weight_schedule, find_share, open_inputs
 
 GIB = 2**30
@@ -67,13 +67,10 @@ def estimate_run(config: JobConfig) -> Estimate:
         config.training.steps = resolve_steps(config, model, inputs.mixture)
     memory = estimate_rank(config, model)
     peak = memory.find_peak(keeps_gradients=config.training.gradient_accumulation_steps > 1)
-    batches = pack_first(config, inputs.mixture)
-    flops, objective, schedule = ModelFlops(model.lm), get_objective(model), build_weight_schedule(config)
-    per_step = config.training.gradient_accumulation_steps * config.world_size / len(batches)
-    is_frozen = config.experimental.freeze_lm_for_infonce
-    plain = per_step * sum(flops.count_next_token(batch, is_frozen=is_frozen) for batch in batches)
-    aux = per_step * sum(sum(objective.count_flops(batch, flops)) for batch in batches) if objective is not None else 0.0
+    flops, objective, schedule = SequenceFlops(config, model, inputs.mixture), get_objective(model), build_weight_schedule(config)
+    per_step = config.training.gradient_accumulation_steps * config.world_size
     cadence, steps = build_cadence(config), config.training.steps
+    plain, aux = per_step * flops.next_token, per_step * flops.average_aux(steps)
     aux_steps = max(steps - max(schedule.start_step - 1, 0), 0)
     return Estimate(
         model_weights=sum(weight.numel() for weight in model.lm.parameters()),

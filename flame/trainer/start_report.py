@@ -69,14 +69,13 @@ def report_start(
         for name, read, asked in validator.short_sources:
             logger.warning(
                 'validation: %d of %d sequences are of source "%s", whose weight asks for %.0f: its held-out documents are used '
-                "up, and the means over all sources count it for less; %s",
+                "up, and the means over all sources count it for less; up to validation.num_sequences = %d all count by their "
+                "weights",
                 read,
                 validator.num_sequences,
                 name,
                 asked,
-                f"up to validation.num_sequences = {validator.num_even} all count by their weights"
-                if validator.num_even
-                else "lower validation.holdout_every",
+                validator.num_even,
             )
         for name in validator.unread_sources:
             logger.warning(

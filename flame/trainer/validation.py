@@ -167,14 +167,15 @@ def pack_once(config: JobConfig, held_out: Mixture) -> tuple[list[PackedBatch], 
     """Pack at most `validation.num_sequences` sequences. Each source is read from its beginning, at most once.
 
     Returns:
-        the sequences, and how many of them come before the first source is used up.
+        the sequences, and how many of them come before a source is used up, of those that have any.
     """
     training = replace(config.training, seed=0)
     drawn = [index for index, weight in enumerate(held_out.weights) if weight]
     streams = {index: held_out.open_packer(index, 0, 1, training) for index in drawn}
     cursors = {index: stream.first_cursor for index, stream in streams.items()}
     batches: list[PackedBatch] = []
-    turn = num_even = 0
+    has_any: set[int] = set()
+    turn, num_even = 0, None
     while streams and len(batches) < config.validation.num_sequences:
         index = held_out.choose(turn, 1)
         turn += 1
@@ -183,9 +184,10 @@ def pack_once(config: JobConfig, held_out: Mixture) -> tuple[list[PackedBatch], 
         sequence = streams[index].next_sequence(cursors[index])
         if sequence.documents[-1].epoch > 0:
             del streams[index]
+            if index in has_any and num_even is None:
+                num_even = len(batches)
             continue
         cursors[index] = sequence.cursor
         batches.append(build_batch(sequence, len(batches)))
-        if len(streams) == len(drawn):
-            num_even = len(batches)
-    return batches, num_even
+        has_any.add(index)
+    return batches, len(batches) if num_even is None else num_even

@@ -72,35 +72,37 @@ def test_an_arm_is_timed_once_and_again_when_it_is_another(tmp_path: Path, monke
     assert timed[5:] == [("mtp", FAR_AWAY), ("mtp", 0)] and frequent == [("mtp", 1), ("mtp", 1)]
 
 
-GRAPHS = "cuda_graph_fraction"
+def make_steps(first: int, fraction: float, seconds: float = 3.0):
+    """Steps of a probe: so many launched one by one, which take 3 s, then others, with their share of CUDA graphs."""
+    launched = [{"step_seconds": 3.0, "cuda_graph_fraction": 0.0}] * first
+    later = {"step_seconds": seconds, "cuda_graph_fraction": fraction}
+    return lambda steps: [*launched, *[later] * (steps - 4 - first)][: steps - 4]
 
 
 @pytest.mark.parametrize(
-    ("rows_of", "runs", "expected"),
+    ("draw", "lengths", "expected"),
     [
         (lambda steps: [{"step_seconds": 3.0}] * (steps - 4), [12], 3.0),
-        (
-            lambda steps: [{"step_seconds": 3.0, GRAPHS: 0.5}] * 3 + [{"step_seconds": 1.0, GRAPHS: 1.0}] * (steps - 7),
-            [12, 48],
-            1.0,
-        ),
-        (lambda steps: [{"step_seconds": 3.0, GRAPHS: 0.5}] * (steps - 4), [12, 48, 192], 3.0),
-        (lambda steps: [{"step_seconds": 1.0, GRAPHS: 1.0}] * (steps - 4), [12], 1.0),
+        (make_steps(0, 1.0, 1.0), [12, 48], 1.0),
+        (make_steps(9, 1.0, 1.0), [12, 48], 1.0),
+        (make_steps(40, 1.0, 1.0), [12, 48, 192], 1.0),
+        (make_steps(0, 0.5, 2.0), [12, 48, 192], 2.0),
+        (make_steps(0, 0.0), [12, 48], 3.0),
     ],
 )
-def test_steps_that_are_graphs_count_where_there_are_any(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_of, runs, expected
+def test_where_there_are_graphs_steps_are_timed_once_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw, lengths, expected
 ):
-    """The first of each kind are launched one by one, and a run has far more of the others."""
+    """The first of each kind are launched one by one. Where graphs are left out for good, no longer probe is made."""
     tried: list[int] = []
 
-    def run_steps(*given) -> list[dict[str, float]]:
+    def run_steps(*given: object) -> list[list[dict[str, float]]]:
         tried.append(given[-1])
-        return rows_of(given[-1])
+        return [draw(given[-1])] * 2
 
     monkeypatch.setattr(probe, "_run_steps", run_steps)
     spec = read_spec(write_spec(tmp_path))
-    assert probe._time_steps(list_runs(spec)[0], tmp_path, SLOTS, {}) == expected and tried == runs
+    assert probe._time_steps(list_runs(spec)[0], tmp_path, SLOTS, {}) == expected and tried == lengths
 
 
 def test_steps_are_not_timed_under_changing_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -148,6 +148,10 @@ BAD_COMMAND_LINES = {
         ["a b.toml", "--sources.web.weight=2"],
         ['"a b.toml" (command line): stray argument, did you mean --job.config_file "a b.toml"?'],
     ),
+    "a file after an equals sign": (
+        ["job.config_file=run.toml"],
+        ["job.config_file=run.toml (command line): stray argument, did you mean --job.config_file run.toml?"],
+    ),
     "two files": (
         ["--job.config_file", "none.toml", "other.toml"],
         [

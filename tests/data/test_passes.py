@@ -43,5 +43,9 @@ def test_the_estimate_is_near_what_streams_repeat(num_streams: int, epochs: int,
     assert found > 0.1 or not (num_streams >= 48 and epochs == 1 and spread)
 
 
-def test_streams_of_many_documents_are_even() -> None:
+def test_of_too_many_documents_and_of_fewer_than_streams_there_is_no_estimate() -> None:
+    """The first are even; of the second another line says that streams share them."""
     assert estimate_repeats(np.ones(10), 7, MOST_DRAWN) == 0.0
+    assert [estimate_repeats(np.arange(1, count + 1), 192, epochs) for count in (0, 1, 63, 191) for epochs in (0.01, 1, 9)] == [
+        0
+    ] * 12

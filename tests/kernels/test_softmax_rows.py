@@ -98,6 +98,19 @@ def test_what_does_not_count_may_be_anything(by):
     assert scores.isfinite().all() and all(part.isfinite().all() for part in sums)
 
 
+@pytest.mark.parametrize("anything", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("run", [softmax_rows._compute, *([softmax_rows._launch] if INTERPRETED else [])])
+def test_a_row_without_own_column_may_hold_anything(run, cap, anything):
+    scores, own = torch.randn(3, 8), torch.tensor([0, -1, 2])
+    scores[1] = anything
+    expected = scores[[0, 2]].clone()
+    sums = run(scores, own, torch.tensor(2.0), None, None, None, cap)
+    assert not scores[1].any() and all(part[1] == 0 for part in sums)
+    others = run(expected, own[[0, 2]], torch.tensor(2.0), None, None, None, cap)
+    torch.testing.assert_close((scores[[0, 2]], [part[[0, 2]] for part in sums]), (expected, list(others)))
+
+
 @pytest.mark.parametrize("run", [softmax_rows._compute, *([softmax_rows._launch] if INTERPRETED else [])])
 def test_an_own_column_that_does_not_count_is_not_passed_over(run):
     scores, own = torch.randn(4, 20), torch.tensor([3, 20, 17, -1])
@@ -126,7 +139,8 @@ def test_kernel_in_the_interpreter():
     code = (
         "import pytest, flame.kernels.softmax_rows as s; s.BLOCK = 16; "
         f"raise SystemExit(pytest.main(['-rA', '-p', 'no:cacheprovider', {__file__!r} + '::test_kernel_against_blocks', "
-        f"{__file__!r} + '::test_an_own_column_that_does_not_count_is_not_passed_over']))"
+        f"{__file__!r} + '::test_an_own_column_that_does_not_count_is_not_passed_over', "
+        f"{__file__!r} + '::test_a_row_without_own_column_may_hold_anything']))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from flame.config.types import Section
 from flame.data.sources.contents import Document, is_encodable, keep_text
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.runtime.user_code import import_user_code
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _open_user_texts(kind: SourceKind) -> Any:
     except UserError:
         raise
     except Exception as error:  # a user's code may raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = give_reason(error)
         raise UserError(f"{kind.option}: {type(kind).__name__}.open() fails: {type(error).__name__}: {reason}") from error
     if hasattr(rows, "num_shards") and hasattr(rows, "read_shard"):
         return rows

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from flame.data.sources.contents import Content, Decode, Document
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 if TYPE_CHECKING:
     import datasets
@@ -193,4 +193,4 @@ def find_reason(error: BaseException) -> str:
     """The first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return give_reason(error)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flame.config.addresses import is_remote
 from flame.data.sources.containers import has_suffix
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 
 def split_patterns(data_files: str) -> list[str]:
@@ -106,7 +106,7 @@ def _expand_remote(pattern: str, option: str, suffixes: Sequence[str]) -> list[s
     except ImportError as error:
         raise UserError(f'{option}: "{pattern}" needs a package that is not installed ({error}): install it') from error
     except Exception as error:  # each file system has errors of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = give_reason(error)
         raise UserError(f'{option}: "{pattern}" cannot be listed ({reason}): check the address and the access to it') from error
     if not full:
         raise UserError(f'{option}: "{pattern}" matches no file')

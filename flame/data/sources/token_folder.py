@@ -21,7 +21,7 @@ from flame.config.types import STRICT
 from flame.data.encoding import Labelled, fingerprint_tokenizer
 from flame.data.sources.index_cache import map_file
 from flame.data.sources.token_index import Scan, TokenIndex, open_index, scan_tokens
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f'folder "{folder}" has no {MANIFEST_FILE}, so it is unfinished: {SAME_COMMAND}') from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = give_reason(error, 200)
         raise UserError(f'"{path}" is damaged ({type(error).__name__}: {reason}): {NEW_FOLDER}') from error
     raise UserError(
         f'"{path}" has format_version = {json.dumps(version)[:20]}, but this version of the program reads {FORMAT_VERSION}: '

@@ -22,7 +22,7 @@ from flame.config.schema import JobConfig
 from flame.config.types import NonNegativeInt, Section, Seed, option
 from flame.data.encoding import Labelled, encode_continuations, encode_document
 from flame.data.tasks.generated import ENDLESS, HELD_OUT_EVERY, MOST_ATTEMPTS, ContentHeldOutKind, draw_words
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -181,7 +181,7 @@ class Problems:
         try:
             return reasoning_gym.create_dataset(self._task, seed=0, size=1 << INDEX_BITS, **parse_settings(self._settings))
         except Exception as error:  # each task checks its settings in its own way
-            reason = " ".join(str(error).split())
+            reason = give_reason(error)
             raise UserError(
                 f'{self._option} with dataset_name = "{self._settings}": the task refuses its settings ({reason}): change them'
             ) from error

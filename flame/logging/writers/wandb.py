@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flame.errors import UserError
+from flame.errors import UserError, give_reason
 from flame.logging.writers.base import MetricWriter, RunIdentity
 from flame.logging.writers.panels import name_panels
 from flame.runtime.signals import signals_blocked
@@ -73,7 +73,7 @@ def _start(identity: RunIdentity, wandb_id: str) -> Any:
                     settings=wandb.Settings(silent=True, console="off"),
                 )
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = give_reason(error)
             raise UserError(
                 f"metrics.enable_wandb = true: wandb does not start ({reason}); "
                 "set WANDB_MODE=offline in the environment, or metrics.enable_wandb = false"
