@@ -140,11 +140,18 @@ def test_weights_are_spread_and_activations_are_not():
     assert estimate_memory(model, [], training, "full", 1, 8, 0.0).activations < one.activations / 4
 
 
-def test_the_run_is_counted_as_it_is_logged(workspace: Path, tmp_path: Path):
-    changes = {"training__steps": 5, "objective__start_step": 3}
-    rows = run_here(workspace, tmp_path / "run", **changes)
-    estimate = estimate_run(read_options(options(workspace, tmp_path / "other", **changes), 1))
+CURRICULUM = {"objective__name": "mtp", "mtp__tokens": 4, "mtp__curriculum": "reverse", "mtp__loss_weight": 1.0}
+
+
+@pytest.mark.parametrize("changes", [{"objective__start_step": 3}, CURRICULUM], ids=["a start", "a curriculum"])
+@pytest.mark.parametrize("by_flops", [False, True])
+def test_the_run_is_counted_as_it_is_logged(workspace: Path, tmp_path: Path, changes: dict[str, object], by_flops: bool):
+    rows = run_here(workspace, tmp_path / "run", **changes, training__steps=5)
     logged = sum(row["step_tflops"] for row in rows) * 1e12
+    length: dict[str, object] = (
+        {"training__steps": None, "training__flops": 0.95 * logged} if by_flops else {"training__steps": 5}
+    )
+    estimate = estimate_run(read_options(options(workspace, tmp_path / "other", **changes, **length), 1))
     assert estimate.steps == 5
     assert estimate.run_flops == pytest.approx(logged, rel=0.05)  # its first packed sequences stand for all
     assert not (tmp_path / "other").exists()
