@@ -35,7 +35,7 @@ from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
 from flame.weights.files import MAX_SHARD_BYTES, PRODUCER, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
-from flame.weights.replacing import written_aside
+from flame.weights.replacing import list_parts, written_aside
 from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
 from flame.weights.upload import check_place, upload
@@ -72,7 +72,9 @@ def convert(
         check_format(tensors.state, checkpoint)
     target = getattr(torch, dtype)
     with written_aside(out) as folder:
-        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
+        for name in list_parts(checkpoint / HF_FOLDER):  # tokenizer, generation; what else there is, the next export would reject
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint / HF_FOLDER / name, folder / name)
         adapt_tokenizer(folder)
         config = _read_config(checkpoint, tensors)
         with torch.device("meta"):

@@ -42,6 +42,9 @@ PARTS = {
     "spiece.model",
     "sentencepiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
+    "spm_char.model",
+    "bpe.codes",
 }
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 HAS_HEADER = re.compile(rf"{WEIGHTS.pattern}|[^/]+{re.escape(MODULES_SUFFIX)}")
@@ -100,7 +103,7 @@ def _read_metadata(open_file: Open, name: str) -> dict[str, str] | None:
 
 def list_parts(folder: Path) -> list[str]:
     """The files of an export in a folder, by their paths in it."""
-    return [name for path, name in _list_entries(folder) if is_part(name) and _is_plain(path)]
+    return [name for path, name in _list_entries(folder) if is_part(name) and path.is_file()]
 
 
 def _list_entries(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -110,10 +113,6 @@ def _list_entries(folder: Path) -> Iterator[tuple[Path, str]]:
             yield from ((each, f"{TEMPLATES}/{each.name}") for each in sorted(path.iterdir()))
         else:
             yield path, path.name
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 def _is_empty(path: Path) -> bool:
@@ -134,7 +133,7 @@ def _check(folder: Path, find: Callable[[Collection[str], Open], str | None], na
     try:
         fault = None if _is_empty(folder) else _find_here(folder, find)
     except OSError as error:  # what cannot be read stays
-        fault = f"cannot be read ({error.strerror})"
+        fault = f"cannot be read ({error.strerror or error})"
     if fault:
         raise UserError(f'"{named or folder}" {fault}, and an export would delete it: move it away, or name another folder')
 
@@ -144,7 +143,7 @@ def _find_here(folder: Path, find: Callable[[Collection[str], Open], str | None]
         return "is no folder"
     entries = list(_list_entries(folder))
     for path, name in entries:
-        if is_part(name) and not _is_plain(path):
+        if is_part(name) and (path.is_symlink() or not path.is_file()):
             return f'holds "{name}", which is no part of an export'
     return find([name for _, name in entries], lambda name: (folder / name).open("rb"))
 

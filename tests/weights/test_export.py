@@ -33,6 +33,7 @@ from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.manifest import digest_file
 from flame.cli.convert_dcp_to_hf import main
 from flame.config.run import Checkpoint
+from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.weights import export as hf_export
 from flame.weights import files as hf_files
@@ -586,8 +587,11 @@ def test_a_converted_model_comes_back(tmp_path):
     model.generation_config.top_k = 7
     model.generation_config.do_sample = True
     model.save_pretrained(tmp_path / "in")
+    build_bytes_tokenizer().save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "token_study.csv").write_text("of somebody")
     convert_to_checkpoint(str(tmp_path / "in"), tmp_path / "step-0")
-    convert(tmp_path / "step-0", tmp_path / "out")
+    for _ in range(2):  # it has no card, and replaces itself
+        convert(tmp_path / "step-0", tmp_path / "out")
     assert_same_weights(read_weights(tmp_path / "out"), read_weights(tmp_path / "in"))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
 
