@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         required=True,
-        help="folder to write, or its address (s3://bucket/folder); an earlier export of flame in it is replaced, "
-        "other models are not",
+        help="folder to write, or its address (s3://bucket/folder); an earlier export of flame is replaced, "
+        "a folder that holds anything else is rejected",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights; float32 is exact"

@@ -33,9 +33,9 @@ from flame.data.tokenizer import TOKENIZER_FILE, find_misread
 from flame.errors import UserError
 from flame.weights.card import CARD_FILE, write_card
 from flame.weights.check import check_export
-from flame.weights.files import MAX_SHARD_BYTES, plan_layout, stream_weights, write_weights
+from flame.weights.files import MAX_SHARD_BYTES, PRODUCER, plan_layout, stream_weights, write_weights
 from flame.weights.older_names import adapt_tokenizer, write_config
-from flame.weights.replacing import written_aside
+from flame.weights.replacing import list_parts, written_aside
 from flame.weights.source import MODULES_SUFFIX, TASK_KEY
 from flame.weights.tensors import ModelTensors
 from flame.weights.upload import check_place, upload
@@ -72,7 +72,9 @@ def convert(
         check_format(tensors.state, checkpoint)
     target = getattr(torch, dtype)
     with written_aside(out) as folder:
-        shutil.copytree(checkpoint / HF_FOLDER, folder, dirs_exist_ok=True)  # tokenizer, generation
+        for name in list_parts(checkpoint / HF_FOLDER):  # tokenizer, generation; what else there is, the next export would reject
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint / HF_FOLDER / name, folder / name)
         adapt_tokenizer(folder)
         config = _read_config(checkpoint, tensors)
         with torch.device("meta"):
@@ -142,7 +144,7 @@ def _write_objective(tensors: ModelTensors, folder: Path) -> None:
     if kept:
         named = {name.removeprefix(OBJECTIVE_PREFIX): tensor for name, tensor in kept.items()}
         about = {TASK_KEY: json.dumps(objective["task"])} if "task" in objective else {}
-        save_file(named, folder / name_objective_file(objective["name"]), metadata={"format": "pt"} | about)
+        save_file(named, folder / name_objective_file(objective["name"]), metadata={"format": "pt"} | PRODUCER | about)
 
 
 def _to_checkpoint(name: str) -> str:

@@ -67,10 +67,15 @@ class Exporter:
             run_on_main(partial(self._check_places, step), self._group)
 
     def _check_places(self, step: int) -> None:
-        numbers = {path: re.fullmatch(r"hf-step-(\d+)", path.name) for path in self._folder.glob("hf-step-*")}
-        later = [path for path, match in numbers.items() if match and int(match[1]) > step and self.is_due(int(match[1]))]
-        for out in (self._folder / HF_FOLDER, *later):
-            check_replaceable(out)
+        def is_written(name: str) -> bool:
+            match = re.fullmatch(r"hf-step-(\d+)", name)
+            return name == HF_FOLDER or (match is not None and int(match[1]) > step and self.is_due(int(match[1])))
+
+        for out in sorted(self._folder.glob("hf*")):
+            if is_written(out.name):
+                check_replaceable(out)
+        if self._uploader is not None:
+            self._uploader.check(is_written)
 
     def export_when_due(self, step: int, *, again: bool = True) -> None:
         """Write `hf-step-N/` if it is due. Rank 0 writes, the others wait.

@@ -1,7 +1,7 @@
 """Uploads exported folders.
 
 `config.json` goes last, and is removed first from a folder that is replaced: a folder without it is incomplete and does not load.
-The card goes before it, after the weights: until then an older card says whose the older ones are.
+A mark is there while an upload is under way. After a broken upload it says that flame wrote the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
@@ -20,26 +20,25 @@ from typing import Any
 
 from flame.config.addresses import find_target_fault
 from flame.errors import UserError
-from flame.weights.card import CARD_FILE
-from flame.weights.replacing import is_own_export, is_weights
+from flame.weights.replacing import find_fault, find_foreign, list_parts
 from flame.weights.source import CONFIG_FILE
 
 logger = logging.getLogger("flame")
 
 NOTE_FILE = "uploads.json"
 EXPORTS = re.compile(r"hf(-step-\d+)?")
-LAST = (CARD_FILE, CONFIG_FILE)
+MARK_FILE = "flame-upload.partial"
 
 
 def upload(label: str, folder: Path, address: str) -> None:
-    """Upload an exported folder. Weights that an earlier export left there are removed: loaders would take them.
+    """Upload the files of an export. Those that an earlier export left there are removed: loaders would take them.
 
     Args:
         label: the option and its value, for messages.
         address: of the folder to write.
 
     Raises:
-        UserError: it fails, or a model that is no export is there.
+        UserError: it fails, or something else than an export of flame is there.
     """
     if fault := find_target_fault(address):
         raise UserError(f"{label}: {fault}")
@@ -52,13 +51,26 @@ def check_place(label: str, address: str) -> None:
     """Check that an export may take the place of what is at an address.
 
     Raises:
-        UserError: it is a model that flame did not export, or it cannot be read.
+        UserError: something else than an export of flame is there, or it cannot be read.
     """
+    if fault := _find_fault(label, address):
+        raise UserError(fault)
+
+
+def _find_fault(label: str, address: str) -> str | None:
+    """The line for an address that holds something else than an export of flame, or than what a broken upload has left of one."""
     with _explained(label, f"{address} cannot be read"):
         file_system, root = _open_place(address)
-        is_own = is_own_export(_list_files(file_system, root), lambda name: file_system.open(f"{root}/{name}", "rb"))
-    if not is_own:
-        raise UserError(f"{label}: {address} holds a model that flame did not export: name another folder")
+        names = _list_files(file_system, root)
+
+        def open_file(name: str) -> Any:
+            return file_system.open(f"{root}/{name}", "rb")
+
+        if MARK_FILE in names:
+            fault = find_foreign([name for name in names if name != MARK_FILE], open_file, may_be_torn=True)
+        else:
+            fault = find_fault(names, open_file)
+    return fault and f"{label}: {address} {fault}, and an export would delete it: move it away, or name another address"
 
 
 @contextmanager
@@ -79,21 +91,26 @@ def _open_place(address: str) -> tuple[Any, str]:
 
 
 def _list_files(file_system: Any, root: str) -> list[str]:
-    return [name[len(root) :].strip("/") for name in file_system.find(root)] if file_system.exists(root) else []
+    file_system.invalidate_cache()  # others write there too
+    found = file_system.find(root) if file_system.exists(root) else []
+    return [name for path in found if (name := path[len(root) :].strip("/"))]
 
 
 def _replace(file_system: Any, root: str, folder: Path) -> None:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = list_parts(folder)
+    file_system.makedirs(root, exist_ok=True)
+    file_system.pipe_file(f"{root}/{MARK_FILE}", b"flame is uploading an export, or was interrupted\n")
     for name in sorted(_list_files(file_system, root), key=lambda name: name != CONFIG_FILE):
-        if name == CONFIG_FILE or (is_weights(name) and name not in names):
+        if name == CONFIG_FILE or name not in (*names, MARK_FILE):
             file_system.rm_file(f"{root}/{name}")
-    for name in sorted(names, key=lambda name: LAST.index(name) if name in LAST else -1):
+    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
         target, size = f"{root}/{name}", (folder / name).stat().st_size
         file_system.makedirs(target.rpartition("/")[0], exist_ok=True)
         file_system.put_file(str(folder / name), target)
         file_system.invalidate_cache()
         if (arrived := file_system.info(target)["size"]) != size:
             raise OSError(f"{target} has {arrived} bytes instead of {size}")
+    file_system.rm_file(f"{root}/{MARK_FILE}")
 
 
 class Uploader:
@@ -109,6 +126,27 @@ class Uploader:
         self._label = f'checkpoint.export_to = "{address}"'
         self._names: Queue[str] = Queue()
         threading.Thread(target=self._run, name="upload", daemon=True).start()  # a stop does not wait for it
+
+    def check(self, is_written: Callable[[str], bool]) -> None:
+        """Check, before training, that the uploads may take the place of what is at the address. One that cannot be read is a
+        warning, as later.
+
+        Args:
+            is_written: whether the run will upload a folder of this name.
+
+        Raises:
+            UserError: something else than an export of flame is there.
+        """
+        try:
+            with _explained(self._label, f"{self._address} cannot be read"):
+                file_system, root = _open_place(self._address)
+                names = {name.partition("/")[0] for name in _list_files(file_system, root)}
+            faults = [_find_fault(self._label, f"{self._address}/{name}") for name in sorted(names) if is_written(name)]
+        except UserError as error:
+            logger.warning("%s", error)
+            return
+        if found := next(filter(None, faults), None):
+            raise UserError(found)
 
     def add(self, name: str) -> None:
         """Upload an export, unless it is there already as it is here."""
@@ -156,6 +194,6 @@ class Uploader:
 
 def _describe_state(folder: Path) -> str:
     """What changes when an export is replaced."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    told = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    found = {name: (folder / name).stat() for name in list_parts(folder)}
+    told = [(name, state.st_size, state.st_mtime_ns) for name, state in found.items()]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]

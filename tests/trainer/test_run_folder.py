@@ -81,7 +81,7 @@ def test_something_else_in_the_place_of_an_export_is_told_before_the_first_step(
     (run / name).mkdir(parents=True)
     (run / name / "notes.txt").write_text("mine")
     (line,) = read_refusal(workspace, run, capsys, 2, checkpoint__export_hf=True, checkpoint__export_interval=2)
-    assert "holds something else than an exported model" in line and name in line
+    assert f'/{name}" holds "notes.txt", which is no part of an export' in line
     assert not (run / METRICS_FILE).exists()
 
 

@@ -33,9 +33,11 @@ from flame.checkpoints.manager import HF_FOLDER
 from flame.checkpoints.manifest import digest_file
 from flame.cli.convert_dcp_to_hf import main
 from flame.config.run import Checkpoint
+from flame.data.tokenizer import build_bytes_tokenizer
 from flame.errors import UserError
 from flame.weights import export as hf_export
 from flame.weights import files as hf_files
+from flame.weights import replacing as hf_replacing
 from flame.weights.check import ExportMismatch
 from flame.weights.export import convert, name_objective_file
 from flame.weights.exporter import Exporter
@@ -230,17 +232,20 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path, checkpoint):
     assert not (out / "vocab.txt").exists()
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
-    for out in (tmp_path / "notes", checkpoint, checkpoint / HF_FOLDER, tmp_path / "run"):
-        with pytest.raises(UserError, match="holds something else than an exported model"):
-            convert(checkpoint, out)
-    assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
+DELETES = "and an export would delete it: move it away, or name another folder"
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expect_rejected(checkpoint: Path, out: Path, fault: str) -> None:
+    """One line, and everything stays as it was."""
+    before = read_all(out)
+    with pytest.raises(UserError) as refusal:
+        convert(checkpoint, out)
+    assert str(refusal.value) == f'"{out}" holds {fault}, {DELETES}'
+    assert read_all(out) == before and not list(out.parent.glob("*.flame-export.*"))
 
 
 def set_aside_mark(folder: Path) -> None:
@@ -249,57 +254,160 @@ def set_aside_mark(folder: Path) -> None:
         save_file(load_file(path), path, metadata={"format": "pt"})
 
 
-OLD_CARD = "# run\n\nMade with torch 2.8.0, transformers 4.57.1.\n\n<details>\n"
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, checkpoint):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    expect_rejected(checkpoint, tmp_path / "notes", '"thesis.tex", which is no part of an export')
+    expect_rejected(checkpoint, checkpoint, '".metadata", which is no part of an export')
+    expect_rejected(checkpoint, tmp_path / "run", '"checkpoint", which is no part of an export')
+    expect_rejected(checkpoint, checkpoint / HF_FOLDER, "something else than an exported model")
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_models_of_others_are_not_replaced(tmp_path, checkpoint, is_sharded):
-    """Neither a pretrained model, nor one that was trained further in the folder of an export."""
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    """Neither a pretrained model, nor one trained further in the folder of an export, whatever the card says, nor a pointer."""
+    base, tuned, damaged = tmp_path / "base", tmp_path / "tuned", tmp_path / "damaged"
     build_model(tiny_llama(vocab_size=264)).save_pretrained(base, max_shard_size=SHARDS if is_sharded else WHOLE)
     (base / "README.md").write_text("# A model\n\nMade with care.\n")
     convert(checkpoint, tuned)
     set_aside_mark(tuned)
-    damaged = tmp_path / "damaged"
+    (tuned / "README.md").write_text("# run\n\nMade with torch 2.8.0, transformers 4.57.1.\n\n<details>\n")
     damaged.mkdir()
     (damaged / "config.json").write_text("{}")
     (damaged / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     for out in (base, tuned, damaged):
-        before = read_all(out)
-        with pytest.raises(UserError) as refusal:
-            convert(checkpoint, out)
-        assert str(refusal.value) == (
-            f'"{out}" holds a model that flame did not export, which an export would replace: move it away, or name another '
-            "folder"
-        )
-        assert read_all(out) == before
+        first = min(path.name for path in out.glob("model*.safetensors"))
+        expect_rejected(checkpoint, out, f'"{first}", which does not say that flame exported it')
 
 
-def test_exports_of_earlier_releases_are_replaced(tmp_path, checkpoint):
-    """Their cards tell them."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NOTES.txt",
+        "results/scores.json",
+        "tokens/data.bin",
+        "token_study.csv",
+        "vocabulary_notes.md",
+        "adapter_config.json",
+        "additional_chat_templates/notes.txt",
+        "vocab.json/data.bin",
+        "model-best.safetensors",
+    ],
+)
+def test_what_is_no_part_of_an_export_is_named(tmp_path, checkpoint, name):
     out = tmp_path / "hf"
     convert(checkpoint, out)
-    set_aside_mark(out)
-    (out / "README.md").write_text(OLD_CARD)
-    convert(checkpoint, out, "bfloat16")
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    found = name if name.startswith("additional") else name.partition("/")[0]
+    expect_rejected(checkpoint, out, f'"{found}", which is no part of an export')
 
 
-def test_files_of_others_stay_beside_an_export(tmp_path, checkpoint):
-    """What belongs to the replaced model goes, with what it means to loaders."""
+def test_links_and_modules_of_others_are_not_deleted(tmp_path, checkpoint):
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    (out / "vocab.txt").symlink_to("nowhere")
+    expect_rejected(checkpoint, out, '"vocab.txt", which is no part of an export')
+    (out / "vocab.txt").unlink()
+    save_file({"weight": torch.ones(2)}, out / "my_modules.safetensors")
+    expect_rejected(checkpoint, out, '"my_modules.safetensors", which does not say that flame exported it')
+
+
+def test_parts_of_an_earlier_export_go(tmp_path, checkpoint):
+    """Loaders would take them for the new model's."""
     out = tmp_path / "hf"
     convert(checkpoint, out, max_shard_bytes=SHARDS)
-    (out / "NOTES.txt").write_text("mine")
-    (out / "results" / "run 1").mkdir(parents=True)
-    (out / "results" / "run 1" / "scores.json").write_text("{}")
-    (out / "latest").symlink_to("nowhere")
-    for name in ("chat_template.jinja", "mtp_modules.safetensors"):
+    (out / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja", "tokenizer.model"):
         (out / name).write_text("of the old model")
+    (out / "future_modules.safetensors").rename(out / "mtp_modules.safetensors")
     convert(checkpoint, out)
-    assert (out / "NOTES.txt").read_text() == "mine" and (out / "results" / "run 1" / "scores.json").read_text() == "{}"
-    assert (out / "latest").is_symlink()
-    assert not (out / "chat_template.jinja").exists() and not (out / "mtp_modules.safetensors").exists()
-    assert [path.name for path in out.glob("model*.safetensors")] == ["model.safetensors"]
+    convert(checkpoint, tmp_path / "fresh")
+    assert read_all(out).keys() == read_all(tmp_path / "fresh").keys()
+
+
+def write_while_exporting(monkeypatch: pytest.MonkeyPatch, write: Callable[[], object]) -> None:
+    check = hf_export.check_export
+
+    def check_and_write(*arguments: Any) -> str:
+        write()
+        return check(*arguments)
+
+    monkeypatch.setattr(hf_export, "check_export", check_and_write)
+
+
+@pytest.mark.parametrize("is_model", [True, False])
+def test_what_is_written_into_the_folder_meanwhile_stays(tmp_path, checkpoint, monkeypatch, is_model):
+    """Checked again when the export is written, minutes after the start."""
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    write: Callable[[], object] = lambda: (out / "NOTES.txt").write_text("mine")  # noqa: E731
+    if is_model:
+        write = lambda: set_aside_mark(out)  # noqa: E731
+    write_while_exporting(monkeypatch, write)
+    with pytest.raises(UserError, match=DELETES):
+        convert(checkpoint, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    if is_model:
+        with safe_open(out / "model.safetensors", "pt") as weights:
+            assert weights.metadata() == {"format": "pt"}
+    else:
+        assert (out / "NOTES.txt").read_text() == "mine"
+
+
+def fail_second_rename(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    real = hf_replacing.replace
+
+    def rename(source: Path, target: Path) -> None:
+        if source.name == "hf.flame-export.partial":
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(hf_replacing, "replace", rename)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_failed_rename_leaves_the_earlier_export(tmp_path, checkpoint, monkeypatch, error):
+    out = tmp_path / "hf"
+    convert(checkpoint, out)
+    before = read_all(out)
+    fail_second_rename(monkeypatch, error)
+    with pytest.raises(type(error)):
+        convert(checkpoint, out, "bfloat16")
+    assert read_all(out) == before and sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def test_an_export_killed_between_the_renames_is_put_back(tmp_path, checkpoint, monkeypatch):
+    """Before anything else: what the next export cannot replace, or cannot finish, is there again."""
+    out, old = tmp_path / "hf", tmp_path / "hf.flame-export.old.partial"
+    convert(checkpoint, out)
+    (out / "NOTES.txt").write_text("mine")  # written just before the renames
+    before = read_all(out)
+    out.rename(old)
+    with pytest.raises(UserError, match=r"NOTES\.txt"):
+        convert(checkpoint, out)
+    assert read_all(out) == before and not old.exists()
+    (out / "NOTES.txt").unlink()
+    out.rename(old)
+    out.mkdir()  # by a start that makes folders
+    convert(checkpoint, out, "bfloat16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def test_leftovers_of_others_are_not_deleted(tmp_path, checkpoint):
+    """A folder that an interrupted export had renamed, when another model was saved in its place. Remains of exports go."""
+    out, old = tmp_path / "hf", tmp_path / "hf.flame-export.old.partial"
+    convert(checkpoint, out)
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    convert(checkpoint, out)
+    assert not old.exists()
+    old.mkdir()
+    (old / "NOTES.txt").write_text("mine")
+    with pytest.raises(UserError) as refusal:
+        convert(checkpoint, out)
+    assert str(refusal.value) == f'"{old}" holds "NOTES.txt", which is no part of an export, {DELETES}'
+    assert (old / "NOTES.txt").read_text() == "mine"
 
 
 def test_a_folder_that_is_named_like_an_unfinished_export_stays(tmp_path, checkpoint):
@@ -479,8 +587,11 @@ def test_a_converted_model_comes_back(tmp_path):
     model.generation_config.top_k = 7
     model.generation_config.do_sample = True
     model.save_pretrained(tmp_path / "in")
+    build_bytes_tokenizer().save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "token_study.csv").write_text("of somebody")
     convert_to_checkpoint(str(tmp_path / "in"), tmp_path / "step-0")
-    convert(tmp_path / "step-0", tmp_path / "out")
+    for _ in range(2):  # it has no card, and replaces itself
+        convert(tmp_path / "step-0", tmp_path / "out")
     assert_same_weights(read_weights(tmp_path / "out"), read_weights(tmp_path / "in"))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 7
 

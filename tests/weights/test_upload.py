@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
@@ -72,56 +73,96 @@ def refuse_files(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 # ---------------------------------------------------------------- uploads
 
 
+DELETES = "and an export would delete it: move it away, or name another address"
+
+
+def put_one(address: str, content: bytes = b"mine") -> None:
+    fsspec.filesystem("memory").pipe_file(address, content)
+
+
 def test_what_is_there_is_what_is_here(tmp_path: Path, address: str) -> None:
-    """Also after another export was there. Files of others stay."""
-    upload(LABEL, make_export(tmp_path / "first", "model.safetensors"), f"{address}/hf")
-    others = {"notes.txt": b"mine", "models/other.safetensors": b"mine"}
-    for name, content in others.items():
-        fsspec.filesystem("memory").pipe_file(f"{address}/hf/{name}", content)
+    """Also after another export was there. Files of others beside the export here stay here."""
+    first = make_export(tmp_path / "first", "model.safetensors", "mtp_modules.safetensors")
+    upload(LABEL, first, f"{address}/hf")
     second = make_export(tmp_path / "second", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    (second / "additional_chat_templates").mkdir()
+    (second / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    expected = read_folder(second)
+    (second / "private").mkdir()
+    (second / "private" / "key.txt").write_text("secret")
+    (second / "notes.txt").write_text("mine")
     upload(LABEL, second, f"{address}/hf/")
-    assert read_memory(f"{address}/hf") == read_folder(second) | others
+    assert read_memory(f"{address}/hf") == expected
+
+
+def expect_rejected(address: str, export: Path, fault: str) -> None:
+    """One line, and everything stays as it was."""
+    before = read_memory(address)
+    with pytest.raises(UserError) as refusal:
+        upload(LABEL, export, address)
+    expect_one_line(refusal.value, f"{LABEL}: {address} holds {fault}, {DELETES}")
+    assert read_memory(address) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "model-q4.gguf", "pytorch_model.bin", "notes.txt", "models/other.safetensors"]
+)
+@pytest.mark.parametrize("is_beside_export", [True, False])
+def test_files_of_others_are_not_replaced(tmp_path: Path, address: str, name: str, is_beside_export: bool) -> None:
+    export = make_export(tmp_path / "hf", "model.safetensors")
+    if is_beside_export:
+        upload(LABEL, export, address)
+    for each in ("README.md", "tokenizer.json", name):
+        put_one(f"{address}/{each}")
+    expect_rejected(address, export, f'"{name}", which is no part of an export')
 
 
 def test_models_of_others_are_not_replaced(tmp_path: Path, address: str) -> None:
-    """Neither whole ones nor weights alone. An export that was uploaded by an earlier release is told by its card."""
+    """Neither whole ones nor weights alone, whatever their card says, nor what git-lfs leaves in place of weights."""
+    export = make_export(tmp_path / "hf", "model-00001-of-00001.safetensors")
     base = make_export(tmp_path / "base")
     write_weights(base / "model.safetensors", format="pt")
+    (base / "README.md").write_text("Made with torch 2.8.0, transformers 4.57.1.\n")
     put(base, f"{address}/base")
-    write_weights(tmp_path / "model.safetensors", format="pt")
-    fsspec.filesystem("memory").pipe_file(f"{address}/weights/model.safetensors", (tmp_path / "model.safetensors").read_bytes())
-    fsspec.filesystem("memory").pipe_file(f"{address}/other/config.json", b"{}")
-    fsspec.filesystem("memory").pipe_file(f"{address}/other/pytorch_model.bin", b"weights")
-    before = read_memory(address)
-    export = make_export(tmp_path / "hf", "model-00001-of-00001.safetensors")
-    for name in ("base", "weights", "other"):
-        with pytest.raises(UserError) as refusal:
-            upload(LABEL, export, f"{address}/{name}")
-        expect_one_line(refusal.value, f"{LABEL}: {address}/{name} holds a model that flame did not export: name another folder")
-    assert read_memory(address) == before
-    fsspec.filesystem("memory").pipe_file(f"{address}/base/README.md", b"Made with torch 2.8.0, transformers 4.57.1.\n")
-    upload(LABEL, export, f"{address}/base")
-    assert read_memory(f"{address}/base") == read_folder(export)
+    put_one(f"{address}/weights/model.safetensors", (base / "model.safetensors").read_bytes())
+    put_one(f"{address}/pointer/model.safetensors", b"version https://git-lfs.github.com/spec/v1")
+    for name in ("base", "weights", "pointer"):
+        expect_rejected(f"{address}/{name}", export, '"model.safetensors", which does not say that flame exported it')
+    put_one(f"{address}/cards/README.md")
+    expect_rejected(f"{address}/cards", export, "something else than an exported model")
 
 
-def test_a_broken_upload_over_an_earlier_release_is_tried_again(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its card stays until the weights are there."""
-    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    old = make_export(tmp_path / "old", *names)
-    for name in names:
-        write_weights(old / name, format="pt")
-    (old / "README.md").write_text("Made with torch 2.8.0, transformers 4.57.1.\n")
-    put(old, f"{address}/hf")
-    export = make_export(tmp_path / "hf", *names)
+def test_an_address_that_is_taken_is_told_before_the_first_step(workspace, tmp_path, address, capsys):
+    """Of what the run will write. What a failed upload has left there is no reason."""
+    changes = {"checkpoint__export_hf": True, "checkpoint__export_interval": 3, "checkpoint__export_to": address}
+    put_one(f"{address}/hf-step-4/notes.txt")
+    put_one(f"{address}/hf-step-3/flame-upload.partial")
+    put_one(f"{address}/hf-step-3/model.safetensors", b"torn")
+    put_one(f"{address}/hf/adapter_config.json")
+    with pytest.raises(SystemExit):
+        run_here(workspace, tmp_path / "run", **changes)
+    dist.destroy_process_group()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f'{address}/hf holds "adapter_config.json", which is no part of an export, {DELETES}' in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    fsspec.filesystem("memory").rm_file(f"{address}/hf/adapter_config.json")
+    run_here(workspace, tmp_path / "run", **changes)
+    for name in ("hf", "hf-step-3"):
+        assert read_memory(f"{address}/{name}") == read_folder(tmp_path / "run" / name)
+
+
+def test_an_address_that_cannot_be_read_at_the_start_is_a_warning(workspace, tmp_path, address, monkeypatch, caplog):
+    """Like a failed upload: the network may be back at the end."""
+    changes = {"checkpoint__export_hf": True, "checkpoint__export_to": address}
     with monkeypatch.context() as patched:
-        refuse_files(patched, names[1])
-        with pytest.raises(UserError, match="no right to write"):
-            upload(LABEL, export, f"{address}/hf")
-    fsspec.filesystem("memory").pipe_file(f"{address}/hf/{names[0]}", b"torn")  # not every file system puts files whole
-    upload(LABEL, export, f"{address}/hf")
-    assert read_memory(f"{address}/hf") == read_folder(export)
+
+        def fail(*arguments: Any, **settings: Any) -> None:
+            raise OSError("no network")
+
+        patched.setattr(MemoryFileSystem, "find", fail)
+        patched.setattr(MemoryFileSystem, "exists", lambda *arguments: True)
+        run_here(workspace, tmp_path / "run", **changes)
+    assert "cannot be read (no network)" in caplog.text and "done: step 6 of 6" in caplog.text
 
 
 @pytest.mark.parametrize("failing", ["tokenizer.json", "model.safetensors", "config.json"])
@@ -133,6 +174,24 @@ def test_a_broken_upload_does_not_load(tmp_path: Path, address: str, monkeypatch
         upload(LABEL, folder, address)
     expect_one_line(refusal.value, LABEL, "no right to write", "check")
     assert "config.json" not in read_memory(address)
+
+
+@pytest.mark.parametrize("failing", ["tokenizer.json", "model-00002-of-00002.safetensors", "config.json"])
+def test_a_broken_upload_is_made_up_for(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Also where a file is there in part, since not every file system puts files whole. Files of others are still told."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    export = make_export(tmp_path / "hf", *names)
+    upload(LABEL, make_export(tmp_path / "old", "model.safetensors"), address)
+    with monkeypatch.context() as patched:
+        refuse_files(patched, failing)
+        with pytest.raises(UserError, match="no right to write"):
+            upload(LABEL, export, address)
+    put_one(f"{address}/{names[0]}", b"torn")
+    put_one(f"{address}/adapter_config.json")
+    expect_rejected(address, export, '"adapter_config.json", which is no part of an export')
+    fsspec.filesystem("memory").rm_file(f"{address}/adapter_config.json")
+    upload(LABEL, export, address)
+    assert read_memory(address) == read_folder(export)
 
 
 def test_what_arrives_short_is_an_error(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +248,9 @@ def test_the_converter_writes_to_an_address(exported_run, address, capsys):
     found = read_memory(address)
     assert found["model.safetensors"] == (exported_run / "hf" / "model.safetensors").read_bytes()
     assert found.keys() == read_folder(exported_run / "hf").keys()
-    fsspec.filesystem("memory").pipe_file(f"{address}/base/config.json", b"{}")
+    put_one(f"{address}/base/config.json", b"{}")
     assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", f"{address}/base"]) == 2
-    expected = f'--out "{address}/base": {address}/base holds a model that flame did not export: name another folder'
+    expected = f'--out "{address}/base": {address}/base holds something else than an exported model, {DELETES}'
     assert expected in capsys.readouterr().err
     assert convert_dcp_to_hf.main(["--checkpoint", str(checkpoint), "--out", "http://host/x"]) == 2
     assert capsys.readouterr().err.startswith('--out "http://host/x": it must be an address that can be written')
