@@ -72,8 +72,8 @@ class Training(Corpus):
     tokens: PositiveInt | None = None
     """Tokens to train on in the whole run, instead of training.steps."""
     epochs: PositiveFloat | None = None
-    """Passes over the data, instead of training.steps. For one source of counted tokens, training.dataset = "tokens". Passes over
-    few documents are even if training.num_streams is low; the start says if they are not."""
+    """Passes over the data, instead of training.steps. For one source of counted tokens, training.dataset = "tokens". With few
+    documents, a high training.num_streams makes passes uneven; the start says so."""
     flops: PositiveFloat | None = None
     """Required arithmetic of the whole run, such as 1e18, instead of training.steps. It is counted as step_tflops is, on the
     first packed sequences."""
