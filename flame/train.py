@@ -203,6 +203,7 @@ class Trainer:
             self._validate_when_due()  # the run may have been stopped before it validated this step
             self._evaluate_when_due()
             self.exporter.catch_up(self.checkpoints.saved_step)  # or before it exported it
+            self.meters.throughput.restart()  # what came before is no training
             while self.step < self.config.training.steps:
                 with self.profiler.watch(self.step + 1, lambda: self.micro_step.graph_bytes):
                     self.train_step()
@@ -436,7 +437,8 @@ class Trainer:
         """Save the current step unless a checkpoint holds it."""
         if self.checkpoints.is_owed():
             self._save()
-        self.checkpointer.wait()
+        with self.meters.throughput.not_counted():
+            self.checkpointer.wait()
 
     def _raise_data_mistake(self) -> None:
         if self.data_mistake is not None:

@@ -41,7 +41,6 @@ def find_band(results: Sequence[Result], metric: str, unit: str) -> Band:
     """
     curves = [(result, dict(result.read_curve(metric))) for result in results if result.has_ended]
     curves = [(result, curve) for result, curve in curves if curve]
-    longest = max((result for result, _ in curves), key=lambda result: result.steps, default=None)
     at, means, deviations = [], [], []
     for step in sorted({step for _, curve in curves for step in curve}):
         values = []
@@ -54,11 +53,16 @@ def find_band(results: Sequence[Result], metric: str, unit: str) -> Band:
             elif step <= last:
                 break  # a run has no value here: the mean would jump
         else:
-            assert longest is not None
-            at.append(longest.progress.find(unit, step))
+            at.append(statistics.fmean(_find_cost(result, unit, step) for result, _ in curves))
             means.append(statistics.fmean(values))
             deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
     return Band(at, means, deviations)
+
+
+def _find_cost(result: Result, unit: str, step: float) -> float:
+    """What a run has spent up to a step, or would have if it had gone on."""
+    reached = min(step, result.steps)
+    return result.progress.find(unit, reached) * (step / reached if reached else 1.0)
 
 
 def escape(name: str) -> str:
@@ -76,19 +80,20 @@ def draw_curves(spec: Spec, results: Results, path: Path) -> None:
         panels = figure.subplots(len(spec.tasks), len(spec.metrics), squeeze=False)
         for task, row in zip(spec.tasks, panels, strict=True):
             for metric, axes in zip(spec.metrics, row, strict=True):
+                partial = []
                 for number, arm in enumerate(spec.arms):
                     own = [results[task, arm, seed] for seed in spec.seeds]
                     ended = sum(result.has_ended for result in own)
-                    name = arm if ended == len(own) else f"{arm} ({ended} of {len(own)} runs)"
+                    partial += [] if ended == len(own) else [f"{arm}: {ended} of {len(own)} runs"]
                     band = find_band(own, metric.name, unit)
                     at = [value / scale for value in band.at]
                     low, high = (
                         [mean + sign * width for mean, width in zip(band.mean, band.deviation, strict=True)] for sign in (-1, 1)
                     )
                     color, marker = f"C{number % 10}", "o" if len(at) == 1 else None
-                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=escape(name))
+                    axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=escape(arm))
                     axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
-                axes.set(title=escape(task), xlabel=label, ylabel=escape(metric.name))
+                axes.set(title=escape("\n".join([task, *partial])), xlabel=label, ylabel=escape(metric.name))
                 axes.grid(alpha=0.3)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)

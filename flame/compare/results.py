@@ -58,6 +58,8 @@ class Result:
     """What the run began with; see `flame.trainer.first_step`."""
     revisions: frozenset[str]
     """Of the code, at its starts."""
+    devices: frozenset[str] = frozenset()
+    """Those that have made its steps."""
 
     @property
     def has_ended(self) -> bool:
@@ -106,15 +108,19 @@ class Result:
 
     @property
     def device(self) -> str:
-        return str((self.first_step or {}).get("device", "unknown"))
+        return " and ".join(sorted(self.devices)) or "unknown"
 
 
 def read_result(folder: Path) -> Result:
     """Read what there is; a run that was never started has no rows."""
     starts = _read_json_lines(folder / STARTS_FILE)
-    first = _read_json_lines(folder / FIRST_STEP_FILE)
+    begun = _read_json_lines(folder / FIRST_STEP_FILE)
+    # A start that failed before its first checkpoint has a line too. What counts is the last one from the run's beginning on.
+    first_step = min((line.get("step", math.inf) for line in begun), default=math.inf)
+    kept = begun[max((at for at, line in enumerate(begun) if line.get("step", math.inf) == first_step), default=0) :]
     revisions = frozenset(str(start.get("git_revision")) for start in starts)
-    return Result(folder, read_outcome(folder), read_rows(folder), first[0] if first else None, revisions)
+    devices = frozenset(str(line["device"]) for line in kept if "device" in line)
+    return Result(folder, read_outcome(folder), read_rows(folder), kept[0] if kept else None, revisions, devices)
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -168,14 +168,19 @@ def _parse(lines: Iterable[str], name: str) -> Iterator[_Row]:
 def _group(rows: Iterable[_Row], at_most: int, name: str) -> Iterator[Question]:
     """Questions in the order of the file. The rows of one follow each other."""
     group: list[_Row] = []
-    count = 0
+    ended: set[int | str] = set()
     for row in rows:
         if group and row.document != group[0].document:
             yield _build_question(group, name)
-            count += 1
+            ended.add(group[0].document)
             group = []
-            if count == at_most:
+            if len(ended) == at_most:
                 return
+        if row.document in ended:
+            raise UserError(
+                f'evaluation.tasks = "{name}", line {row.number}: doc_id = {json.dumps(row.document)} comes again after another: '
+                "the rows of a question must follow one another, so sort the file by doc_id"
+            )
         group.append(row)
     if group:
         yield _build_question(group, name)

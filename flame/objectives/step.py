@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
 from flame.attention.masks import list_marked
 from flame.data.batch import NO_LABEL, PackedBatch
 from flame.kernels.gradient_guard import guard_gradient
-from flame.kernels.softmax_rows import count_chunk_rows
 from flame.models.output_head import OutputHead
 from flame.models.wrapper import TrainingModel
 from flame.objectives.base import AuxLoss, Objective, WithLayer
@@ -101,16 +99,17 @@ def pick(rows: Tensor, positions: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def find_correct(hidden_states: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
-    """Where the label has the highest logit: bool [T], False at positions without a label. Logits are computed chunk by chunk, at
-    the positions with a label only. Waits for the device.
+    """Where the label's logit is above all others: bool [T], False at positions without a label.
+
+    Logits are computed at the positions with a label only, and are not rounded to the dtype of the states. Waits for the device.
 
     Args:
         hidden_states: [T, d].
-        head: of the language model. A scale and a cap keep the order of its logits.
+        head: of the language model.
         labels: int64 [T].
     """
     positions = (labels != NO_LABEL).nonzero().flatten()
     is_correct = torch.zeros_like(labels, dtype=torch.bool)
-    for chunk in positions.split(count_chunk_rows(max(len(positions), 1), len(head.weight), hidden_states.dtype)):
-        is_correct[chunk] = F.linear(hidden_states[chunk], head.weight, head.bias).argmax(dim=-1) == labels[chunk]
+    if len(positions):
+        is_correct[positions] = head.score_labels(hidden_states[positions], labels[positions]).is_best.bool()
     return is_correct

@@ -22,7 +22,7 @@ from flame.errors import UserError
 from flame.logging.console import VALIDATION_PREFIX
 from flame.logging.metrics import Metrics
 from flame.models.wrapper import TrainingModel
-from flame.objectives.step import Requested, compute_losses
+from flame.objectives.step import Losses, Requested, compute_losses
 from flame.runtime.distributed import sum_over_ranks
 from flame.runtime.sameness import check_same
 from flame.trainer.loss_metrics import record_losses
@@ -105,7 +105,7 @@ class Validator:
                         return None
                     has_own = turn < len(self._own)
                     batch = (self._own[turn] if has_own else self._filler).to(self._device)
-                    losses = model(compute_losses, batch, requested)
+                    losses = mark_failed(model(compute_losses, batch, requested))
                     record_losses(metrics, losses, batch, self._sources, VALIDATION_PREFIX, counts=has_own)
                     if losses.is_correct is not None:
                         self._record_answers(metrics, losses.is_correct, batch, times=int(has_own))
@@ -150,6 +150,14 @@ def judge_answers(is_correct: Tensor, batch: PackedBatch) -> AnswersJudged:
     second = torch.minimum(first + 1, ends - 2)  # or the last one of a shorter answer
     lengths = np.array([chunk.end for chunk in batch.documents], dtype=np.int64)[is_whole]
     return AnswersJudged(correct[ends - 1] - correct[first] == counts, is_correct[second], lengths)
+
+
+def mark_failed(losses: Losses) -> Losses:
+    """The losses with NaN where the objective's has failed. In training such a sequence is left out, and counted."""
+    if losses.aux is None:
+        return losses
+    loss_sum = losses.aux.loss_sum.masked_fill(losses.aux.failed > 0, torch.nan)
+    return losses._replace(aux=losses.aux._replace(loss_sum=loss_sum))
 
 
 def _explain_too_few(config: JobConfig) -> str:

@@ -91,6 +91,17 @@ def test_a_run_that_failed_is_counted_and_named(spec: Spec):
     assert future[9:] == ["1/3", "0.04"]
 
 
+def test_a_start_that_came_to_nothing_does_not_count(spec: Spec):
+    """It failed before its first checkpoint, on other data; then the run began again. Later starts go on from a checkpoint."""
+    run = write_all(spec)[0]
+    path = run.folder / "first_step.jsonl"
+    begun = json.loads(path.read_text())
+    lines = [begun | {"data": "old", "device": "old chip"}, begun, begun | {"step": 11, "data": "later", "device": "new chip"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = read_result(run.folder)
+    assert result.first_step == begun and result.device == "a chip and new chip"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -186,10 +197,13 @@ def test_a_band_is_mean_and_deviation_and_keeps_who_stopped(tmp_path: Path, spec
     runs = list_runs(spec)[:4]
     curves = [[0.1, 0.5, 0.6], [0.3, 0.9], [0.2, 0.1, 0.3], [0.9, 0.9]]
     for run, curve, state in zip(runs, curves, ("complete", STOPPED, "complete", FAILED), strict=True):
-        write_result(run, curve, outcome=Outcome(state))
+        write_result(run, curve, outcome=Outcome(state), step_seconds=1.0 if state == STOPPED else 0.5)
     band = find_band([read_result(run.folder) for run in runs], "validation_exact_match", "tokens")
     full = np.array([[0.1, 0.5, 0.6], [0.3, 0.9, 0.9], [0.2, 0.1, 0.3]])
     assert band.at == [10_000, 20_000, 30_000]
+    slow = json.loads((runs[0].folder / "metrics.jsonl").read_text().splitlines()[0])["step_seconds"]
+    seconds = find_band([read_result(run.folder) for run in runs], "validation_exact_match", "seconds")
+    assert seconds.at == pytest.approx([slow * step * 4 / 3 for step in (10, 20, 30)])
     assert band.mean == pytest.approx(full.mean(0).tolist()) and band.deviation == pytest.approx(full.std(0, ddof=1).tolist())
 
 

@@ -63,6 +63,14 @@ def test_answers_are_ordered_and_unconditional_rows_are_left_out(tmp_path):
         ("\n", "has no question"),
         (
             "\n".join(
+                json.dumps({"doc_id": document, "idx": i, "label": 1, "request": {"context": "a", "continuation": "b"}})
+                for i in (0, 1)
+                for document in (0, 1)
+            ),
+            "line 3: doc_id = 0 comes again after another",
+        ),
+        (
+            "\n".join(
                 json.dumps({"doc_id": 0, "idx": i, "label": 7, "request": {"context": "a", "continuation": "b"}}) for i in (0, 1)
             ),
             "line 1: label = 7 is none of the answers idx = [0, 1]",

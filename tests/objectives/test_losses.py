@@ -238,3 +238,13 @@ def test_the_highest_logit_is_that_of_the_changed_logits():
     labels[::5] = -100
     assert torch.equal(find_correct(hidden, head, labels), highest == labels)
     assert (highest != (hidden @ weight.T).argmax(dim=-1)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_none_is_the_highest(dtype):
+    """In half precision logits that differ would be equal, so they are not rounded to it."""
+    labels = torch.arange(7)
+    equal = OutputHead(torch.zeros(7, 5, dtype=dtype), None, LogitRule())
+    assert not find_correct(torch.ones(7, 5, dtype=dtype), equal, labels).any()
+    near = OutputHead((torch.eye(7, 5, dtype=dtype) * 2**-10).index_fill(1, torch.tensor([4]), 1.0), None, LogitRule())
+    assert find_correct(torch.eye(7, 5, dtype=dtype) + torch.tensor([0.0, 0, 0, 0, 8], dtype=dtype), near, labels)[:4].all()

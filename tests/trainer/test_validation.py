@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from flame.data.audit import read_audit
+from flame.logging.metrics import Metrics
+from flame.models.aux_loss import AuxLoss
 from flame.objectives.future.options import FutureOptions
+from flame.objectives.step import Losses
 from flame.runtime.distributed import set_single_process_defaults
 from flame.train import Trainer
+from flame.trainer.loss_metrics import record_losses
 from flame.trainer.options import read_options
+from flame.trainer.validation import mark_failed
+from tests.support.models import random_batch
 from tests.support.runs import fork_ranks, measured, options, read_metrics, run_here
 
 HELD_OUT = {"validation__interval": 2, "validation__num_sequences": 5}
@@ -222,3 +229,20 @@ def test_what_is_advised_helps(workspace, tmp_path, held_out, short_first, advic
         "dataset": held_out,
     }[advice]
     assert pick(run_here(workspace, tmp_path / "run", **(short_first | changes)))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_failed_loss_of_the_objective_is_no_mean_of_the_others():
+    """Training leaves such a sequence out, and counts it. A validation has no such count, so it shows none."""
+    batch = random_batch(torch.tensor([0, 9, 20], dtype=torch.int32))
+    found = {}
+    for failures in ((0.0, 0.0), (0.0, 1.0)):
+        metrics = Metrics(torch.device("cpu"))
+        for failed in failures:
+            sums = [torch.tensor(3.0 * (1 - failed)), torch.tensor(2.0 * (1 - failed)), torch.tensor(failed)]
+            losses = mark_failed(Losses(torch.tensor(5.0), AuxLoss(*sums, {})))
+            record_losses(metrics, losses, batch, ["x"], "validation_")
+        found[failures] = metrics.collect()
+    assert found[0.0, 0.0]["validation_aux_loss"] == 1.5
+    assert math.isnan(found[0.0, 1.0]["validation_aux_loss"])
+    assert found[0.0, 1.0]["validation_ce_loss"] == found[0.0, 0.0]["validation_ce_loss"]
