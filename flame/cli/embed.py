@@ -15,6 +15,9 @@ from pathlib import Path
 from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
 
+MOST_ROWS = 10
+"""Numbers of skipped rows that are printed."""
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -24,7 +27,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help='export (hf/) of a run with objective.name = "future"')
     add_options(parser, num_tokens=1_000_000)
-    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: states, predictions, summaries")
+    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: rows, states, predictions, summaries")
     parser.add_argument("--retrieve", action="store_true", help="match the first half of each text with its second half")
     arguments = parser.parse_args(argv)
     if not (arguments.out or arguments.retrieve):
@@ -53,11 +56,17 @@ def _run(arguments: argparse.Namespace) -> int:
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
     tokenizer = load_own_tokenizer(arguments.model, arguments.trust_remote_code)
-    texts = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+    documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+    texts = documents.tokens
+    if skipped := documents.list_skipped():
+        print(f"{len(skipped):,} rows skipped, without a text of two tokens: {_list_rows(skipped)}")
+    if documents.num_read < documents.num_rows:
+        print(f"stopped after row {documents.num_read - 1} of {documents.num_rows:,}, at --tokens {arguments.tokens}")
     if arguments.out:
         vectors = embed(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
         try:
-            np.savez(arguments.out, **{name: each.numpy() for name, each in vectors._asdict().items()})
+            arrays = {name: each.numpy() for name, each in vectors._asdict().items()}
+            np.savez(arguments.out, rows=np.array(documents.rows, dtype=np.int64), **arrays)
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); choose another path") from error
         print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.predictions.shape[1]} numbers a prediction")
@@ -70,6 +79,11 @@ def _run(arguments: argparse.Namespace) -> int:
         short = f"; {len(texts) - count:,} more are too short to be cut in two" if count < len(texts) else ""
         print(f"{count:,} texts{short}")
     return 0
+
+
+def _list_rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:MOST_ROWS]))
+    return shown if len(rows) <= MOST_ROWS else f"{shown}, ..."
 
 
 if __name__ == "__main__":

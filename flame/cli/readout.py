@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     rows = []
     for name in arguments.models:
         tokenizer = load_own_tokenizer(name, arguments.trust_remote_code)
-        documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+        documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest).tokens
         if len(documents) < HELD_OUT_EVERY:
             raise UserError(
                 f"--data_files {arguments.data_files}: {len(documents)} documents, of which every {HELD_OUT_EVERY}th is held "

@@ -128,6 +128,7 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("alpha beta gamma", "delta epsilon")))
     argv = [str(exports("defaults")), "--data_files", str(texts), "--device", "cpu"]
+    capsys.readouterr()  # what the run has printed
     assert main([*argv, "--out", str(tmp_path / "v.npz"), "--retrieve"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a prediction" and printed[-1] == "2 texts"
@@ -136,7 +137,28 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     assert main([*argv, "--retrieve"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 texts; 2 more are too short to be cut in two"
     vectors = np.load(tmp_path / "v.npz")
-    assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "predictions", "summaries"), (2, 32))
+    shapes = {"rows": (2,)} | dict.fromkeys(("states", "predictions", "summaries"), (2, 32))
+    assert {name: vectors[name].shape for name in vectors} == shapes
+
+
+def test_vectors_say_of_which_row_they_are(exports, tmp_path, capsys):
+    folder, texts = exports("defaults"), tmp_path / "texts.jsonl"
+    lines = ['{"text": "alpha"}', '{"text": ""}', "{broken", '{"other": "x"}', "", *['{"text": "beta"}'] * 3]
+    texts.write_text("\n".join(lines) + "\n")
+    argv = [str(folder), "--data_files", str(texts), "--device", "cpu", "--out"]
+    capsys.readouterr()  # what the run has printed
+    assert main([*argv, str(tmp_path / "all.npz")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "4 rows skipped, without a text of two tokens: 1, 2, 3, 4" and len(printed) == 2
+    rows = np.load(tmp_path / "all.npz")["rows"]
+    assert rows.dtype == np.int64 and rows.tolist() == [0, 5, 6, 7]
+    assert main([*argv, str(tmp_path / "some.npz"), "--tokens", "11"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "stopped after row 5 of 8, at --tokens 11"
+    assert np.load(tmp_path / "some.npz")["rows"].tolist() == [0, 5]
+    texts.write_text('{"text": ""}\n' * 12 + '{"text": "alpha"}\n')
+    assert main([*argv, str(tmp_path / "some.npz")]) == 0
+    expected = "12 rows skipped, without a text of two tokens: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..."
+    assert capsys.readouterr().out.splitlines()[0] == expected
 
 
 def test_predictions_are_made_before_the_token_that_ends_a_text(exports, tmp_path):
