@@ -15,6 +15,7 @@ from flame.compare.analysis import Results, find_unit
 from flame.compare.outcomes import STOPPED
 from flame.compare.results import Result
 from flame.compare.spec import Spec
+from flame.logging.plots import escape
 
 AXES = {
     "tokens": ("tokens, millions", 1e6),
@@ -59,11 +60,6 @@ def find_band(results: Sequence[Result], metric: str, unit: str) -> Band:
             means.append(statistics.fmean(values))
             deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
     return Band(at, means, deviations)
-
-
-def escape(name: str) -> str:
-    """As matplotlib shows it: text between two dollars would be a formula."""
-    return name.replace("$", r"\$")
 
 
 def draw_curves(spec: Spec, results: Results, path: Path) -> None:

@@ -138,6 +138,11 @@ def read_metrics(folder: Path) -> Rows:
     return rows
 
 
+def escape(name: str) -> str:
+    """As matplotlib shows it: text between two dollars would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def draw(runs: dict[str, Rows]) -> Figure:
     """Draw the curves of runs, by label: a row of panels on what is learned, and below it one on time and memory. Panels without
     numbers are left out.
@@ -159,10 +164,10 @@ def draw(runs: dict[str, Rows]) -> Figure:
             for place, panel in enumerate(panels):
                 _draw_panel(figure.add_subplot(grid[index, place]), panel, runs)
         if len(runs) == 1:
-            figure.suptitle(next(iter(runs)), fontsize=11)
+            figure.suptitle(escape(next(iter(runs))), fontsize=11)
         else:
             handles = [Line2D([], [], color=f"C{index}", linewidth=2.5) for index in range(len(runs))]
-            figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
+            figure.legend(handles, list(map(escape, runs)), loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
 
 

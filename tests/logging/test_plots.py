@@ -167,3 +167,10 @@ def test_time_and_memory_have_a_row_below(tmp_path):
 def test_a_start_does_not_wait_for_the_library_that_draws():
     program = "import sys, flame.train; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)
+
+
+@pytest.mark.parametrize("names", [["$^$"], ["$^$", "lr$_{$"]])
+def test_a_folder_with_dollars_is_no_formula(tmp_path, names):
+    folders = [write_run(tmp_path / name, CE, CE) for name in names]
+    assert main([*map(str, folders), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 5000
