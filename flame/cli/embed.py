@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); choose another path") from error
         print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.predictions.shape[1]} numbers a prediction")
     if arguments.retrieve:
-        found = retrieve(modules, lm, texts, arguments.longest)
+        found = retrieve(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
         print(f"{'prefix':<26}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
         for each in found:
             print(f"{each.queries:<26}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")

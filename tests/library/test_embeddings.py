@@ -124,6 +124,16 @@ def test_retrieval_has_its_baselines(exports):
         retrieve(modules, lm, [TEXTS[0], TEXTS[0][:2]], 64)
 
 
+def test_the_states_of_continuations_are_those_before_the_end(exports, tmp_path, capsys):
+    """Both halves are the same here, so that plain states find each, unless they are of the token that ends all texts."""
+    folder, texts = exports("defaults"), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": 6 * letter}) + "\n" for letter in "abcdefgh"))
+    capsys.readouterr()  # what the run has printed
+    assert main([str(folder), "--data_files", str(texts), "--device", "cpu", "--retrieve"]) == 0
+    states = capsys.readouterr().out.splitlines()[3]
+    assert "hidden state of its last token" in states and states.split()[-2:] == ["100.0%", "1.000"]
+
+
 def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("alpha beta gamma", "delta epsilon")))
