@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
+from flame.cli.reading import add_options, check_positive, choose_longest, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 MOST_ROWS = 10
@@ -53,17 +53,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
     corpus = get_corpus(arguments)
     check_export(arguments.model)
+    longest = choose_longest(arguments, arguments.model)
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
     tokenizer = load_own_tokenizer(arguments.model, arguments.trust_remote_code)
-    documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+    documents = read_documents(corpus, tokenizer, arguments.tokens, longest)
     texts = documents.tokens
     if skipped := documents.list_skipped():
         print(f"{len(skipped):,} rows skipped, without a text of two tokens: {_list_rows(skipped)}")
     if documents.num_read < documents.num_rows:
         print(f"stopped after row {documents.num_read - 1} of {documents.num_rows:,}, at --tokens {arguments.tokens}")
     if arguments.out:
-        vectors = embed(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
+        vectors = embed(modules, lm, texts, longest, tokenizer.eos_token_id)
         try:
             arrays = {name: each.numpy() for name, each in vectors._asdict().items()}
             np.savez(arguments.out, rows=np.array(documents.rows, dtype=np.int64), **arrays)
@@ -71,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); choose another path") from error
         print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.predictions.shape[1]} numbers a prediction")
     if arguments.retrieve:
-        found = retrieve(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
+        found = retrieve(modules, lm, texts, longest, tokenizer.eos_token_id)
         print(f"{'prefix':<26}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
         for each in found:
             print(f"{each.queries:<26}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")
