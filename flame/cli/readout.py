@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from flame.library.loading import check_export, load_model
-    from flame.library.readout import measure
+    from flame.library.readout import LEAST_PAIRS, measure
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
@@ -70,7 +70,11 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             rows.append([name, *found, found.known])
     if not rows:
-        raise UserError(f"--horizons {min(arguments.horizons)}: no held-out document is longer: give smaller ones")
+        least = min(arguments.horizons)
+        raise UserError(
+            f"--horizons {least}: no held-out document is longer, or fewer than {LEAST_PAIRS} pairs are there to learn from: "
+            "give smaller ones, or more text"
+        )
     if arguments.out:
         _write(arguments.out, rows)
     return 0

@@ -87,6 +87,14 @@ def test_the_next_token_of_a_pattern_is_in_the_states():
     assert all(each.known > 1.0 for each in found[:2])
 
 
+def test_too_few_pairs_are_no_measurement():
+    """None would be left that chooses the epoch, and the read-out would stay untrained."""
+    lm, test = build(), draw_documents([9], seed=1)
+    found = list(measure(lm, draw_documents([6, 6]), test, [1, 3, 4, 5], 64))
+    assert [each.horizon for each in found] == [1, 3]
+    assert [each.horizon for each in measure(lm, draw_documents([6]), test, [1, 2], 64)] == [1]
+
+
 def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"alpha beta gamma {number}"}) + "\n" for number in range(10)))
