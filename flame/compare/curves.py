@@ -15,7 +15,7 @@ from flame.compare.analysis import Results, find_unit
 from flame.compare.outcomes import STOPPED
 from flame.compare.results import Result
 from flame.compare.spec import Spec
-from flame.logging.plots import escape
+from flame.logging.plots import escape, pick_color
 
 AXES = {
     "tokens": ("tokens, millions", 1e6),
@@ -81,7 +81,7 @@ def draw_curves(spec: Spec, results: Results, path: Path) -> None:
                     low, high = (
                         [mean + sign * width for mean, width in zip(band.mean, band.deviation, strict=True)] for sign in (-1, 1)
                     )
-                    color, marker = f"C{number % 10}", "o" if len(at) == 1 else None
+                    color, marker = pick_color(number, len(spec.arms)), "o" if len(at) == 1 else None
                     axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=escape(name))
                     axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
                 axes.set(title=escape(task), xlabel=label, ylabel=escape(metric.name))
