@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if skipped := documents.list_skipped():
         print(f"{len(skipped):,} rows skipped, without a text of two tokens: {_list_rows(skipped)}")
     if documents.num_read < documents.num_rows:
-        print(f"stopped after row {documents.num_read - 1} of {documents.num_rows:,}, at --tokens {arguments.tokens}")
+        print(f"stopped after {documents.num_read:,} of {documents.num_rows:,} rows, at --tokens {arguments.tokens}")
     if arguments.out:
         vectors = embed(modules, lm, texts, longest, tokenizer.eos_token_id)
         try:

@@ -163,7 +163,7 @@ def test_vectors_say_of_which_row_they_are(exports, tmp_path, capsys):
     rows = np.load(tmp_path / "all.npz")["rows"]
     assert rows.dtype == np.int64 and rows.tolist() == [0, 5, 6, 7]
     assert main([*argv, str(tmp_path / "some.npz"), "--tokens", "11"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "stopped after row 5 of 8, at --tokens 11"
+    assert capsys.readouterr().out.splitlines()[1] == "stopped after 6 of 8 rows, at --tokens 11"
     assert np.load(tmp_path / "some.npz")["rows"].tolist() == [0, 5]
     texts.write_text('{"text": ""}\n' * 12 + '{"text": "alpha"}\n')
     assert main([*argv, str(tmp_path / "some.npz")]) == 0
