@@ -12,8 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
+from flame.cli.reading import add_options, check_positive, choose_longest, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
+
+MOST_ROWS = 10
+"""Numbers of skipped rows that are printed."""
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -24,7 +27,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help='export (hf/) of a run with objective.name = "future"')
     add_options(parser, num_tokens=1_000_000)
-    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: states, predictions, summaries")
+    parser.add_argument("--out", type=Path, help="write the vectors to this .npz file: rows, states, predictions, summaries")
     parser.add_argument("--retrieve", action="store_true", help="match the first half of each text with its second half")
     arguments = parser.parse_args(argv)
     if not (arguments.out or arguments.retrieve):
@@ -50,19 +53,26 @@ def _run(arguments: argparse.Namespace) -> int:
 
     corpus = get_corpus(arguments)
     check_export(arguments.model)
+    longest = choose_longest(arguments, arguments.model)
     lm = load_model(arguments.model, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
     modules = load_modules(Path(arguments.model), next(lm.parameters()).device)
     tokenizer = load_own_tokenizer(arguments.model, arguments.trust_remote_code)
-    texts = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+    documents = read_documents(corpus, tokenizer, arguments.tokens, longest)
+    texts = documents.tokens
+    if skipped := documents.list_skipped():
+        print(f"{len(skipped):,} rows skipped, without a text of two tokens: {_list_rows(skipped)}")
+    if documents.num_read < documents.num_rows:
+        print(f"stopped after {documents.num_read:,} of {documents.num_rows:,} rows, at --tokens {arguments.tokens}")
     if arguments.out:
-        vectors = embed(modules, lm, texts, arguments.longest, tokenizer.eos_token_id)
+        vectors = embed(modules, lm, texts, longest, tokenizer.eos_token_id)
         try:
-            np.savez(arguments.out, **{name: each.numpy() for name, each in vectors._asdict().items()})
+            arrays = {name: each.numpy() for name, each in vectors._asdict().items()}
+            np.savez(arguments.out, rows=np.array(documents.rows, dtype=np.int64), **arrays)
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); choose another path") from error
         print(f"wrote {arguments.out}: {len(texts):,} texts, {vectors.predictions.shape[1]} numbers a prediction")
     if arguments.retrieve:
-        found = retrieve(modules, lm, texts, arguments.longest)
+        found = retrieve(modules, lm, texts, longest, tokenizer.eos_token_id)
         print(f"{'prefix':<26}{'continuation':<34}{'found':>8}{'1 / rank':>10}")
         for each in found:
             print(f"{each.queries:<26}{each.keys:<34}{each.accuracy:>8.1%}{each.reciprocal_rank:>10.3f}")
@@ -70,6 +80,11 @@ def _run(arguments: argparse.Namespace) -> int:
         short = f"; {len(texts) - count:,} more are too short to be cut in two" if count < len(texts) else ""
         print(f"{count:,} texts{short}")
     return 0
+
+
+def _list_rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:MOST_ROWS]))
+    return shown if len(rows) <= MOST_ROWS else f"{shown}, ..."
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m flame.cli.leak_check configs/models/llama_340M.json
 
 Several documents in one sequence must not see each other, and no token what is ahead of it. The check changes
-one token at a time and compares the hidden states. Exit codes: 0 no leak, 1 a leak, 2 a mistake in the call.
+one token at a time and compares the hidden states. Exit codes: 0 no leak, 1 a leak or states
+that are not the model's own, 2 a mistake in the call.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"plain forward by {config._attn_implementation or 'its own layers'}, masked passes by {', '.join(choices)}")
     print(f"pack: {describe_pack()}\n")
     print(report)
-    return int(report.has_leak or (arguments.plain and report.plain_leaks))
+    return int(not report.is_usable or (arguments.plain and report.plain_leaks))
 
 
 def _load(arguments: argparse.Namespace) -> PreTrainedModel:

@@ -13,6 +13,9 @@ from flame.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+LONGEST = 1024
+"""Default of --longest."""
+
 
 def add_options(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     """Add the options that name a corpus, as in [training] of a run, how much of it is read, and how the model is loaded.
@@ -26,13 +29,14 @@ def add_options(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     parser.add_argument("--data_files", default="", help="files, as training.data_files of a run")
     parser.add_argument("--text_column", default="text", help="column of the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=num_tokens, help="tokens of texts to read (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=1024, help="tokens taken of a text (default: %(default)s)")
+    longest = f"tokens taken of a text (default: {LONGEST:,}, or the positions of a model that has fewer)"
+    parser.add_argument("--longest", type=int, help=longest)
     parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code that comes with the model")
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Check options that are integers or lists of integers.
+    """Check options that are integers or lists of integers, or not given.
 
     Raises:
         UserError: one is below 1.
@@ -40,13 +44,31 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         least = min(value) if isinstance(value, list) else value
-        if least < 1:
+        if least is not None and least < 1:
             raise UserError(f"--{name} {least}: allowed are integers > 0")
 
 
 def get_corpus(arguments: argparse.Namespace) -> Corpus:
     """The corpus that the options name."""
     return Corpus(dataset=arguments.dataset, data_files=arguments.data_files, text_column=arguments.text_column)
+
+
+def choose_longest(arguments: argparse.Namespace, *models: str) -> int:
+    """Tokens to take of a text, so that each model has positions for them.
+
+    Raises:
+        UserError: --longest is more than a model has, or its configuration cannot be loaded.
+    """
+    from flame.library.loading import load_config
+    from flame.library.passes import find_length_limits
+
+    longest = arguments.longest or LONGEST
+    for model in models:
+        for name, limit in find_length_limits(load_config(model, arguments.trust_remote_code)).items():
+            if arguments.longest and arguments.longest > limit:
+                raise UserError(f'--longest {arguments.longest}: MODEL = "{model}" has {name}: {limit}; give at most that')
+            longest = min(longest, limit)
+    return longest
 
 
 def load_own_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:

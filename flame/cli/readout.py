@@ -12,7 +12,7 @@ import csv
 import sys
 from pathlib import Path
 
-from flame.cli.reading import add_options, check_positive, get_corpus, load_own_tokenizer, run_quietly
+from flame.cli.reading import add_options, check_positive, choose_longest, get_corpus, load_own_tokenizer, run_quietly
 from flame.errors import UserError, end_on_user_error
 
 HORIZONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -41,16 +41,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from flame.library.loading import check_export, load_model
-    from flame.library.readout import measure
+    from flame.library.readout import LEAST_PAIRS, measure
     from flame.library.texts import read_documents
 
     corpus = get_corpus(arguments)
     for name in arguments.models:
         check_export(name)
+    longest = choose_longest(arguments, *arguments.models)
     rows = []
     for name in arguments.models:
         tokenizer = load_own_tokenizer(name, arguments.trust_remote_code)
-        documents = read_documents(corpus, tokenizer, arguments.tokens, arguments.longest)
+        documents = read_documents(corpus, tokenizer, arguments.tokens, longest).tokens
         if len(documents) < HELD_OUT_EVERY:
             raise UserError(
                 f"--data_files {arguments.data_files}: {len(documents)} documents, of which every {HELD_OUT_EVERY}th is held "
@@ -61,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
         train = [each for index, each in enumerate(documents) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
         print(f"{name}: {len(train)} documents to learn from, {len(test)} held out")
         print(f"{'k':>4}{'pairs':>10}{'unigram':>10}{'read-out':>10}{'known':>8}{'right':>8}")
-        for found in measure(lm, train, test, sorted(set(arguments.horizons)), arguments.longest):
+        for found in measure(lm, train, test, sorted(set(arguments.horizons)), longest):
             print(
                 f"{found.horizon:>4}{found.pairs:>10,}{found.unigram:>10.3f}{found.loss:>10.3f}{found.known:>8.3f}"
                 f"{found.accuracy:>8.1%}",
@@ -69,7 +70,11 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             rows.append([name, *found, found.known])
     if not rows:
-        raise UserError(f"--horizons {min(arguments.horizons)}: no held-out document is longer: give smaller ones")
+        least = min(arguments.horizons)
+        raise UserError(
+            f"--horizons {least}: no held-out document is longer, or fewer than {LEAST_PAIRS} pairs are there to learn from: "
+            "give smaller ones, or more text"
+        )
     if arguments.out:
         _write(arguments.out, rows)
     return 0

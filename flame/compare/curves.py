@@ -15,6 +15,7 @@ from flame.compare.analysis import Results, find_unit
 from flame.compare.outcomes import STOPPED
 from flame.compare.results import Result
 from flame.compare.spec import Spec
+from flame.logging.plots import escape, pick_color
 
 AXES = {
     "tokens": ("tokens, millions", 1e6),
@@ -65,11 +66,6 @@ def _find_cost(result: Result, unit: str, step: float) -> float:
     return result.progress.find(unit, reached) * (step / reached if reached else 1.0)
 
 
-def escape(name: str) -> str:
-    """As matplotlib shows it: text between two dollars would be a formula."""
-    return name.replace("$", r"\$")
-
-
 def draw_curves(spec: Spec, results: Results, path: Path) -> None:
     """A row of panels a task, a panel a metric, a color an arm."""
     unit = find_unit(spec)
@@ -90,7 +86,7 @@ def draw_curves(spec: Spec, results: Results, path: Path) -> None:
                     low, high = (
                         [mean + sign * width for mean, width in zip(band.mean, band.deviation, strict=True)] for sign in (-1, 1)
                     )
-                    color, marker = f"C{number % 10}", "o" if len(at) == 1 else None
+                    color, marker = pick_color(number, len(spec.arms)), "o" if len(at) == 1 else None
                     axes.plot(at, band.mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=escape(arm))
                     axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
                 axes.set(title=escape("\n".join([task, *partial])), xlabel=label, ylabel=escape(metric.name))

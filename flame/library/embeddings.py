@@ -50,7 +50,8 @@ class Vectors(NamedTuple):
     states: Tensor
     """[n, d], final hidden state of the last token."""
     predictions: Tensor
-    """[n, e]: their products with `summaries` are the scores of the loss, up to the temperature."""
+    """[n, e]: their products with `summaries` are the scores of the loss, up to the temperature; of "bilinear", up to a factor
+    for each prediction."""
     summaries: Tensor
     """[n, e], of the whole text."""
 
@@ -96,7 +97,8 @@ def _build_estimator(tensors: dict[str, Tensor], options: dict[str, Any]) -> Est
 
 @torch.no_grad()
 def predict(modules: FutureModules, states: Tensor) -> Tensor:
-    """Predictions [n, e] from the states [n, d] that the predictor reads, in the space in which they score summaries."""
+    """Predictions [n, e] from the states [n, d] that the predictor reads, in the space in which they score summaries. Those of
+    "bilinear" are divided by their length, which the loss does not do."""
     predictions = modules.predictor(states.float())
     if isinstance(modules.estimator, BilinearEstimator):
         return F.normalize(predictions @ modules.estimator.weight, dim=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +87,13 @@ def load_model(
     import_custom_model(custom_model_path)
     path = Path(name).expanduser()
     is_config = path.is_file() or (path.is_dir() and not _has_weights(path))
-    if not path.exists():
-        find_folder(f'MODEL = "{name}"', name, [MODEL_FILE])  # fails at once, where transformers asks the Hub again and again
-    source = str(path) if path.exists() else name
+    source = _find_source(name)
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attention:
         settings["attn_implementation"] = attention
-    try:
+    with _explaining(name, trust_remote_code):
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        written, _ = PretrainedConfig.get_config_dict(source)
-        if "auto_map" not in written:
-            register_fla_family(written.get("model_type"))
+        _register(source)
         if is_config or random_weights:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             torch.manual_seed(0)
@@ -103,6 +101,46 @@ def load_model(
         else:
             lm = AutoModelForCausalLM.from_pretrained(source, **settings)
         return lm.to(place).eval()
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load the configuration of a model that `load_model` can load.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    check_model(name)
+    source = _find_source(name)
+    with _explaining(name, trust_remote_code):
+        _register(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _find_source(name: str) -> str:
+    """What transformers is to load.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    find_folder(f'MODEL = "{name}"', name, [MODEL_FILE])  # fails at once, where transformers asks the Hub again and again
+    return name
+
+
+def _register(source: str) -> None:
+    """Make transformers know the family of a configuration."""
+    written, _ = PretrainedConfig.get_config_dict(source)
+    if "auto_map" not in written:
+        register_fla_family(written.get("model_type"))
+
+
+@contextmanager
+def _explaining(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """Raise UserError, one line on the model, for any error inside the block."""
+    try:
+        yield
     except Exception as error:  # a missing file, no network, a bad value, code of the model's own: no common type
         reason = give_reason(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:

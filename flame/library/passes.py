@@ -158,16 +158,21 @@ def read_tokens(lm: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor) -> P
     """Like `read_pack`, for a model. Also raises ValueError for documents with more tokens than the model has positions."""
     config = lm.config
     pack = read_pack(input_ids, cu_seqlens, find_device(lm), config.vocab_size)
+    for name, limit in find_length_limits(config).items():
+        if pack.longest > limit:
+            raise ValueError(f"the longest document has {pack.longest} tokens, more than the model's {name}: {limit}")
+    return pack
+
+
+def find_length_limits(config: PretrainedConfig) -> dict[str, int]:
+    """What limits the tokens of a document, by its name; nothing for a model without a limit."""
     limits = {
         "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 0,
         "original_max_position_embeddings (longrope: a longer document would change the positions of all)": (
             find_position_switch(config)
         ),
     }
-    for name, limit in limits.items():
-        if limit and pack.longest > limit:
-            raise ValueError(f"the longest document has {pack.longest} tokens, more than the model's {name}: {limit}")
-    return pack
+    return {name: limit for name, limit in limits.items() if limit}
 
 
 def check_window(lm: PreTrainedModel, window_k: int | None) -> int:

@@ -25,6 +25,8 @@ LEARNING_RATE = 0.3
 """Of AdamW, divided by the square root of the width; it falls to 0 by a cosine."""
 CHOOSING_SHARE = 0.1
 """Of the pairs to learn from: those that choose the epoch. Otherwise a read-out with more weights than pairs would overfit."""
+LEAST_PAIRS = 5
+"""To learn from. Of fewer, none would choose the epoch."""
 ADDED_COUNT = 0.5
 """Added to the count of each token in the unigram frequencies, so that no token is impossible."""
 
@@ -74,7 +76,7 @@ def pair_ahead(states: Sequence[Tensor], documents: Sequence[Tensor], horizon: i
 def measure(
     lm: nn.Module, train: Sequence[Tensor], test: Sequence[Tensor], horizons: Sequence[int], most_tokens: int, seed: int = 0
 ) -> Iterator[Readout]:
-    """Yield the read-out of each horizon. Horizons without pairs are left out.
+    """Yield the read-out of each horizon. Horizons without held-out pairs, or with fewer than 5 to learn from, are left out.
 
     Args:
         train, test: documents, int64 [n] each, that the read-out learns from and that it is measured on.
@@ -88,7 +90,7 @@ def measure(
     states = [[(vectors - center) / scale for vectors in part] for part in states]
     for horizon in horizons:
         seen, asked = (pair_ahead(part, documents, horizon) for part, documents in zip(states, (train, test), strict=True))
-        if len(seen[1]) and len(asked[1]):
+        if len(seen[1]) >= LEAST_PAIRS and len(asked[1]):
             yield fit(seen, asked, vocabulary_size, horizon, device, seed)
 
 
@@ -100,8 +102,8 @@ def fit(
     device: torch.device,
     seed: int,
 ) -> Readout:
-    """Train the read-out on pairs of state [n, d] and token [n], and measure it on others."""
-    cut = max(1, round(len(seen[1]) * (1 - CHOOSING_SHARE)))
+    """Train the read-out on pairs of state [n, d] and token [n], 5 or more, and measure it on others."""
+    cut = round(len(seen[1]) * (1 - CHOOSING_SHARE))
     seen, choosing = (seen[0][:cut], seen[1][:cut]), (seen[0][cut:], seen[1][cut:])
     counts = torch.bincount(seen[1], minlength=vocabulary_size).float() + ADDED_COUNT
     frequencies = (counts / counts.sum()).log().to(device)

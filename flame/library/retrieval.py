@@ -40,8 +40,13 @@ def split_texts(texts: Sequence[Tensor], shift: int) -> tuple[list[Tensor], list
     return prefixes, continuations
 
 
-def retrieve(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_tokens: int) -> list[Retrieval]:
+def retrieve(
+    modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], most_tokens: int, end: int | None = None
+) -> list[Retrieval]:
     """Match prefixes and continuations of texts in three ways.
+
+    Args:
+        most_tokens, end: as `embed`.
 
     Raises:
         UserError: fewer than two texts are long enough.
@@ -49,7 +54,7 @@ def retrieve(modules: FutureModules, lm: nn.Module, texts: Sequence[Tensor], mos
     prefixes, continuations = split_texts(texts, modules.shift)
     if len(prefixes) < 2:
         raise UserError(f"{len(prefixes)} of {len(texts)} texts are long enough to be cut in two: give two or more")
-    before, after = (embed(modules, lm, parts, most_tokens) for parts in (prefixes, continuations))
+    before, after = (embed(modules, lm, parts, most_tokens, end) for parts in (prefixes, continuations))
     pairs = [
         ("prediction of the future", before.predictions, "summary", after.summaries),
         ("hidden state", before.states, "hidden state of its last token", after.states),

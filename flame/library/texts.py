@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,25 @@ from flame.errors import UserError
 SECTION = "--"  # errors of the shared code say `{section}.{option}`
 
 
-def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:
-    """Documents, int64 [n] each with at least 2 tokens, until they hold `num_tokens`; fewer if the corpus ends. Only the first
-    `longest` tokens of a document are taken.
+class Documents(NamedTuple):
+    """Documents of a corpus, and where they stand in it."""
+
+    tokens: list[Tensor]
+    """int64 [n] each, n > 1."""
+    rows: list[int]
+    """Their rows, counted from 0."""
+    num_read: int
+    """Rows that were read: those from the first on that are not among `rows` have no text of two tokens."""
+    num_rows: int
+    """Of the corpus."""
+
+    def list_skipped(self) -> list[int]:
+        """Rows without a text of two tokens."""
+        return sorted(set(range(self.num_read)).difference(self.rows))
+
+
+def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> Documents:
+    """Documents until they hold `num_tokens`; fewer if the corpus ends. Only the first `longest` tokens of a document are taken.
 
     Raises:
         UserError: the corpus cannot be read, or has no document of 2 tokens.
@@ -29,13 +46,15 @@ def read_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_token
         raise UserError(*(line.replace(f"{SECTION}.", SECTION) for line in error.lines)) from error
 
 
-def _read(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> list[Tensor]:
+def _read(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, longest: int) -> Documents:
     source, rows = open_text_source(corpus, SECTION)
     documents: list[Tensor] = []
-    held = 0
+    places: list[int] = []
+    held = num_read = 0
     for index in range(len(rows)):
         if held >= num_tokens:
             break
+        num_read = index + 1
         row = rows.read(index)
         if row is None:
             continue
@@ -44,10 +63,11 @@ def _read(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, num_tokens: int, l
         tokens = torch.from_numpy(encode_document(tokenizer, row)[:longest]).long()
         if len(tokens) > 1:
             documents.append(tokens)
+            places.append(index)
             held += len(tokens)
     if not documents:
         raise UserError(f"{source.option}: no document has two tokens or more")
-    return documents
+    return Documents(documents, places, num_read, len(rows))
 
 
 def pack(documents: Sequence[Tensor], most_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -138,6 +139,16 @@ def read_metrics(folder: Path) -> Rows:
     return rows
 
 
+def escape(name: str) -> str:
+    """As matplotlib shows it: text between two dollars would be a formula."""
+    return name.replace("$", r"\$")
+
+
+def pick_color(index: int, count: int) -> str:
+    """A color that no other of `count` curves has: matplotlib's own, of which there are ten, or one along the spectrum."""
+    return f"C{index}" if count <= 10 else to_hex(mpl.colormaps["turbo"](index / (count - 1)))
+
+
 def draw(runs: dict[str, Rows]) -> Figure:
     """Draw the curves of runs, by label: a row of panels on what is learned, and below it one on time and memory. Panels without
     numbers are left out.
@@ -159,10 +170,10 @@ def draw(runs: dict[str, Rows]) -> Figure:
             for place, panel in enumerate(panels):
                 _draw_panel(figure.add_subplot(grid[index, place]), panel, runs)
         if len(runs) == 1:
-            figure.suptitle(next(iter(runs)), fontsize=11)
+            figure.suptitle(escape(next(iter(runs))), fontsize=11)
         else:
-            handles = [Line2D([], [], color=f"C{index}", linewidth=2.5) for index in range(len(runs))]
-            figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
+            handles = [Line2D([], [], color=pick_color(index, len(runs)), linewidth=2.5) for index in range(len(runs))]
+            figure.legend(handles, list(map(escape, runs)), loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
 
 
@@ -177,7 +188,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Rows]) -> None:
                 continue
             # A point without finite neighbors has no line, and needs a marker to be visible.
             marker = "o" if _has_lone_point(numbers) else None
-            color = curve.color if len(runs) == 1 else f"C{index}"
+            color = curve.color if len(runs) == 1 else pick_color(index, len(runs))
             axes.plot(steps, numbers, curve.style, color=color, marker=marker, markersize=3, linewidth=1.6, label=curve.label)
             if curve not in drawn:
                 drawn.append(curve)

@@ -11,7 +11,7 @@ from flame.checkpoints.manifest import TRAINER_FILE
 from flame.checkpoints.storage import METADATA_FILE
 from flame.config.run import CURVES_FILE
 from flame.config.schema import JobConfig
-from flame.errors import MachineFault, UserError
+from flame.errors import MachineFault, UserError, give_reason
 from flame.logging.writers.json_lines import METRICS_FILE
 from flame.weights.export import convert
 
@@ -59,6 +59,8 @@ def finish_run(config: JobConfig, step: int) -> None:
         plot_run(folder)
     except UserError as error:  # a finished run without anything to plot has not failed
         logger.info("no curves: %s", error)
+    except Exception as error:  # matplotlib's, of any type: the run is done without a picture
+        logger.warning("no curves: they could not be drawn (%s)", give_reason(error))
     if config.checkpoint.enable_checkpoint:
         (folder / FINISHED_FILE).write_text(json.dumps(_describe_outcome(config, step)) + "\n", encoding="utf-8")
     report_outcome(config, step)

@@ -74,6 +74,21 @@ def test_a_model_that_takes_no_mask_ends_with_1(tmp_path, capsys, monkeypatch):
     assert printed.splitlines()[-1].startswith("LEAK under document masks")
 
 
+def test_states_that_are_not_the_models_own_end_with_1(tmp_path, capsys, monkeypatch):
+    """The same family, but with other states under a mask. The library rejects it too."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+
+    def louder(self, *args, attention_mask=None, **kwargs):
+        output, weights = forward(self, *args, attention_mask=attention_mask, **kwargs)
+        return (output if attention_mask is None else 2 * output), weights
+
+    monkeypatch.setattr(LlamaAttention, "forward", louder)
+    assert main([write(tmp_path, build_toy("llama")), "--device", "cpu"]) == 1
+    assert "no leak under document masks, but the states are not the model's own" in capsys.readouterr().out
+
+
 def test_a_model_that_cannot_be_masked_ends_with_1(tmp_path, capsys):
     assert main([write(tmp_path, AutoConfig.for_model("bloom", **SMALL, n_layer=2)), "--device", "cpu"]) == 1
     printed = capsys.readouterr().out

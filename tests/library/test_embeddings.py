@@ -124,10 +124,21 @@ def test_retrieval_has_its_baselines(exports):
         retrieve(modules, lm, [TEXTS[0], TEXTS[0][:2]], 64)
 
 
+def test_the_states_of_continuations_are_those_before_the_end(exports, tmp_path, capsys):
+    """Both halves are the same here, so that plain states find each, unless they are of the token that ends all texts."""
+    folder, texts = exports("defaults"), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": 6 * letter}) + "\n" for letter in "abcdefgh"))
+    capsys.readouterr()  # what the run has printed
+    assert main([str(folder), "--data_files", str(texts), "--device", "cpu", "--retrieve"]) == 0
+    states = capsys.readouterr().out.splitlines()[3]
+    assert "hidden state of its last token" in states and states.split()[-2:] == ["100.0%", "1.000"]
+
+
 def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("alpha beta gamma", "delta epsilon")))
     argv = [str(exports("defaults")), "--data_files", str(texts), "--device", "cpu"]
+    capsys.readouterr()  # what the run has printed
     assert main([*argv, "--out", str(tmp_path / "v.npz"), "--retrieve"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"wrote {tmp_path / 'v.npz'}: 2 texts, 32 numbers a prediction" and printed[-1] == "2 texts"
@@ -136,7 +147,28 @@ def test_the_command_writes_vectors_and_retrieves(exports, tmp_path, capsys):
     assert main([*argv, "--retrieve"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 texts; 2 more are too short to be cut in two"
     vectors = np.load(tmp_path / "v.npz")
-    assert {name: vectors[name].shape for name in vectors} == dict.fromkeys(("states", "predictions", "summaries"), (2, 32))
+    shapes = {"rows": (2,)} | dict.fromkeys(("states", "predictions", "summaries"), (2, 32))
+    assert {name: vectors[name].shape for name in vectors} == shapes
+
+
+def test_vectors_say_of_which_row_they_are(exports, tmp_path, capsys):
+    folder, texts = exports("defaults"), tmp_path / "texts.jsonl"
+    lines = ['{"text": "alpha"}', '{"text": ""}', "{broken", '{"other": "x"}', "", *['{"text": "beta"}'] * 3]
+    texts.write_text("\n".join(lines) + "\n")
+    argv = [str(folder), "--data_files", str(texts), "--device", "cpu", "--out"]
+    capsys.readouterr()  # what the run has printed
+    assert main([*argv, str(tmp_path / "all.npz")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "4 rows skipped, without a text of two tokens: 1, 2, 3, 4" and len(printed) == 2
+    rows = np.load(tmp_path / "all.npz")["rows"]
+    assert rows.dtype == np.int64 and rows.tolist() == [0, 5, 6, 7]
+    assert main([*argv, str(tmp_path / "some.npz"), "--tokens", "11"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "stopped after 6 of 8 rows, at --tokens 11"
+    assert np.load(tmp_path / "some.npz")["rows"].tolist() == [0, 5]
+    texts.write_text('{"text": ""}\n' * 12 + '{"text": "alpha"}\n')
+    assert main([*argv, str(tmp_path / "some.npz")]) == 0
+    expected = "12 rows skipped, without a text of two tokens: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..."
+    assert capsys.readouterr().out.splitlines()[0] == expected
 
 
 def test_predictions_are_made_before_the_token_that_ends_a_text(exports, tmp_path):

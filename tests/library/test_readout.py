@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flame.cli.embed import main as embed
 from flame.cli.readout import main
 from flame.library.readout import fit, measure, pair_ahead
 from flame.library.texts import pack
@@ -85,6 +87,14 @@ def test_the_next_token_of_a_pattern_is_in_the_states():
     assert all(each.known > 1.0 for each in found[:2])
 
 
+def test_too_few_pairs_are_no_measurement():
+    """None would be left that chooses the epoch, and the read-out would stay untrained."""
+    lm, test = build(), draw_documents([9], seed=1)
+    found = list(measure(lm, draw_documents([6, 6]), test, [1, 3, 4, 5], 64))
+    assert [each.horizon for each in found] == [1, 3]
+    assert [each.horizon for each in measure(lm, draw_documents([6]), test, [1, 2], 64)] == [1]
+
+
 def test_the_command_reads_an_export(workspace, exported_run, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"alpha beta gamma {number}"}) + "\n" for number in range(10)))
@@ -137,3 +147,23 @@ def test_a_runs_folder_is_told_from_its_export(exported_run, tmp_path, capsys):
         assert main([str(folder), "--data_files", __file__, "--dataset", "text", "--device", "cpu"]) == 2
         error = capsys.readouterr().err.strip()
         assert "\n" not in error and error.startswith(f'MODEL = "{folder}"{expected}'), error
+
+
+@pytest.mark.parametrize("command", [main, embed], ids=["readout", "embed"])
+def test_texts_are_cut_at_the_positions_of_the_model(exported_run, tmp_path, capsys, command):
+    """Of the one with the fewest, where several are compared."""
+    short = shutil.copytree(exported_run / "hf", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(10 * (json.dumps({"text": "alpha beta gamma delta epsilon"}) + "\n"))
+    models, more = ([str(exported_run / "hf")], ["--horizons", "1"]) if command is main else ([], ["--retrieve"])
+    argv = [*models, str(short), "--data_files", str(texts), "--device", "cpu", *more]
+    assert command(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    if command is main:
+        assert [line.split()[1] for line in printed if line.split()[0] == "1"] == ["30", "30"]
+    for longest, code in (("16", 0), ("17", 2)):
+        assert command([*argv, "--longest", longest]) == code
+    expected = f'--longest 17: MODEL = "{short}" has max_position_embeddings: 16; give at most that'
+    assert capsys.readouterr().err.strip() == expected

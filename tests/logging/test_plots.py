@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from flame.config.run import Metrics
@@ -167,3 +168,18 @@ def test_time_and_memory_have_a_row_below(tmp_path):
 def test_a_start_does_not_wait_for_the_library_that_draws():
     program = "import sys, flame.train; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)
+
+
+@pytest.mark.parametrize("names", [["$^$"], ["$^$", "lr$_{$"]])
+def test_a_folder_with_dollars_is_no_formula(tmp_path, names):
+    folders = [write_run(tmp_path / name, CE, CE) for name in names]
+    assert main([*map(str, folders), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("count", [2, 10, 11, 24])
+def test_each_run_has_a_color_of_its_own(count):
+    figure = draw({f"run {number}": [{"step": 1.0, **CE}, {"step": 2.0, **CE}] for number in range(count)})
+    shown = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
+    assert shown == [to_hex(line.get_color()) for line in get_panels(figure)[0].lines]
+    assert len(set(shown)) == count and (count > 10 or shown == [to_hex(f"C{index}") for index in range(count)])

@@ -120,3 +120,13 @@ def test_options_without_effect_are_not_refused_at_a_resume(workspace, done_run,
     run_here(workspace, done_run, **EXPORTS, **changes)
     assert "changed since the checkpoint: optimizer.lr: 0.01 -> 0.005" in caplog.messages
     assert "nothing is left to do" in caplog.text
+
+
+def test_a_picture_that_fails_does_not_fail_the_run(workspace, tmp_path, monkeypatch, caplog):
+    def fail(_folder):
+        raise ValueError("no font\nis here")
+
+    monkeypatch.setattr("flame.logging.plots.plot_run", fail)
+    run_here(workspace, tmp_path / "run", training__steps=1)
+    assert "no curves: they could not be drawn (no font is here)" in caplog.messages
+    assert "done: step 1 of 1" in caplog.messages and (tmp_path / "run" / "finished.json").is_file()
