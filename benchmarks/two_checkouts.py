@@ -64,7 +64,7 @@ def time_steps(checkout: Path, out: Path, run: dict[str, object], steps: int) ->
         print(out.with_suffix(".log").read_text()[-3000:], file=sys.stderr)
         raise SystemExit(f"{checkout}: ended with {done.returncode}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return 1000 * statistics.median(row["step_seconds"] for row in rows if row["step"] > WARMUP)
+    return 1000 * statistics.median(row["step_seconds"] for row in rows if row["step"] > WARMUP and "step_seconds" in row)
 
 
 def main(argv: list[str]) -> None:
