@@ -28,6 +28,7 @@ class _Gradients(NamedTuple):
 
     hidden_states: Tensor
     weight: Tensor
+    """In float32 or wider, as that of the bias."""
     bias: Tensor | None
 
 
@@ -39,16 +40,13 @@ def _sum_losses(
     scale: float,
     cap: float | None,
     in_float8: bool,
-    with_gradients: bool,
-) -> tuple[Tensor, _Gradients | None]:
+    gradients: _Gradients | None = None,
+) -> Tensor:
+    """The sum. If gradients are given, those of the states are written there, and the others added."""
     head = Float8Head(weight) if in_float8 else None
     rows = count_chunk_rows(len(hidden_states), len(weight), hidden_states.dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     factor = torch.full((), scale, dtype=wide, device=weight.device)
-    if with_gradients:
-        grad_hidden = torch.empty_like(hidden_states)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
     logits_buffer = hidden_states.new_empty(rows, len(weight))
     losses = []
     for start in range(0, len(hidden_states), rows):
@@ -63,38 +61,31 @@ def _sum_losses(
         else:
             torch.addmm(bias, hidden_states[chunk], weight.t(), out=logits)
         losses.append(softmax_rows_(logits, labels[chunk], factor, cap=None if cap is None else cap / scale).loss.sum())
-        if not with_gradients:
+        if gradients is None:
             continue
         if head is not None:
-            head.multiply_gradient_(logits, labels[chunk], grad_hidden[chunk])
+            head.multiply_gradient_(logits, labels[chunk], gradients.hidden_states[chunk])
         else:
-            torch.mm(logits, weight, out=grad_hidden[chunk])
-        _add_product_(grad_weight, logits.t(), hidden_states[chunk])
-        if grad_bias is not None:
-            grad_bias += logits.sum(dim=0, dtype=wide)
-    total = torch.stack(losses).sum() if losses else factor * 0.0
-    if not with_gradients:
-        return total, None
-    grad_bias = grad_bias if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
-    return total, _Gradients(grad_hidden, grad_weight.to(weight.dtype), grad_bias)
+            torch.mm(logits, weight, out=gradients.hidden_states[chunk])
+        _add_product_(gradients.weight, logits.t(), hidden_states[chunk])
+        if gradients.bias is not None:
+            gradients.bias.add_(logits.sum(dim=0, dtype=wide))
+    return torch.stack(losses).sum() if losses else factor * 0.0
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        hidden_states: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        cap: float | None,
-        in_float8: bool,
-    ) -> Tensor:
-        total, gradients = _sum_losses(hidden_states, weight, labels, bias, scale, cap, in_float8, with_gradients=True)
-        assert gradients is not None
+        ctx, hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None,
+        scale: float, cap: float | None, in_float8: bool,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        found = _Gradients(torch.empty_like(hidden_states), torch.zeros_like(weight, dtype=wide), of_bias)
+        total = _sum_losses(hidden_states, weight, labels, bias, scale, cap, in_float8, found)
         ctx.scale = scale
-        ctx.save_for_backward(*gradients)
+        of_bias = of_bias if bias is None or of_bias is None else of_bias.to(bias.dtype)
+        ctx.save_for_backward(found.hidden_states, found.weight.to(weight.dtype), of_bias)
         return total
 
     @staticmethod
@@ -150,4 +141,4 @@ def linear_cross_entropy(
     needs_gradient = any(each is not None and each.requires_grad for each in (hidden_states, weight, bias))
     if torch.is_grad_enabled() and needs_gradient:
         return _LinearCrossEntropySum.apply(*arguments)
-    return _sum_losses(*arguments, with_gradients=False)[0]
+    return _sum_losses(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import numpy as np
 
@@ -43,13 +44,18 @@ class SequenceFlops:
         if self._objective is None:
             return 0.0
         if type(self._objective).begin_step is Objective.begin_step:
-            return self._count_aux()
+            return self._aux
         first, last = min(self._start_step, max(steps, 1)), max(steps, 1)
         found = []
         for step in np.linspace(first, last, num=min(SAMPLED_STEPS, last - first + 1)).round().astype(int):
             self._objective.begin_step(int(step), self._total_steps or last)
             found.append(self._count_aux())
         return float(np.mean(found))
+
+    @cached_property
+    def _aux(self) -> float:
+        """Where it is the same in all steps."""
+        return self._count_aux()
 
     def _count_aux(self) -> float:
         assert self._objective is not None
